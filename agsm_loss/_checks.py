@@ -1,0 +1,144 @@
+"""Checks of user input: what was expected, what came, what to do about it.
+
+Checks of shapes and dtypes are free and always made. Checks of tensor *values* are made where the
+tensor lives (keep `positives` and `mask` on the CPU to avoid a device synchronisation) and are
+left out while `torch.compile` traces, where they would break the graph.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_floating(**tensors: Any) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}.")
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{name}: expected a floating-point tensor, got {tensor.dtype}. "
+                f"Convert it with {name}.float()."
+            )
+
+
+def check_candidate_shapes(pred: Tensor, target: Tensor, *, pred_name: str = "pred") -> None:
+    """`pred` is (B, K, *D), `target` (B, *D), B ≥ 1 and K ≥ 1."""
+    if pred.ndim != target.ndim + 1 or target.ndim < 1:
+        raise ValueError(
+            f"{pred_name}: expected (B, K, *D) with one axis more than target (B, *D), got "
+            f"{tuple(pred.shape)} for a target of {tuple(target.shape)}. Put the candidates on "
+            f"axis 1, e.g. {pred_name}.unflatten(0, (B, K)), or {pred_name}.unsqueeze(1) for one."
+        )
+    if pred.shape[0] != target.shape[0] or pred.shape[2:] != target.shape[1:]:
+        expected = (target.shape[0], pred.shape[1], *target.shape[1:])
+        raise ValueError(
+            f"{pred_name}: expected {expected} to match target {tuple(target.shape)}, got "
+            f"{tuple(pred.shape)}. Only the candidate axis 1 may differ; nothing is broadcast."
+        )
+    if pred.numel() == 0:
+        raise ValueError(
+            f"{pred_name}: expected at least one image, one candidate and one element, got shape "
+            f"{tuple(pred.shape)}. Skip empty batches."
+        )
+
+
+def check_same_shape(pred: Tensor, ema_pred: Tensor) -> None:
+    if pred.shape != ema_pred.shape:
+        raise ValueError(
+            f"ema_pred: expected the shape of pred {tuple(pred.shape)}, got "
+            f"{tuple(ema_pred.shape)}. Run student and EMA on the same candidates."
+        )
+
+
+def check_per_image(name: str, value: Tensor, batch: int) -> None:
+    if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != batch):
+        raise ValueError(
+            f"{name}: expected a scalar or one value an image ({batch},), got {tuple(value.shape)}."
+        )
+
+
+def check_mask(mask: Any, shape: Sequence[int]) -> None:
+    _check_bool_grid("mask", mask, shape)
+
+
+def check_positives(positives: Any, shape: Sequence[int]) -> None:
+    """`positives` is (B,) column indices or bool (B, K)."""
+    batch, num_candidates = shape
+    if not isinstance(positives, Tensor):
+        raise TypeError(
+            "positives: expected None (column 0), an integer tensor (B,) or a bool tensor (B, K), "
+            f"got {type(positives).__name__}."
+        )
+    if positives.dtype == torch.bool:
+        _check_bool_grid("positives", positives, shape)
+    elif positives.is_floating_point() or positives.is_complex():
+        raise TypeError(
+            f"positives: expected integer column indices or a bool tensor, got {positives.dtype}."
+        )
+    elif positives.shape != (batch,):
+        raise ValueError(
+            f"positives: expected column indices of shape ({batch},), got "
+            f"{tuple(positives.shape)}. For several positives an image pass a bool (B, K) tensor."
+        )
+    elif not torch.compiler.is_compiling():
+        low, high = int(positives.min()), int(positives.max())
+        if low < 0 or high >= num_candidates:
+            raise ValueError(
+                f"positives: expected column indices in 0..{num_candidates - 1}, got values from "
+                f"{low} to {high}."
+            )
+
+
+def check_rows(positive: Tensor, mask: Tensor | None) -> None:
+    """Every row has a candidate, and a matching one among its candidates."""
+    if torch.compiler.is_compiling():
+        return
+    if mask is not None:
+        empty = (~mask.any(1)).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(
+                f"mask: every candidate of row(s) {_some(empty)} is masked, so there is nothing to "
+                "rank. Keep at least the matching caption (True) in each row, or drop the row."
+            )
+        positive = positive & mask.to(positive.device)
+    lost = (~positive.any(1)).nonzero().flatten().tolist()
+    if lost:
+        raise ValueError(
+            f"positives: row(s) {_some(lost)} have no unmasked matching caption. Mark one and set "
+            "mask to True there, or drop the row."
+        )
+
+
+def check_scale(name: str, value: float) -> None:
+    if not (isinstance(value, int | float) and 0 <= value < math.inf):
+        raise ValueError(f"{name}: expected a finite number ≥ 0, got {value!r}.")
+
+
+def check_temperature(name: str, value: float | Tensor) -> None:
+    if isinstance(value, Tensor):
+        check_floating(**{name: value})
+        good = torch.compiler.is_compiling() or bool((value.isfinite() & (value > 0)).all())
+    else:
+        good = isinstance(value, int | float) and 0 < value < math.inf
+    if not good:
+        raise ValueError(
+            f"{name}: expected finite and > 0, got {value!r}. The published value is 0.1; "
+            "agsm_loss.AdaptiveTemperature finds one from the errors."
+        )
+
+
+def _check_bool_grid(name: str, value: Any, shape: Sequence[int]) -> None:
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a bool tensor, got {got}.")
+    if value.shape != tuple(shape):
+        raise ValueError(
+            f"{name}: expected shape (B, K) = {tuple(shape)}, got {tuple(value.shape)}."
+        )
+
+
+def _some(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")

@@ -1,0 +1,230 @@
+"""Which captions compete for each image.
+
+A *pool* is the list of captions that a step has encoded: first the batch's own captions (row i
+belongs to image i), then any hard negatives, image by image. `Candidates.index` says which row of
+the pool stands in each column; column 0 is the image's own caption (in the grid, column i).
+
+False negatives never compete: a caption with the same text as one of the image's own, or one that
+belongs to another row of the same image id (COCO has five captions an image). Two candidates of an
+image never have the same text. Where there are fewer than asked for, columns are masked.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """B images, K columns, P captions in the pool. Tensors stay on the CPU until they are used."""
+
+    index: Int[Tensor, "B K"]
+    """Row of the pool in each column; masked columns point at the image's own caption."""
+    positives: Int[Tensor, " B"]
+    """Column of the matching caption."""
+    mask: Bool[Tensor, "B K"]
+    """False where a column is not a candidate."""
+    pool_size: int
+
+    def __post_init__(self) -> None:
+        if self.index.ndim != 2 or self.index.is_floating_point():
+            raise ValueError(
+                f"index: expected an integer tensor (B, K), got {self.index.dtype} "
+                f"{tuple(self.index.shape)}."
+            )
+        if self.mask.shape != self.index.shape or self.positives.shape != self.index.shape[:1]:
+            raise ValueError(
+                f"expected mask (B, K) and positives (B,) for index {tuple(self.index.shape)}, got "
+                f"{tuple(self.mask.shape)} and {tuple(self.positives.shape)}."
+            )
+        if self.index.numel() and not 0 <= int(self.index.min()) <= int(self.index.max()) < (
+            self.pool_size
+        ):
+            raise ValueError(
+                f"index: expected rows of a pool of {self.pool_size}, got values from "
+                f"{int(self.index.min())} to {int(self.index.max())}."
+            )
+
+
+def in_batch_candidates(
+    captions: Sequence[Hashable] | Int[Tensor, " B"],
+    *,
+    num_negatives: int = 3,
+    image_ids: Sequence[Hashable] | Int[Tensor, " B"] | None = None,
+    generator: torch.Generator | None = None,
+    allow_empty: bool = False,
+) -> Candidates:
+    """Each image's own caption and `num_negatives` others of the batch, without replacement.
+
+    Args:
+        captions: one caption an image, as text or as ids; equal values are the same caption.
+        num_negatives: n ≥ 1 negatives an image, so K = 1 + n; the published number is 3.
+        image_ids: rows with the same id show the same image, and their captions don't compete.
+        generator: a CPU generator; the same state gives the same candidates.
+        allow_empty: let a batch pass in which no image has a negative, with all of them masked.
+
+    Raises:
+        ValueError: no image has a negative (unless `allow_empty`).
+    """
+    return mixed_candidates(
+        captions,
+        [()] * len(captions),
+        num_negatives=num_negatives,
+        image_ids=image_ids,
+        generator=generator,
+        allow_empty=allow_empty,
+    )
+
+
+def hard_candidates(
+    captions: Sequence[Hashable] | Int[Tensor, " B"],
+    hard_negatives: Sequence[Sequence[Hashable]],
+    *,
+    image_ids: Sequence[Hashable] | Int[Tensor, " B"] | None = None,
+    allow_empty: bool = False,
+) -> Candidates:
+    """Each image's own caption and its given negatives (edited captions, say).
+
+    `hard_negatives[i]` are image i's captions, any number; the pool is the captions followed by
+    them image by image (`caption_pool`). The rest as in `in_batch_candidates`.
+    """
+    return mixed_candidates(
+        captions, hard_negatives, num_negatives=0, image_ids=image_ids, allow_empty=allow_empty
+    )
+
+
+def mixed_candidates(
+    captions: Sequence[Hashable] | Int[Tensor, " B"],
+    hard_negatives: Sequence[Sequence[Hashable]],
+    *,
+    num_negatives: int,
+    image_ids: Sequence[Hashable] | Int[Tensor, " B"] | None = None,
+    generator: torch.Generator | None = None,
+    allow_empty: bool = False,
+) -> Candidates:
+    """Own caption, then the given hard negatives, then `num_negatives` others of the batch."""
+    captions, image_ids = _as_list(captions), _image_ids(captions, image_ids)
+    batch = len(captions)
+    if len(hard_negatives) != batch:
+        raise ValueError(
+            f"hard_negatives: expected one sequence of captions for each of the {batch} images, "
+            f"got {len(hard_negatives)}."
+        )
+    if num_negatives < 0:
+        raise ValueError(f"num_negatives: expected at least 0, got {num_negatives}.")
+    if any(isinstance(hard, str) for hard in hard_negatives):
+        raise TypeError(
+            "hard_negatives: expected a sequence of captions an image, got a single text. "
+            "Wrap it: [text]."
+        )
+    num_hard = max(map(len, hard_negatives), default=0)
+    if num_hard + num_negatives == 0:
+        raise ValueError(
+            "num_negatives: expected at least 1 where there are no hard negatives, got 0."
+        )
+    own = _captions_of_images(captions, image_ids)
+    starts = accumulate(map(len, hard_negatives), initial=batch)
+    rows: list[list[int]] = []
+    for i, (hard, start) in enumerate(zip(hard_negatives, starts, strict=False)):
+        taken = set(own[image_ids[i]])
+        hard_rows = _distinct(((start + h, text) for h, text in enumerate(hard)), taken)
+        order = torch.randperm(batch, generator=generator).tolist() if num_negatives else []
+        others = _distinct(((j, captions[j]) for j in order), taken)
+        rows.append(_pad(hard_rows, num_hard) + _pad(others[:num_negatives], num_negatives))
+    columns = torch.tensor(rows, dtype=torch.long)
+    mask = columns >= 0
+    if not mask.any() and not allow_empty:
+        raise ValueError(_no_negatives(captions, image_ids))
+    own_rows = torch.arange(batch).unsqueeze(1)
+    return Candidates(
+        index=torch.cat([own_rows, torch.where(mask, columns, own_rows)], dim=1),
+        positives=torch.zeros(batch, dtype=torch.long),
+        mask=torch.cat([torch.ones(batch, 1, dtype=torch.bool), mask], dim=1),
+        pool_size=batch + sum(map(len, hard_negatives)),
+    )
+
+
+def grid_candidates(
+    captions: Sequence[Hashable] | Int[Tensor, " B"],
+    *,
+    image_ids: Sequence[Hashable] | Int[Tensor, " B"] | None = None,
+    allow_empty: bool = False,
+) -> Candidates:
+    """The full B×B grid of SoftREPA: every caption of the batch, the own one in column i."""
+    captions, image_ids = _as_list(captions), _image_ids(captions, image_ids)
+    batch = len(captions)
+    own = _captions_of_images(captions, image_ids)
+    mask = torch.eye(batch, dtype=torch.bool)
+    for i in range(batch):
+        taken = set(own[image_ids[i]])
+        mask[i, _distinct(enumerate(captions), taken)] = True
+    if int(mask.sum()) == batch and not allow_empty:
+        raise ValueError(_no_negatives(captions, image_ids))
+    own_rows = torch.arange(batch)
+    index = torch.where(mask, own_rows.expand(batch, batch), own_rows.unsqueeze(1))
+    return Candidates(index=index, positives=own_rows, mask=mask, pool_size=batch)
+
+
+def caption_pool(
+    captions: Sequence[Hashable], hard_negatives: Sequence[Sequence[Hashable]]
+) -> list[Hashable]:
+    """The captions to encode, in the order that `Candidates.index` counts them."""
+    return [*captions, *chain.from_iterable(hard_negatives)]
+
+
+def _as_list(values: Sequence[Hashable] | Tensor) -> list[Hashable]:
+    if isinstance(values, Tensor):
+        if values.ndim != 1:
+            raise ValueError(f"expected ids of shape (B,), got {tuple(values.shape)}.")
+        return list(values.tolist())
+    if isinstance(values, str):
+        raise TypeError("captions: expected a sequence of texts, got one text. Wrap it: [text].")
+    return list(values)
+
+
+def _image_ids(captions: Sequence[Hashable] | Tensor, image_ids: object) -> list[Hashable]:
+    """Given ids, or a different one for every row."""
+    if image_ids is None:
+        return list(range(len(captions)))
+    ids = _as_list(image_ids)  # type: ignore[arg-type]
+    if len(ids) != len(captions):
+        raise ValueError(
+            f"image_ids: expected one for each of the {len(captions)} captions, got {len(ids)}."
+        )
+    return ids
+
+
+def _captions_of_images(
+    captions: list[Hashable], image_ids: list[Hashable]
+) -> dict[Hashable, set[Hashable]]:
+    own: dict[Hashable, set[Hashable]] = {}
+    for image, caption in zip(image_ids, captions, strict=True):
+        own.setdefault(image, set()).add(caption)
+    return own
+
+
+def _distinct(rows: Iterable[tuple[int, Hashable]], taken: set[Hashable]) -> list[int]:
+    """Rows whose text is not `taken` yet, in order; their texts are taken from then on."""
+    kept = []
+    for row, text in rows:
+        if text not in taken:
+            taken.add(text)
+            kept.append(row)
+    return kept
+
+
+def _pad(rows: list[int], length: int) -> list[int]:
+    return rows + [-1] * (length - len(rows))
+
+
+def _no_negatives(captions: list[Hashable], image_ids: list[Hashable]) -> str:
+    return (
+        f"no image of this batch has a negative caption: {len(captions)} image(s) with "
+        f"{len(set(captions))} distinct caption(s) and {len(set(image_ids))} distinct image id(s). "
+        "Use a larger batch, add hard negatives, or pass allow_empty=True to train such a batch "
+        "on plain score matching."
+    )

@@ -1,0 +1,474 @@
+"""Alignment-Guided Score Matching (AGSM, arXiv 2605.30038) as pure functions, in its order.
+
+An image is noised once to x_t; K captions c_1..c_K compete to explain it, one of them (or some)
+matching. With the regression target τ (ε, v, or ε − x_0), the student's predictions p_j and the
+EMA model's predictions p̂_j:
+
+    error     e_j = mean((p̂_j − τ)²)                                   `denoising_error`
+    reward    r_j = −A(t)·e_j / T                                      `implicit_reward`
+    weights   w   = softmax_j(r), first place under Plackett–Luce      `plackett_luce_weights`
+    guidance  Δ_j = p̂_j − Σ_k w_k p̂_k,   so Σ_j w_j Δ_j = 0            `alignment_guidance`
+    targets   τ + γ⁺Δ_j where c_j matches, τ − γ⁻Δ_j elsewhere         `guided_targets`
+    loss      (1/B) Σ_i [ mean_{j∈P_i} mean((p_j − τ − γ⁺Δ_j)²)
+                        + mean_{j∈N_i} mean((p_j − τ + γ⁻Δ_j)²) ]      `agsm_loss`
+
+P_i are row i's matching captions, N_i its other unmasked candidates; a mean over an empty set is
+zero and with γ⁻ = 0 the second term is dropped, so a row with one candidate (w = 1, Δ = 0) is left
+with plain score matching. With one positive a row and no mask this is the published objective.
+The targets are constants for the gradient.
+
+Symbols in shapes: B images, K candidate captions, `*D` any trailing axes of one prediction.
+All arithmetic is in float32, or in float64 where an input is.
+
+Why it is bounded. Δ_j subtracts a convex combination, so ‖Δ_j‖ ≤ max_k ‖p̂_j − p̂_k‖, and for
+fixed targets the loss is a convex quadratic of p. In the closed loop, where the EMA follows the
+student, let d_j = p̂_j − τ, D = ‖d_y‖ and N = max_{j≠y} ‖d_j‖. Each d_j moves along
+s_j(d_j − Σ w_k d_k) − d_j with s_y = γ⁺ and s_j = −γ⁻, and by the triangle inequality
+D + N never grows when γ⁺ ≤ 1 and γ⁻ ≤ 1, for every K, every temperature and whatever the weights
+(so far as p̂ moves by at most 1/(1 + γ⁻) of the way a step). With γ⁺ > 1 the matching prediction
+can run away; with γ⁻ > 1 the proof fails. SoftREPA's objective has no such bound.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from agsm_loss import _checks
+
+Positives = Int[Tensor, " B"] | Bool[Tensor, "B K"] | None
+"""None: column 0 matches; (B,): the matching column of each row; bool (B, K): several may match."""
+
+Temperature = float | Tensor | Callable[[Tensor, Tensor | None], Tensor]
+"""A number, a tensor () or (B,), or a function of (errors (B, K), mask (B, K) or None) to one."""
+
+
+class Guidance(NamedTuple):
+    """What the EMA model says of K candidates; all constants for the gradient."""
+
+    rewards: Float[Tensor, "B K"]
+    weights: Float[Tensor, "B K"]
+    guidance_norm: Float[Tensor, "B K"]
+    """Root mean square of Δ_j over its elements."""
+    targets: Float[Tensor, "B K *D"]
+
+
+class AGSMTerms(NamedTuple):
+    """Every named term of the loss. Only `loss`, its two terms and `per_image` carry gradient.
+
+    `win_rate` and `score_margin` are means over the rows that have a negative (0 if none has).
+    """
+
+    loss: Float[Tensor, ""]
+    positive_term: Float[Tensor, ""]
+    negative_term: Float[Tensor, ""]
+    per_image: Float[Tensor, " B"]
+    rewards: Float[Tensor, "B K"]
+    weights: Float[Tensor, "B K"]
+    win_rate: Float[Tensor, ""]
+    """Share of images whose best matching caption outweighs every negative."""
+    score_margin: Float[Tensor, ""]
+    """Mean of (largest matching weight − largest negative weight), in −1..1."""
+    positive_weight: Float[Tensor, ""]
+    """Mean total weight w⁺ of the matching captions; compare it with `chance_weight`."""
+    chance_weight: Float[Tensor, ""]
+    """What `positive_weight` would be under uniform weights: 1/K for one positive, no mask."""
+    weight_entropy: Float[Tensor, ""]
+    """Mean entropy of the weights in nats; log K means that they are at chance."""
+    guidance_norm: Float[Tensor, ""]
+    """Mean over candidates of the root mean square of Δ_j."""
+
+
+def denoising_error(
+    pred: Float[Tensor, "B K *D"], target: Float[Tensor, "B *D"] | Float[Tensor, "B K *D"]
+) -> Float[Tensor, "B K"]:
+    """Mean squared error of each candidate against one target an image, or one a candidate."""
+    _checks.check_floating(pred=pred, target=target)
+    if pred.shape != target.shape:
+        _checks.check_candidate_shapes(pred, target)
+    pred, target = _in_float32(pred, target)
+    if pred.ndim != target.ndim:
+        target = target.unsqueeze(1).expand_as(pred)
+    squares = F.mse_loss(pred, target, reduction="none")
+    axes = tuple(range(2, pred.ndim))
+    # Summed and then divided, because the gradient of a sum is a view and that of a mean a copy.
+    return squares.sum(axes) / (pred[0, 0].numel()) if axes else squares
+
+
+def implicit_reward(
+    ema_pred: Float[Tensor, "B K *D"],
+    target: Float[Tensor, "B *D"],
+    mask: Bool[Tensor, "B K"] | None = None,
+    *,
+    temperature: Temperature = 0.1,
+    reward_weight: Float[Tensor, " B"] | Float[Tensor, ""] | None = None,
+) -> Float[Tensor, "B K"]:
+    """r_j = −A(t)·mean((p̂_j − τ)²)/T: a caption is good if the EMA model denoises well under it.
+
+    `reward_weight` is A(t), 1 if None. The paper's (A(t)/2)·‖·‖² is a sum over the D elements; the
+    published configuration is the mean with T = 0.1, and so are the units of T here.
+    `mask` is used by a callable temperature only.
+    """
+    _checks.check_floating(ema_pred=ema_pred, target=target)
+    _checks.check_candidate_shapes(ema_pred, target, pred_name="ema_pred")
+    # Candidate by candidate: the squares of one at a time, not of all K.
+    columns = ema_pred.detach().split(1, dim=1)
+    error = torch.cat([denoising_error(column, target.detach()) for column in columns], dim=1)
+    if reward_weight is not None:
+        _checks.check_floating(reward_weight=reward_weight)
+        _checks.check_per_image("reward_weight", reward_weight, error.shape[0])
+        error = error * reward_weight.detach().to(error).reshape(-1, 1)
+    if callable(temperature):
+        temperature = temperature(error, mask)
+    else:
+        _checks.check_temperature("temperature", temperature)
+    if isinstance(temperature, Tensor):
+        _checks.check_per_image("temperature", temperature, error.shape[0])
+        temperature = temperature.detach().to(error).reshape(-1, 1)
+    # A finite floor keeps the softmax defined where a huge error over a tiny T overflows.
+    return (-error / temperature).clamp(min=torch.finfo(error.dtype).min)
+
+
+def plackett_luce_weights(
+    reward: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"] | None = None
+) -> Float[Tensor, "B K"]:
+    """Probability that each candidate is ranked first; zero where `mask` is False.
+
+    The published exp(r_j)/Σ exp(r_k), as a softmax, so that large errors don't underflow to 0/0.
+    With K = 2 it is the Bradley–Terry model, σ(r_1 − r_2).
+    """
+    _checks.check_floating(reward=reward)
+    (reward,) = _in_float32(reward)
+    if mask is not None:
+        _checks.check_mask(mask, reward.shape)
+        reward = reward.masked_fill(~mask.to(reward.device), -torch.inf)
+    return reward.softmax(-1)
+
+
+def alignment_guidance(
+    ema_pred: Float[Tensor, "B K *D"], weights: Float[Tensor, "B K"]
+) -> Float[Tensor, "B K *D"]:
+    """Δ_j = p̂_j − Σ_k w_k p̂_k. Σ_j w_j Δ_j = 0, and Δ_j → 0 as w_j → 1."""
+    _checks.check_floating(ema_pred=ema_pred, weights=weights)
+    if weights.shape != ema_pred.shape[:2]:
+        raise ValueError(
+            f"weights: expected (B, K) = {tuple(ema_pred.shape[:2])}, got {tuple(weights.shape)}."
+        )
+    ema_pred, weights = _in_float32(ema_pred, weights)
+    # Summed candidate by candidate: no (B, K, *D) product, and no matmul that TF32 or autocast
+    # would round.
+    columns = zip(ema_pred.unbind(1), weights.unbind(1), strict=True)
+    first, w_first = next(columns)
+    mean = first * _expand(w_first, first)
+    for column, w in columns:
+        mean.addcmul_(column, _expand(w, column))
+    return ema_pred - mean.unsqueeze(1)
+
+
+def guided_targets(
+    target: Float[Tensor, "B *D"],
+    guidance: Float[Tensor, "B K *D"],
+    positives: Positives = None,
+    *,
+    pos_scale: float = 1.0,
+    neg_scale: float = 1.0,
+) -> Float[Tensor, "B K *D"]:
+    """τ + γ⁺Δ_j for matching captions (γ⁺ = `pos_scale`), τ − γ⁻Δ_j for the rest (`neg_scale`)."""
+    _checks.check_floating(target=target, guidance=guidance)
+    _checks.check_candidate_shapes(guidance, target, pred_name="guidance")
+    _checks.check_scale("pos_scale", pos_scale)
+    _checks.check_scale("neg_scale", neg_scale)
+    target, guidance = _in_float32(target, guidance)
+    positive, _ = candidate_masks(positives, None, guidance.shape[:2], guidance.device)
+    return _guided_targets(target, guidance, positive, pos_scale, neg_scale)
+
+
+def guide(
+    ema_pred: Float[Tensor, "B K *D"],
+    target: Float[Tensor, "B *D"],
+    positives: Positives = None,
+    mask: Bool[Tensor, "B K"] | None = None,
+    *,
+    pos_scale: float = 1.0,
+    neg_scale: float = 1.0,
+    temperature: Temperature = 0.1,
+    reward_weight: Float[Tensor, " B"] | Float[Tensor, ""] | None = None,
+) -> Guidance:
+    """Rewards, weights and guided targets of K candidates: all that the EMA model contributes."""
+    _checks.check_floating(ema_pred=ema_pred, target=target)
+    _checks.check_candidate_shapes(ema_pred, target, pred_name="ema_pred")
+    positive, valid = candidate_masks(positives, mask, ema_pred.shape[:2], ema_pred.device)
+    return _guide(
+        ema_pred,
+        target,
+        positive,
+        None if mask is None else valid,
+        pos_scale=pos_scale,
+        neg_scale=neg_scale,
+        temperature=temperature,
+        reward_weight=reward_weight,
+    )
+
+
+def loss_coefficients(
+    positive: Bool[Tensor, "B K"],
+    valid: Bool[Tensor, "B K"],
+    *,
+    neg_scale: float,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "B K"]:
+    """c_ij of the loss Σ_ij c_ij·mean((p_ij − guided target_ij)²): it is a sum over candidates.
+
+    1/(B·|P_i|) at positives; [γ⁻ > 0]/(B·|N_i|) at negatives; 0 where not `valid`. With one
+    positive and no mask: 1/B and 1/(B(K − 1)). The masks are those of `candidate_masks`.
+    """
+
+    def share(group: Tensor) -> Tensor:
+        return group.to(dtype) / group.sum(1, keepdim=True).clamp(min=1)
+
+    coefficients = share(positive)
+    if neg_scale > 0:
+        coefficients = coefficients + share(valid & ~positive)
+    return coefficients / positive.shape[0]
+
+
+def agsm_loss(
+    pred: Float[Tensor, "B K *D"],
+    ema_pred: Float[Tensor, "B K *D"],
+    target: Float[Tensor, "B *D"],
+    positives: Positives = None,
+    mask: Bool[Tensor, "B K"] | None = None,
+    *,
+    pos_scale: float = 1.0,
+    neg_scale: float = 1.0,
+    temperature: Temperature = 0.1,
+    reward_weight: Float[Tensor, " B"] | Float[Tensor, ""] | None = None,
+) -> Float[Tensor, ""]:
+    """The AGSM objective (arXiv 2605.30038), averaged over images, elements and candidates.
+
+    Args:
+        pred: student predictions of every candidate; the only input that gets a gradient.
+        ema_pred: the EMA model's predictions for the same x_t, t and captions.
+        target: regression target τ of each image, in the parametrisation of `pred`.
+        positives: which candidates match: None for column 0, column indices (B,), or bool (B, K).
+        mask: bool (B, K), False where a candidate is padding or a false negative. What stands in
+            masked places is never read, not even a NaN.
+        pos_scale: γ⁺ ≥ 0. Above 1 the closed loop can run away.
+        neg_scale: γ⁻ ≥ 0. 0 drops the negative term.
+        temperature: T of the implicit reward, in units of A(t)·mean squared error: a number, a
+            tensor () or (B,), or an `agsm_loss.AdaptiveTemperature`.
+        reward_weight: A(t) of each image, (B,) or a scalar; None for 1.
+
+    Raises:
+        TypeError: a tensor of the wrong kind.
+        ValueError: shapes that don't match, positives out of range or masked, a row with every
+            candidate masked, a negative scale, a temperature that isn't finite and positive.
+    """
+    return agsm_terms(
+        pred,
+        ema_pred,
+        target,
+        positives,
+        mask,
+        pos_scale=pos_scale,
+        neg_scale=neg_scale,
+        temperature=temperature,
+        reward_weight=reward_weight,
+    ).loss
+
+
+def agsm_terms(
+    pred: Float[Tensor, "B K *D"],
+    ema_pred: Float[Tensor, "B K *D"],
+    target: Float[Tensor, "B *D"],
+    positives: Positives = None,
+    mask: Bool[Tensor, "B K"] | None = None,
+    *,
+    pos_scale: float = 1.0,
+    neg_scale: float = 1.0,
+    temperature: Temperature = 0.1,
+    reward_weight: Float[Tensor, " B"] | Float[Tensor, ""] | None = None,
+) -> AGSMTerms:
+    """`agsm_loss` with its named terms and diagnostics; same arguments and errors."""
+    _checks.check_floating(pred=pred)
+    _checks.check_floating(ema_pred=ema_pred, target=target)
+    _checks.check_candidate_shapes(pred, target)
+    _checks.check_same_shape(pred, ema_pred)
+    positive, valid = candidate_masks(positives, mask, pred.shape[:2], pred.device)
+    guided = _guide(
+        ema_pred,
+        target,
+        positive,
+        None if mask is None else valid,
+        pos_scale=pos_scale,
+        neg_scale=neg_scale,
+        temperature=temperature,
+        reward_weight=reward_weight,
+    )
+    if mask is not None:
+        pred = torch.where(_expand(valid, pred), pred, torch.zeros_like(pred))
+    errors = denoising_error(pred, guided.targets)
+    coefficients = loss_coefficients(positive, valid, neg_scale=neg_scale, dtype=errors.dtype)
+    return terms_from_errors(errors * coefficients, guided, positive, valid)
+
+
+def terms_from_errors(
+    errors: Float[Tensor, "B K"],
+    guided: Guidance,
+    positive: Bool[Tensor, "B K"],
+    valid: Bool[Tensor, "B K"],
+) -> AGSMTerms:
+    """Named terms from the weighted errors c_ij·mean((p_ij − guided target_ij)²) that sum to L.
+
+    The masks are those of `candidate_masks`.
+    """
+    zero = errors.new_zeros(())
+    positive_term = torch.where(positive, errors, zero).sum()
+    negative_term = torch.where(positive, zero, errors).sum()
+
+    weights = guided.weights
+    ranked = (valid & ~positive).any(1)
+    rows = ranked.sum().clamp(min=1)
+    best_positive = weights.masked_fill(~positive, 0).amax(1)
+    best_negative = weights.masked_fill(positive, 0).amax(1)
+    margin = best_positive - best_negative
+    entropy = -torch.xlogy(weights, weights).sum(1)
+    return AGSMTerms(
+        loss=positive_term + negative_term,
+        positive_term=positive_term,
+        negative_term=negative_term,
+        per_image=errors.sum(1) * errors.shape[0],
+        rewards=guided.rewards,
+        weights=weights,
+        win_rate=((margin > 0) & ranked).sum() / rows,
+        score_margin=(margin * ranked).sum() / rows,
+        positive_weight=weights.masked_fill(~positive, 0).sum(1).mean(),
+        chance_weight=(positive.sum(1) / valid.sum(1)).mean(),
+        weight_entropy=entropy.mean(),
+        guidance_norm=(guided.guidance_norm * valid).sum() / valid.sum(),
+    )
+
+
+def softrepa_loss(
+    pred: Float[Tensor, "B K *D"],
+    target: Float[Tensor, "B *D"],
+    positives: Int[Tensor, " B"] | None = None,
+    mask: Bool[Tensor, "B K"] | None = None,
+    *,
+    logit_scale: float = 4.0,
+    temperature: float = 0.07,
+    denoising_weight: float = 0.0,
+) -> Float[Tensor, ""]:
+    """SoftREPA's contrastive objective (arXiv 2503.08250), the baseline to beat.
+
+    Cross-entropy over the candidates of each image with logits s·exp(−e_j/T), where
+    e_j = mean((p_j − τ)²) and s is `logit_scale`, plus `denoising_weight` times the mean error of
+    the matching captions. Published on the full B×B grid of images and captions: K = B and
+    `positives = arange(B)` (`agsm_loss.candidates.grid_candidates`).
+    """
+    _checks.check_floating(pred=pred, target=target)
+    _checks.check_candidate_shapes(pred, target)
+    _checks.check_scale("logit_scale", logit_scale)
+    _checks.check_temperature("temperature", temperature)
+    _checks.check_scale("denoising_weight", denoising_weight)
+    positive, valid = candidate_masks(positives, mask, pred.shape[:2], pred.device)
+    if mask is not None:
+        pred = torch.where(_expand(valid, pred), pred, torch.zeros_like(pred))
+    errors = denoising_error(pred, target.detach())
+    logits = logit_scale * torch.exp(-errors / temperature)
+    if mask is not None:
+        logits = logits.masked_fill(~valid, -torch.inf)
+    loss = F.cross_entropy(logits, positive.int().argmax(1))
+    if denoising_weight > 0:
+        loss = loss + denoising_weight * torch.where(positive, errors, 0.0).sum(1).mean()
+    return loss
+
+
+def candidate_masks(
+    positives: Positives,
+    mask: Bool[Tensor, "B K"] | None,
+    shape: Sequence[int],
+    device: torch.device | None = None,
+) -> tuple[Bool[Tensor, "B K"], Bool[Tensor, "B K"]]:
+    """(positive, valid): which candidates match, and which are candidates at all.
+
+    Checked where `positives` and `mask` live, then moved to `device`. Positives are valid.
+    """
+    if mask is not None:
+        _checks.check_mask(mask, shape)
+    if positives is None:
+        positive = (torch.arange(shape[1]) == 0).expand(tuple(shape))
+    else:
+        _checks.check_positives(positives, shape)
+        positive = positives
+        if positives.dtype != torch.bool:
+            columns = torch.arange(shape[1], device=positives.device)
+            positive = positives.unsqueeze(1) == columns
+    _checks.check_rows(positive, mask)
+    positive = positive.to(device)
+    if mask is None:
+        return positive, torch.ones_like(positive)
+    valid = mask.to(device)
+    return positive & valid, valid
+
+
+def _guide(
+    ema_pred: Tensor,
+    target: Tensor,
+    positive: Tensor,
+    valid: Tensor | None,
+    *,
+    pos_scale: float,
+    neg_scale: float,
+    temperature: Temperature,
+    reward_weight: Tensor | None,
+) -> Guidance:
+    _checks.check_scale("pos_scale", pos_scale)
+    _checks.check_scale("neg_scale", neg_scale)
+    with torch.no_grad():
+        ema_pred, target = _in_float32(ema_pred, target)
+        if valid is not None:
+            # A masked target becomes τ itself, whatever the EMA prediction holds there.
+            ema_pred = torch.where(_expand(valid, ema_pred), ema_pred, target.unsqueeze(1))
+        rewards = implicit_reward(
+            ema_pred, target, valid, temperature=temperature, reward_weight=reward_weight
+        )
+        weights = plackett_luce_weights(rewards, valid)
+        guidance = alignment_guidance(ema_pred, weights)
+        norm = _root_mean_square(guidance)
+        targets = _guided_targets(target, guidance, positive, pos_scale, neg_scale, out=guidance)
+        return Guidance(rewards, weights, norm, targets)
+
+
+def _guided_targets(
+    target: Tensor,
+    guidance: Tensor,
+    positive: Tensor,
+    pos_scale: float,
+    neg_scale: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    scale = guidance.new_full(positive.shape, -neg_scale).masked_fill(positive, pos_scale)
+    return torch.addcmul(target.unsqueeze(1), guidance, _expand(scale, guidance), out=out)
+
+
+def _in_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in their common dtype, at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def _expand(value: Tensor, like: Tensor) -> Tensor:
+    """`value` with trailing axes of length one, to the rank of `like`."""
+    return value.reshape(value.shape + (1,) * (like.ndim - value.ndim))
+
+
+def _root_mean_square(x: Tensor) -> Tensor:
+    """Over all but the first two axes."""
+    axes = tuple(range(2, x.ndim))
+    return torch.linalg.vector_norm(x, dim=axes) / x[0, 0].numel() ** 0.5 if axes else x.abs()

@@ -1,0 +1,37 @@
+"""Run by test_loss.py in a process of its own: the losses compile with fullgraph=True."""
+
+import shutil
+
+import torch
+
+from agsm_loss import AdaptiveTemperature, AGSMLoss, SoftREPALoss
+
+BACKEND = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
+
+
+def compare(module, pred, *arguments):
+    torch.manual_seed(0)
+    compiled = torch.compile(module, fullgraph=True, backend=BACKEND)
+    value = compiled(pred, *arguments)
+    eager = module(pred, *arguments)
+    torch.testing.assert_close(value, eager)
+    slopes = (torch.autograd.grad(x, pred)[0] for x in (value, eager))
+    torch.testing.assert_close(*slopes)
+
+
+def main():
+    pred, ema_pred = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
+    target, columns = torch.randn(2, 4, 4), torch.tensor([1, 0])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    for extra in ((), (columns,), (columns, mask)):
+        compare(AGSMLoss(neg_scale=0.3), pred, ema_pred, target, *extra)
+    print("AGSMLoss")
+    follows = AGSMLoss(temperature=AdaptiveTemperature(momentum=0.0))
+    compare(follows, pred, ema_pred, target, columns, mask)
+    print("AdaptiveTemperature")
+    compare(SoftREPALoss(), pred, target, columns)
+    print("SoftREPALoss")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Shape annotations are executed in the tests, and every test starts from the same seed."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jaxtyping
+import pytest
+
+jaxtyping.install_import_hook("agsm_loss", "beartype.beartype")
+
+import torch
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _annotations(request):
+    """A test marked `unchecked_shapes` sees the library as users do, without executed shapes."""
+    off = request.node.get_closest_marker("unchecked_shapes") is not None
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", off)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

@@ -1,0 +1,69 @@
+"""The core imports nothing heavy, and the wheel holds what the tree holds."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import tomllib
+
+import agsm_loss
+
+ROOT = Path(__file__).parent.parent
+HEAVY = "accelerate|datasets|diffusers|peft|transformers|trl"
+CHECK = f"""
+import sys
+{{imports}}
+found = sorted(set({HEAVY.split("|")!r}) & set(sys.modules))
+sys.exit(", ".join(found))
+"""
+
+
+def imported_by(statement):
+    """Heavy libraries that a fresh process has loaded after the statement."""
+    code = CHECK.format(imports=statement)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.stderr.strip()
+
+
+def test_core_import_is_light():
+    modules = [f"agsm_loss.{p.stem}" for p in (ROOT / "agsm_loss").glob("*.py")]
+    assert imported_by("\n".join(f"import {m}" for m in modules if "__init__" not in m)) == ""
+
+
+def test_the_light_import_test_can_fail():
+    assert imported_by("import agsm_loss, accelerate") == "accelerate"
+
+
+def test_every_package_folder_is_in_the_wheel():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(settings["tool"]["setuptools"]["packages"])
+    found = {"agsm_loss", "agsm_loss.integrations"}
+    for name, folder in (("agsm_loss", "agsm_loss"), ("agsm_loss.integrations", "integrations")):
+        for init in (ROOT / folder).rglob("__init__.py"):
+            parts = init.parent.relative_to(ROOT / folder).parts
+            found.add(".".join((name, *parts)))
+    assert listed == found
+
+
+def test_no_module_shadows_a_library():
+    names = {p.stem for folder in ("integrations", "recipes") for p in (ROOT / folder).glob("*.py")}
+    assert not names & set(HEAVY.split("|"))
+
+
+def test_one_version():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert agsm_loss.__version__ == settings["project"]["version"] == version("agsm-loss")
+
+
+def test_core_dependencies():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    names = {d.split(">")[0] for d in settings["project"]["dependencies"]}
+    assert names == {"einops", "jaxtyping", "torch"}
+
+
+@pytest.mark.parametrize("name", agsm_loss.__all__)
+def test_public_names_are_documented(name):
+    item = getattr(agsm_loss, name)
+    assert item.__doc__ and len(item.__doc__) > 20

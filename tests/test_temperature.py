@@ -1,0 +1,87 @@
+"""A temperature that follows the scale of the errors."""
+
+import math
+
+import pytest
+import torch
+import workers
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import SEEDS, errors_of
+from workers import run_ranks
+
+from agsm_loss import AdaptiveTemperature, AGSMLoss
+
+
+def entropy_share(errors, temperature):
+    weights = (-errors / temperature).softmax(1)
+    return float(-torch.xlogy(weights, weights).sum(1).mean() / math.log(errors.shape[1]))
+
+
+@given(SEEDS, st.floats(0.1, 0.95), st.integers(2, 8), st.integers(-12, 12))
+def test_one_batch_meets_the_entropy_at_any_scale(seed, entropy, num, power):
+    errors = errors_of(seed, num=num, scale=10.0**power)
+    temperature = AdaptiveTemperature(entropy)(errors)
+    assert entropy_share(errors, temperature) == pytest.approx(entropy, abs=0.01)
+
+
+@given(SEEDS, st.floats(1e-6, 1e6), st.floats(0, 10))
+def test_follows_the_scale_and_ignores_the_level(seed, scale, level):
+    errors = errors_of(seed)
+    plain, moved = (AdaptiveTemperature()(x) for x in (errors, scale * (errors + level)))
+    torch.testing.assert_close(moved, scale * plain, rtol=1e-4, atol=0)
+
+
+def test_where_the_published_temperature_fails():
+    """Gaps of 1e-3 leave T = 0.1 at chance; the adaptive one still ranks."""
+    target = torch.zeros(32, 16)
+    ema_pred = (0.04 * torch.rand(32, 4, 1)).sqrt() * torch.ones(16)
+    ema_pred = ema_pred * 0.2
+    published = AGSMLoss().terms(ema_pred, ema_pred, target)
+    follows = AGSMLoss(temperature=AdaptiveTemperature(0.7)).terms(ema_pred, ema_pred, target)
+    assert published.weight_entropy > 0.999 * math.log(4)
+    assert follows.weight_entropy.item() == pytest.approx(0.7 * math.log(4), abs=0.02)
+
+
+def test_a_running_mean_in_training_and_fixed_in_evaluation():
+    temperature = AdaptiveTemperature(momentum=0.9)
+    first = float(temperature(errors_of(0)))
+    for _ in range(200):
+        value = float(temperature(errors_of(1, scale=100.0)))
+    assert value == pytest.approx(first * 100, rel=0.1)
+    temperature.eval()
+    assert float(temperature(errors_of(2, scale=1e-6))) == value
+    again = AdaptiveTemperature().eval()
+    again.load_state_dict(temperature.state_dict())
+    assert float(again(errors_of(0))) == value
+
+
+def test_the_start_is_not_biased():
+    """The first estimates are averaged evenly: no memory of the initial 0.1."""
+    temperature = AdaptiveTemperature(momentum=0.99)
+    logs = []
+    for seed in range(5):
+        alone = AdaptiveTemperature(momentum=0.0)
+        logs.append(float(alone(errors_of(seed, scale=1e3)).log()))
+        value = float(temperature(errors_of(seed, scale=1e3)).log())
+        assert value == pytest.approx(sum(logs) / len(logs), abs=1e-5)
+
+
+def test_rows_that_say_nothing_are_left_out():
+    temperature = AdaptiveTemperature()
+    assert float(temperature(torch.ones(4, 3))) == pytest.approx(0.1)
+    assert float(temperature(torch.rand(4, 1))) == pytest.approx(0.1)
+    assert int(temperature.updates) == 0
+    errors = errors_of(0)
+    padded = torch.cat([errors, torch.full((64, 2), torch.nan)], dim=1)
+    mask = torch.cat([torch.ones(64, 4), torch.zeros(64, 2)], dim=1).bool()
+    quiet = torch.cat([padded, torch.ones(9, 6)])
+    masks = torch.cat([mask, torch.ones(9, 6, dtype=torch.bool)])
+    expected = AdaptiveTemperature()(errors)
+    torch.testing.assert_close(AdaptiveTemperature()(padded, mask), expected)
+    torch.testing.assert_close(AdaptiveTemperature()(quiet, masks), expected)
+
+
+def test_ranks_agree():
+    values = run_ranks(workers.adaptive_temperature)
+    assert values[0] == values[1] == pytest.approx(float(AdaptiveTemperature()(errors_of(0))))
