@@ -98,7 +98,7 @@ class SoftTokens(nn.Module):
             nn.init.normal_(self.time_tokens.weight, std=std)
 
     def forward(
-        self, timesteps: Tensor | float | None, bank: Tensor | int = Bank.POSITIVE
+        self, timesteps: Tensor | float | int | None, bank: Tensor | int = Bank.POSITIVE
     ) -> Float[Tensor, "B *L n d"]:
         """Tokens of each sample: (B, L, n, d), or (B, n, d) without layers.
 
@@ -132,7 +132,7 @@ class SoftTokens(nn.Module):
         tokens = self._table()[index.reshape(-1)]
         return tokens if time is None else tokens + time
 
-    def bucket(self, timesteps: Tensor | float) -> Tensor:
+    def bucket(self, timesteps: Tensor | float | int) -> Tensor:
         """Row of the time tokens for each timestep, (B,) int64; the input is left as it is."""
         if self.time_tokens is None:
             raise ValueError("bucket: these soft tokens have no time tokens.")
@@ -141,7 +141,7 @@ class SoftTokens(nn.Module):
         scaled = timesteps.double() * number / self.num_train_timesteps
         return scaled.floor().clamp(0, number - 1).long()
 
-    def _time_tokens(self, timesteps: Tensor | float | None) -> Tensor:
+    def _time_tokens(self, timesteps: Tensor | float | int | None) -> Tensor:
         """(B, L, 1, d), or (B, 1, d) without layers."""
         if timesteps is None:
             raise ValueError("timesteps: expected a tensor (B,), since there are time tokens.")

@@ -2,13 +2,17 @@
 
 import os
 import socket
+import tempfile
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from integrations_tiny import tiny
 from strategies import errors_of
+from torch import nn
 
-from agsm_loss import AdaptiveTemperature
+from agsm_loss import AdaptiveTemperature, Bank
+from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
 
 
 def run_ranks(worker, world_size=2):
@@ -16,16 +20,16 @@ def run_ranks(worker, world_size=2):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(_rank, args=(worker, world_size, port, results), nprocs=world_size)
-    return dict(results.get() for _ in range(world_size))
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, args=(worker, world_size, port, folder), nprocs=world_size)
+        return {rank: torch.load(f"{folder}/{rank}.pt") for rank in range(world_size)}
 
 
-def _rank(rank, worker, world_size, port, results):
+def _rank(rank, worker, world_size, port, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
-    results.put((rank, worker(rank)))
+    torch.save(worker(rank), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -33,3 +37,47 @@ def _rank(rank, worker, world_size, port, results):
 def adaptive_temperature(rank):
     """Rank 1 has no informative row: it takes part, and takes over rank 0's estimate."""
     return float(AdaptiveTemperature()(errors_of(0) if rank == 0 else torch.ones(4, 4).double()))
+
+
+class TokenDenoiser(nn.Module):
+    """What DDP wraps: the frozen denoiser and the tokens that it wears."""
+
+    def __init__(self, made, checkpointing):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = made.model
+        self.tokens = make_soft_tokens(made.model, num_tokens=2, std=1.0).double()
+        self.attached = attach_soft_tokens(made.model, self.tokens)
+        if checkpointing:
+            self.model.train().enable_gradient_checkpointing()
+
+    def forward(self, x, bank):
+        with self.attached.using(bank):
+            return self.model(**x)[0]
+
+
+def token_gradients(batch, rows=slice(None), wrap=lambda module: module, checkpointing=False):
+    """Gradients of the mean over the batch's rows of two calls' outputs."""
+    made = tiny("sd3")
+    denoiser = TokenDenoiser(made, checkpointing)
+    wrapped = wrap(denoiser)
+    x = {n: v[rows] if isinstance(v, torch.Tensor) else v for n, v in made.inputs(batch).items()}
+    first = wrapped(x, Bank.POSITIVE)
+    second = wrapped(x, Bank.NEGATIVE)
+    (first.square() + 2 * second.square()).mean().backward()
+    denoiser.attached.detach()
+    return [p.grad for p in denoiser.tokens.parameters()]
+
+
+def _ddp(rank, checkpointing):
+    return token_gradients(
+        4, slice(2 * rank, 2 * rank + 2), nn.parallel.DistributedDataParallel, checkpointing
+    )
+
+
+def ddp_plain(rank):
+    return _ddp(rank, checkpointing=False)
+
+
+def ddp_checkpointed(rank):
+    return _ddp(rank, checkpointing=True)

@@ -1,0 +1,21 @@
+"""Soft tokens in `SanaTransformer2DModel`: appended to the text that the first L blocks attend."""
+
+from typing import Any
+
+from torch import nn
+
+from agsm_loss.integrations.soft_token_hooks import Arguments, CrossBackbone
+
+
+class SanaBackbone(CrossBackbone):
+    model_classes = ("SanaTransformer2DModel",)
+    entry = "caption_norm"
+
+    def width(self, model: Any) -> int:
+        return int(model.config.num_attention_heads * model.config.attention_head_dim)
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return list(model.transformer_blocks)
+
+    def timesteps(self, model: Any, call: Arguments) -> Any:
+        return call["timestep"] / model.config.timestep_scale

@@ -1,0 +1,22 @@
+"""Soft tokens in `SD3Transformer2DModel` (SD3, SD3.5): appended to the text of the first L blocks.
+
+Published (arXiv 2605.30038): L = 5. The text has neither mask nor rotary ids here, and the tokens
+live behind `context_embedder`, so d is `caption_projection_dim`.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from agsm_loss.integrations.soft_token_hooks import JointBackbone
+
+
+class SD3Backbone(JointBackbone):
+    model_classes = ("SD3Transformer2DModel",)
+    entry = "context_embedder"
+
+    def width(self, model: Any) -> int:
+        return int(model.config.caption_projection_dim)
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return list(model.transformer_blocks)

@@ -1,0 +1,236 @@
+"""How ψ⁺/ψ⁻ get into a stock diffusers denoiser: by hooks, without state that a replay could miss.
+
+Gradient checkpointing runs a block, and with it the block's hooks, a second time in the backward
+pass. By then the "current" bank or timestep may be another call's, and a hook that reads it gives
+wrong gradients without any error. So the tokens travel in the data. A hook before the denoiser
+makes all the tokens of a call, (N, L, n, d), and the text stream *carries* them behind the text:
+
+    (N, S, d)  →  (N, S + L·n, d, 1)        `carry`
+
+The extra axis marks a stream that carries tokens, so a block's hook needs no flag: it reads
+the shape. Before block l, [text, T_l] is taken out for the block and the rest laid aside; behind it
+T_l's outputs are dropped and the rest is carried on. All of it is tensor arithmetic on a block's own
+arguments, so every replay, and torch.compile, sees the same.
+
+To support another architecture, subclass `Backbone` and pass an instance as
+`attach_soft_tokens(model, tokens, backbone=...)`.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def carry(text: Tensor, tokens: Tensor) -> Tensor:
+    """(N, S, d) text with (N, L, n, d) tokens behind it, as a carrying stream (N, S + L·n, d, 1)."""
+    tokens = tokens.flatten(1, 2).to(text)
+    return torch.cat([text, tokens], dim=1).unsqueeze(-1)
+
+
+def carries(stream: Any) -> bool:
+    return isinstance(stream, Tensor) and stream.ndim == 4
+
+
+def uncarry(stream: Tensor, layers: int, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Text (N, S, d) and the `layers`·n tokens behind it, (N, layers·n, d)."""
+    stream = stream.squeeze(-1)
+    length = stream.shape[1] - layers * num_tokens
+    return stream[:, :length], stream[:, length:]
+
+
+class Arguments:
+    """A call's arguments by name, whether they came by position or by keyword.
+
+    diffusers passes a block's arguments by keyword, and by position under checkpointing.
+    """
+
+    def __init__(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.names = names
+        self.args = args
+        self.kwargs = kwargs
+
+    def __getitem__(self, name: str) -> Any:
+        """Its value, or None where it was not given."""
+        position = self.names.index(name)
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name)
+
+    def replaced(self, **changes: Any) -> Call:
+        """The call with some values changed, each given the way it came."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        for name, value in changes.items():
+            position = self.names.index(name)
+            if position < len(args):
+                args[position] = value
+            else:
+                kwargs[name] = value
+        return tuple(args), kwargs
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of `forward`, as the class defines it (wrappers hide it)."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+class Backbone(ABC):
+    """What the hooks have to know of one architecture."""
+
+    model_classes: ClassVar[tuple[str, ...]]
+    """Names of the diffusers classes it serves."""
+    text: ClassVar[str] = "encoder_hidden_states"
+    """Name of the text stream among the denoiser's and its blocks' arguments."""
+    unbatched: ClassVar[tuple[str, ...]] = ()
+    """The denoiser's tensor arguments without a batch axis."""
+
+    @abstractmethod
+    def width(self, model: nn.Module) -> int:
+        """d of the text stream where the tokens go in."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks that read the text stream, in order; layer l of the tokens goes into block l."""
+
+    def timesteps(self, model: nn.Module, call: Arguments) -> Any:
+        """The call's timesteps in 0..1000: a number, or a tensor () or (N,)."""
+        return call["timestep"]
+
+    def shared(self) -> bool:
+        """Whether one set of tokens serves all blocks, in place of one set a block."""
+        return False
+
+    @abstractmethod
+    def register(self, model: nn.Module, attachment: Any) -> list[RemovableHandle]:
+        """Hooks that put `attachment.take_tokens()` into the stream and each block's into it."""
+
+
+class JointBackbone(Backbone):
+    """Transformers whose blocks take the text stream and return it: SD3, Flux, Qwen-Image."""
+
+    entry: ClassVar[str]
+    """Name of the submodule whose output is the text stream; it must not be checkpointed."""
+    sees_tokens: ClassVar[bool] = False
+    """Whether the model counts carried tokens as text before its blocks do (ids, masks)."""
+
+    def fitted(self, call: Arguments, length: int, num_tokens: int) -> dict[str, Any]:
+        """Those of a block's other arguments that depend on the text's length (rotary rows, masks).
+
+        They come for whatever the model counted as text and are returned for `length` text rows
+        with `num_tokens` soft tokens behind them; never changed in place, blocks share them.
+        """
+        return {}
+
+    def register(self, model: nn.Module, attachment: Any) -> list[RemovableHandle]:
+        def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            tokens = attachment.take_tokens()
+            return None if tokens is None else carry(output, tokens)
+
+        handles = [getattr(model, self.entry).register_forward_hook(enter)]
+        blocks, tokens = self.blocks(model), attachment.tokens
+        for layer, block in enumerate(blocks[: tokens.num_layers]):
+            hook = _JointBlockHook(self, block, tokens.num_layers - layer, tokens.num_tokens)
+            handles.append(block.register_forward_pre_hook(hook.before, with_kwargs=True))
+            handles.append(block.register_forward_hook(hook.after))
+        for block in blocks[tokens.num_layers :] if self.sees_tokens else ():
+            names = parameter_names(block)
+
+            def trim(
+                block: nn.Module, args: Any, kwargs: Any, names: Sequence[str] = names
+            ) -> Call:
+                call = Arguments(names, args, kwargs)
+                return call.replaced(**self.fitted(call, call[self.text].shape[1], 0))
+
+            handles.append(block.register_forward_pre_hook(trim, with_kwargs=True))
+        return handles
+
+
+class _JointBlockHook:
+    """Takes a layer's tokens out of the stream for its block; `layers` are carried before it."""
+
+    def __init__(self, backbone: JointBackbone, block: nn.Module, layers: int, n: int) -> None:
+        self.backbone = backbone
+        self.names = parameter_names(block)
+        self.layers = layers
+        self.num_tokens = n
+        # Set and used within one call of the block, so a replay sets it anew.
+        self.rest: Tensor | None = None
+
+    def before(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call | None:
+        call = Arguments(self.names, args, kwargs)
+        stream = call[self.backbone.text]
+        self.rest = None
+        if not carries(stream):
+            return None
+        text, tokens = uncarry(stream, self.layers, self.num_tokens)
+        own, self.rest = tokens[:, : self.num_tokens], tokens[:, self.num_tokens :]
+        fitted = self.backbone.fitted(call, text.shape[1], self.num_tokens)
+        return call.replaced(**{self.backbone.text: torch.cat([text, own], dim=1)}, **fitted)
+
+    def after(self, block: nn.Module, args: Any, output: Any) -> Any:
+        rest, self.rest = self.rest, None
+        if rest is None or output[0] is None:  # SD3's last block returns no text
+            return None
+        text = output[0][:, : -self.num_tokens]
+        if self.layers > 1:
+            text = carry(text, rest.unflatten(1, (self.layers - 1, self.num_tokens)))
+        return (text, *output[1:])
+
+
+class CrossBackbone(Backbone):
+    """Transformers whose blocks all read the same text stream and return the image: Sana."""
+
+    entry: ClassVar[str]
+    mask: ClassVar[str] = "encoder_attention_mask"
+    """Name of the text's attention bias (N, 1, S), 0 where it may be attended."""
+
+    def register(self, model: nn.Module, attachment: Any) -> list[RemovableHandle]:
+        def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+            tokens = attachment.take_tokens()
+            return None if tokens is None else carry(output, tokens)
+
+        handles = [getattr(model, self.entry).register_forward_hook(enter)]
+        for layer, block in enumerate(self.blocks(model)):
+            names, select = parameter_names(block), self.selector(layer, attachment.tokens)
+
+            def before(
+                block: nn.Module, args: Any, kwargs: Any, names: Any = names, select: Any = select
+            ) -> Call | None:
+                call = Arguments(names, args, kwargs)
+                stream = call[self.text]
+                if not carries(stream):
+                    return None
+                stream, added = select(stream)
+                return call.replaced(
+                    **{self.text: stream, self.mask: extended_bias(call[self.mask], added)}
+                )
+
+            handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+        return handles
+
+    def selector(self, layer: int, tokens: Any) -> Any:
+        """From a carrying stream to (what block `layer` gets (N, S', d), how many were added)."""
+        num_layers, n = tokens.num_layers, tokens.num_tokens
+
+        def select(stream: Tensor) -> tuple[Tensor, int]:
+            text, carried = uncarry(stream, num_layers, n)
+            if layer >= num_layers:
+                return text, 0
+            return torch.cat([text, carried[:, layer * n : (layer + 1) * n]], dim=1), n
+
+        return select
+
+
+def extended_bias(bias: Tensor | None, added: int, position: int | None = None) -> Tensor | None:
+    """An attention bias (N, 1, S) with zeros (attend) for `added` tokens, at the end by default."""
+    if bias is None or added == 0:
+        return bias
+    position = bias.shape[-1] if position is None else position
+    zeros = bias.new_zeros(*bias.shape[:-1], added)
+    return torch.cat([bias[..., :position], zeros, bias[..., position:]], dim=-1)
