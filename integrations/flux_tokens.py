@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from agsm_loss.integrations.soft_token_hooks import Arguments, JointBackbone
+from agsm_loss.integrations.soft_token_hooks import (
+    Arguments,
+    JointBackbone,
+    patches,
+    unpatched,
+)
 
 
 class FluxBackbone(JointBackbone):
@@ -24,6 +29,28 @@ class FluxBackbone(JointBackbone):
 
     def timesteps(self, model: nn.Module, call: Arguments) -> Any:
         return call["timestep"] * 1000
+
+    def denoise(
+        self,
+        model: Any,
+        timesteps: Tensor,
+        noisy: Tensor,
+        conditioning: dict[str, Tensor],
+        image: dict[str, Tensor],
+    ) -> Tensor:
+        text = conditioning["prompt_embeds"]
+        height, width = (torch.arange(n // 2, device=noisy.device) for n in noisy.shape[2:])
+        out = model(
+            patches(noisy),
+            encoder_hidden_states=text,
+            pooled_projections=conditioning["pooled_prompt_embeds"],
+            timestep=timesteps / 1000,
+            img_ids=torch.cartesian_prod(height.new_zeros(1), height, width).to(noisy),
+            txt_ids=text.new_zeros(text.shape[1], 3),
+            guidance=image["guidance"] if model.config.guidance_embeds else None,
+            return_dict=False,
+        )
+        return unpatched(out[0], noisy)
 
     def fitted(self, call: Arguments, length: int, num_tokens: int) -> dict[str, Any]:
         def insert(rows: Tensor, value: float) -> Tensor:

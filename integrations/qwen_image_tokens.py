@@ -16,6 +16,8 @@ from agsm_loss.integrations.soft_token_hooks import (
     Call,
     JointBackbone,
     parameter_names,
+    patches,
+    unpatched,
 )
 
 MASK = "encoder_hidden_states_mask"
@@ -34,6 +36,25 @@ class QwenImageBackbone(JointBackbone):
 
     def timesteps(self, model: nn.Module, call: Arguments) -> Any:
         return call["timestep"] * 1000
+
+    def denoise(
+        self,
+        model: Any,
+        timesteps: Tensor,
+        noisy: Tensor,
+        conditioning: dict[str, Tensor],
+        image: dict[str, Tensor],
+    ) -> Tensor:
+        n, _, height, width = noisy.shape
+        out = model(
+            patches(noisy),
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            encoder_hidden_states_mask=conditioning.get("prompt_embeds_mask"),
+            timestep=timesteps / 1000,
+            img_shapes=[[(1, height // 2, width // 2)]] * n,
+            return_dict=False,
+        )
+        return unpatched(out[0], noisy)
 
     def register(self, model: nn.Module, attachment: Any) -> list[RemovableHandle]:
         names = parameter_names(model)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from agsm_loss.integrations.soft_token_hooks import Arguments, CrossBackbone
 
@@ -19,3 +19,20 @@ class SanaBackbone(CrossBackbone):
 
     def timesteps(self, model: Any, call: Arguments) -> Any:
         return call["timestep"] / model.config.timestep_scale
+
+    def denoise(
+        self,
+        model: Any,
+        timesteps: Tensor,
+        noisy: Tensor,
+        conditioning: dict[str, Tensor],
+        image: dict[str, Tensor],
+    ) -> Tensor:
+        out = model(
+            noisy,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            encoder_attention_mask=conditioning.get("prompt_attention_mask"),
+            timestep=timesteps * model.config.timestep_scale,
+            return_dict=False,
+        )
+        return out[0]

@@ -6,7 +6,7 @@ live behind `context_embedder`, so d is `caption_projection_dim`.
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from agsm_loss.integrations.soft_token_hooks import JointBackbone
 
@@ -20,3 +20,20 @@ class SD3Backbone(JointBackbone):
 
     def blocks(self, model: Any) -> list[nn.Module]:
         return list(model.transformer_blocks)
+
+    def denoise(
+        self,
+        model: Any,
+        timesteps: Tensor,
+        noisy: Tensor,
+        conditioning: dict[str, Tensor],
+        image: dict[str, Tensor],
+    ) -> Tensor:
+        out = model(
+            noisy,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            pooled_projections=conditioning["pooled_prompt_embeds"],
+            timestep=timesteps,
+            return_dict=False,
+        )
+        return out[0]

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -99,6 +100,20 @@ class Backbone(ABC):
     def timesteps(self, model: nn.Module, call: Arguments) -> Any:
         """The call's timesteps in 0..1000: a number, or a tensor () or (N,)."""
         return call["timestep"]
+
+    @abstractmethod
+    def denoise(
+        self,
+        model: Any,
+        timesteps: Tensor,
+        noisy: Tensor,
+        conditioning: dict[str, Tensor],
+        image: dict[str, Tensor],
+    ) -> Tensor:
+        """Call the denoiser as its stock pipeline does: (N, C, H, W) to a prediction of that shape.
+
+        `timesteps` (N,) in 0..1000; the rest as in `agsm_loss.integrations.training.TokenDenoiser`.
+        """
 
     def shared(self) -> bool:
         """Whether one set of tokens serves all blocks, in place of one set a block."""
@@ -225,6 +240,16 @@ class CrossBackbone(Backbone):
             return torch.cat([text, carried[:, layer * n : (layer + 1) * n]], dim=1), n
 
         return select
+
+
+def patches(latents: Tensor) -> Tensor:
+    """Latents (N, C, H, W) as the rows (N, H/2·W/2, 4C) that Flux and Qwen-Image take."""
+    return rearrange(latents, "n c (h p) (w q) -> n (h w) (c p q)", p=2, q=2)
+
+
+def unpatched(rows: Tensor, latents: Tensor) -> Tensor:
+    """The inverse, for predictions of the shape of `latents`."""
+    return rearrange(rows, "n (h w) (c p q) -> n c (h p) (w q)", p=2, q=2, h=latents.shape[2] // 2)
 
 
 def extended_bias(bias: Tensor | None, added: int, position: int | None = None) -> Tensor | None:

@@ -53,6 +53,24 @@ class UNetBackbone(Backbone):
     def shared(self) -> bool:
         return True
 
+    def denoise(
+        self,
+        model: Any,
+        timesteps: Tensor,
+        noisy: Tensor,
+        conditioning: dict[str, Tensor],
+        image: dict[str, Tensor],
+    ) -> Tensor:
+        added = None
+        if "pooled_prompt_embeds" in conditioning:  # SDXL
+            added = {
+                "text_embeds": conditioning["pooled_prompt_embeds"],
+                "time_ids": image["add_time_ids"],
+            }
+        text = conditioning["prompt_embeds"]
+        out = model(noisy, timesteps, text, added_cond_kwargs=added, return_dict=False)
+        return out[0]
+
     def register(self, model: nn.Module, attachment: Any) -> list[RemovableHandle]:
         names = parameter_names(model)
         n = attachment.tokens.num_tokens

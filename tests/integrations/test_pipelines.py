@@ -1,0 +1,269 @@
+"""Stock pipelines from a saved folder: who wears what, against a hand-written sampling loop."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+)
+from peft import LoraConfig
+from pipelines_tiny import saved_pipeline
+
+from agsm_loss import Bank
+from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
+from agsm_loss.integrations.pipelines import (
+    Sampling,
+    denoiser_of,
+    load_soft_tokens,
+    set_sampling,
+)
+from agsm_loss.integrations.pretrained import SavedTokens
+
+STEPS, GUIDANCE = 3, 4.0
+NAMES = ("unet", "unet_sdxl", "sd3")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: saved_pipeline(name, tmp_path_factory.mktemp(name)) for name in NAMES}
+
+
+def load(folder):
+    parts = json.loads((folder / "model_index.json").read_text())
+    absent = {name: None for name, part in parts.items() if part == [None, None]}
+    pipe = DiffusionPipeline.from_pretrained(folder, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prompts(name):
+    g = torch.Generator().manual_seed(5)
+    out = {
+        "prompt_embeds": torch.randn(2, 6, 16, generator=g),
+        "negative_prompt_embeds": torch.randn(2, 6, 16, generator=g),
+    }
+    if name != "unet":
+        out["pooled_prompt_embeds"] = torch.randn(2, 12, generator=g)
+        out["negative_pooled_prompt_embeds"] = torch.randn(2, 12, generator=g)
+    return out
+
+
+def sample(pipe, name, guidance=GUIDANCE, **settings):
+    return pipe(
+        **prompts(name),
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(7),
+        height=8,
+        width=8,
+        output_type="latent",
+        **settings,
+    ).images
+
+
+def tokens_of(pipe):
+    torch.manual_seed(11)
+    return make_soft_tokens(denoiser_of(pipe), num_tokens=2, std=1.0)
+
+
+def by_hand(pipe, name, unconditional, conditional):
+    """Classifier-free guidance with a call of its own for each branch."""
+    model, scheduler, p = denoiser_of(pipe), pipe.scheduler, prompts(name)
+    attached = model._agsm_attached
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+    scheduler.set_timesteps(STEPS)
+    latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
+
+    def predict(sign, bank, t):
+        extra = {}
+        text, pooled = p[f"{sign}prompt_embeds"], p.get(f"{sign}pooled_prompt_embeds")
+        if name == "unet_sdxl":
+            ids = torch.tensor([[8.0, 8, 0, 0, 8, 8]] * 2)
+            extra["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
+        with torch.no_grad(), attached.using(bank):
+            if name == "sd3":
+                return model(latents, text, pooled, t.expand(2), return_dict=False)[0]
+            return model(latents, t, text, return_dict=False, **extra)[0]
+
+    for t in scheduler.timesteps:
+        without, given = predict("negative_", unconditional, t), predict("", conditional, t)
+        guided = without + GUIDANCE * (given - without)
+        latents = scheduler.step(guided, t, latents, return_dict=False)[0]
+    return latents
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_policy_equals_a_hand_written_loop(name, folders):
+    pipe = load(folders[name])
+    bare = sample(pipe, name)
+    attached = load_soft_tokens(pipe, tokens_of(pipe))
+    plus, minus, off = Bank.POSITIVE, Bank.NEGATIVE, Bank.OFF
+    seen = []
+    for sampling, banks in (
+        (Sampling.BOTH, (plus, plus)),
+        (Sampling.NEGATIVE_UNCONDITIONAL, (minus, plus)),
+        (Sampling.CONDITIONAL_ONLY, (off, plus)),
+        (Sampling.OFF, (off, off)),
+    ):
+        set_sampling(pipe, attached, sampling)
+        ours = sample(pipe, name)
+        torch.testing.assert_close(ours, by_hand(pipe, name, *banks), rtol=1e-3, atol=1e-4)
+        seen.append(ours)
+    assert torch.equal(seen[3], bare)
+    assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(seen) for b in seen[:i])
+    attached.detach()
+    assert torch.equal(sample(pipe, name), bare)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_guidance_there_is_one_branch(name, folders):
+    pipe = load(folders[name])
+    attached = load_soft_tokens(pipe, tokens_of(pipe))
+    expected = sample(pipe, name, guidance=1.0)
+    for sampling in (Sampling.NEGATIVE_UNCONDITIONAL, Sampling.CONDITIONAL_ONLY):
+        set_sampling(pipe, attached, sampling)
+        assert torch.equal(sample(pipe, name, guidance=1.0), expected)
+
+
+def test_a_prompt_as_usual_from_saved_tokens(folders, tmp_path):
+    pipe = load(folders["unet"])
+    attached = attach_soft_tokens(pipe.unet, tokens_of(pipe), blocks=("down", "mid", "up"))
+
+    def image():
+        settings = {"num_inference_steps": 2, "height": 8, "width": 8, "output_type": "np"}
+        generator = torch.Generator().manual_seed(0)
+        return pipe("two red circles", generator=generator, **settings).images
+
+    expected = image()
+    SavedTokens.of(attached).save_pretrained(tmp_path)
+    attached.detach()
+    bare = image()
+    again = load_soft_tokens(pipe, tmp_path)
+    assert np.array_equal(image(), expected) and not np.array_equal(bare, expected)
+    again.detach()
+    assert np.array_equal(image(), bare)
+
+
+def test_variants_share_the_denoiser_and_so_the_tokens(folders):
+    pipe = load(folders["unet"])
+    picture = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)
+    control = ControlNetModel.from_unet(pipe.unet, conditioning_channels=3)
+    parts = {**pipe.components, "requires_safety_checker": False}
+    variants = {
+        "img2img": (StableDiffusionImg2ImgPipeline(**parts), {"image": picture}),
+        "inpaint": (
+            StableDiffusionInpaintPipeline(**parts),
+            {"image": picture, "mask_image": torch.ones(1, 1, 8, 8), "height": 8, "width": 8},
+        ),
+        "controlnet": (
+            StableDiffusionControlNetPipeline(**parts, controlnet=control),
+            {"image": torch.rand(1, 3, 8, 8)},
+        ),
+    }
+
+    def run(variant, inputs):
+        variant.set_progress_bar_config(disable=True)
+        return variant(
+            "two red circles",
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+            **inputs,
+        ).images
+
+    bare = {n: run(*v) for n, v in variants.items()}
+    attached = load_soft_tokens(pipe, tokens_of(pipe))
+    worn = {n: run(*v) for n, v in variants.items()}
+    attached.detach()
+    for n, v in variants.items():
+        assert (worn[n] - bare[n]).abs().max() > 1e-3
+        assert torch.equal(run(*v), bare[n])
+
+
+def test_sd3_img2img(folders):
+    pipe = load(folders["sd3"])
+    variant = StableDiffusion3Img2ImgPipeline(**pipe.components)
+    variant.set_progress_bar_config(disable=True)
+
+    def run():
+        return variant(
+            **prompts("sd3"),
+            image=torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+
+    bare = run()
+    attached = load_soft_tokens(variant, tokens_of(variant))
+    assert (run() - bare).abs().max() > 1e-3
+    attached.detach()
+    assert torch.equal(run(), bare)
+
+
+@pytest.mark.parametrize("name", ["unet", "sd3"])
+def test_a_lora_loaded_and_fused(name, folders):
+    pipe = load(folders[name])
+    model = denoiser_of(pipe)
+    attached = load_soft_tokens(pipe, tokens_of(pipe))
+    before = sample(pipe, name)
+    torch.manual_seed(1)
+    model.add_adapter(
+        LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "style"
+    )
+    loaded = sample(pipe, name)
+    assert (loaded - before).abs().max() > 1e-3
+    pipe.fuse_lora()
+    torch.testing.assert_close(sample(pipe, name), loaded, rtol=1e-2, atol=1e-3)
+    attached.detach()
+
+
+@pytest.mark.parametrize("attach_first", [False, True])
+def test_beside_offloading_hooks(folders, attach_first):
+    """accelerate's hooks wrap forward, as enable_model_cpu_offload does on a GPU."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    pipe = load(folders["sd3"])
+    tokens = tokens_of(pipe)
+    attached = load_soft_tokens(pipe, tokens)
+    expected = sample(pipe, "sd3")
+    if not attach_first:
+        attached.detach()
+    add_hook_to_module(pipe.transformer, AlignDevicesHook(execution_device="cpu", offload=False))
+    if not attach_first:
+        attached = load_soft_tokens(pipe, tokens)
+    assert torch.equal(sample(pipe, "sd3"), expected)
+    remove_hook_from_module(pipe.transformer)
+    assert torch.equal(sample(pipe, "sd3"), expected)
+    attached.detach()
+
+
+@pytest.mark.unchecked_shapes
+def test_refusals(folders):
+    pipe = load(folders["sd3"])
+    with pytest.raises(TypeError, match="expected a Sampling, got 'both'"):
+        load_soft_tokens(pipe, tokens_of(pipe), "both")
+
+    class SeparateCalls:
+        transformer = pipe.transformer
+
+    with pytest.raises(ValueError, match="SeparateCalls runs its branches in calls of their own"):
+        load_soft_tokens(SeparateCalls(), tokens_of(pipe), Sampling.CONDITIONAL_ONLY)
+    with pytest.raises(TypeError, match="expected a pipeline with a unet or a transformer"):
+        denoiser_of(object())
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        load_soft_tokens(pipe, folders["sd3"])
+    assert not hasattr(pipe.transformer, "_agsm_attached")
+    pipe.do_perturbed_attention_guidance = True
+    attached = load_soft_tokens(pipe, tokens_of(pipe), Sampling.CONDITIONAL_ONLY)
+    with pytest.raises(ValueError, match="third branch"):
+        sample(pipe, "sd3")
+    attached.detach()
