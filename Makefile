@@ -18,6 +18,7 @@ lint: $(SETUP)
 
 bench: $(SETUP)
 	$(BIN)/python recipes/bench_loss.py
+	$(BIN)/python recipes/bench_backbones.py
 
 $(SETUP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

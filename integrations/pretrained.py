@@ -16,15 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from agsm_loss import SoftTokens
 from agsm_loss.integrations.attach import AttachedTokens, attach_soft_tokens, unwrap
 from agsm_loss.integrations.unet_tokens import UNetBackbone
+
+try:
+    from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+except ImportError as error:
+    raise ImportError(
+        "agsm_loss.integrations.pretrained needs huggingface_hub and safetensors: "
+        'pip install "agsm-loss[diffusers]"'
+    ) from error
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

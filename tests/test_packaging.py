@@ -36,6 +36,12 @@ def test_the_light_import_test_can_fail():
     assert imported_by("import agsm_loss, accelerate") == "accelerate"
 
 
+def test_a_missing_extra_is_named():
+    code = "import sys; sys.modules['safetensors'] = None; import agsm_loss.integrations.pretrained"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert 'pip install "agsm-loss[diffusers]"' in done.stderr
+
+
 def test_every_package_folder_is_in_the_wheel():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(settings["tool"]["setuptools"]["packages"])
