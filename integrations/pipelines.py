@@ -99,7 +99,8 @@ def _check_branches(pipe: Any, sampling: Sampling) -> None:
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling: expected a Sampling, got {sampling!r}.")
     uniform = sampling in (Sampling.BOTH, Sampling.OFF)
-    if not uniform and not hasattr(pipe, "do_classifier_free_guidance"):
+    # Asked of the class: on a pipeline that has not run yet the property itself fails.
+    if not uniform and not hasattr(type(pipe), "do_classifier_free_guidance"):
         raise ValueError(
             f"sampling: {type(pipe).__name__} runs its branches in calls of their own, which the "
             "denoiser can't tell apart. Use Sampling.BOTH, or write the loop with "
