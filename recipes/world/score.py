@@ -1,0 +1,117 @@
+"""GenEval's verdict on an image, with the reason for a wrong one.
+
+Rules follow GenEval's evaluator (arXiv 2310.11513): a row's `include` entries ask for at least
+`count` objects of a class, of a colour and in a place if they name them; its `exclude` entries
+forbid `count` or more. The overall score is the mean of the categories' scores.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .detect import Detection
+
+REASONS = ("missing", "wrong_colour", "wrong_place", "extra")
+POSITION_THRESHOLD = 0.1  # GenEval's: the offset must exceed this share of both objects' sizes
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`reason` is None where the image is right; counts are over the classes the row includes."""
+
+    tag: str
+    correct: bool
+    reason: str | None
+    expected: int
+    found: int
+
+
+def relations(one: Detection, other: Detection) -> set[str]:
+    """Where `one` is as seen from `other` (GenEval's `relative_position`)."""
+    boxes = np.array([one.box, other.box], dtype=float).reshape(2, 2, 2)
+    centre_one, centre_other = boxes.mean(axis=1)
+    sizes = boxes[:, 1] - boxes[:, 0]
+    offset = centre_one - centre_other
+    reach = np.maximum(np.abs(offset) - POSITION_THRESHOLD * sizes.sum(axis=0), 0) * np.sign(offset)
+    if np.all(np.abs(reach) < 1e-3):
+        return set()
+    dx, dy = reach / np.linalg.norm(offset)
+    tests = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {relation for relation, holds in tests.items() if holds}
+
+
+def _reason(found: Sequence[Detection], row: Mapping[str, Any]) -> str | None:
+    """The first of REASONS that applies, or None."""
+    matched: list[list[Detection]] = []
+    failed: set[str] = set()
+    for wanted in row["include"]:
+        objects = [one for one in found if one.shape == wanted["class"]]
+        if len(objects) < wanted["count"]:
+            failed.add("missing")
+        elif "color" in wanted:
+            objects = [one for one in objects if one.colour == wanted["color"]]
+            if len(objects) < wanted["count"]:
+                failed.add("wrong_colour")
+        if "position" in wanted and objects:
+            relation, target = wanted["position"]
+            anchors = matched[target]
+            if anchors and not any(relation in relations(a, b) for a in objects for b in anchors):
+                failed.add("wrong_place")
+        matched.append(objects)
+    for unwanted in row.get("exclude", []):
+        if sum(one.shape == unwanted["class"] for one in found) >= unwanted["count"]:
+            failed.add("extra")
+    return next((reason for reason in REASONS if reason in failed), None)
+
+
+def judge(found: Sequence[Detection], row: Mapping[str, Any]) -> Verdict:
+    """The verdict on an image's detections against its GenEval row."""
+    missing = sorted({"tag", "include"} - set(row))
+    if missing:
+        raise ValueError(f"row: expected a GenEval row with tag and include, {missing} missing")
+    reason = _reason(found, row)
+    classes = {wanted["class"] for wanted in row["include"]}
+    return Verdict(
+        tag=row["tag"],
+        correct=reason is None,
+        reason=reason,
+        expected=sum(wanted["count"] for wanted in row["include"]),
+        found=sum(one.shape in classes for one in found),
+    )
+
+
+def summarize(verdicts: Iterable[Verdict]) -> dict[str, Any]:
+    """Scores of many verdicts.
+
+    Returns `overall` (mean of the categories' scores), `n`, and under `categories` for each tag
+    present: `score`, `n`, `over` and `under` (shares of its images with too many or too few
+    objects of the classes asked for), `count_error` (mean |found - expected|), and `reasons`
+    (how many wrong images for each reason).
+    """
+    by_tag: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        by_tag.setdefault(verdict.tag, []).append(verdict)
+    if not by_tag:
+        raise ValueError("verdicts: expected at least one, got none")
+    categories: dict[str, dict[str, Any]] = {}
+    for tag, group in by_tag.items():
+        n = len(group)
+        reasons = Counter(verdict.reason for verdict in group if verdict.reason is not None)
+        categories[tag] = {
+            "score": sum(verdict.correct for verdict in group) / n,
+            "n": n,
+            "over": sum(verdict.found > verdict.expected for verdict in group) / n,
+            "under": sum(verdict.found < verdict.expected for verdict in group) / n,
+            "count_error": sum(abs(verdict.found - verdict.expected) for verdict in group) / n,
+            "reasons": {reason: reasons[reason] for reason in REASONS},
+        }
+    return {
+        "overall": sum(category["score"] for category in categories.values()) / len(categories),
+        "n": sum(category["n"] for category in categories.values()),
+        "categories": categories,
+    }

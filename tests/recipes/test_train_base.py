@@ -1,0 +1,176 @@
+"""The base-model script: options, one step's data, resume, and the pipelines it saves."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+import train_base
+import world_models
+from world.captions import vocabulary
+from world.prompts import rows
+from world_eval import sample, sheet, verdicts
+
+SMALL = ["--layers", "1", "--steps", "4", "--batch-size", "4", "--warmup", "1",
+         "--decay", "2", "--log-every", "1", "--eval-every", "4", "--eval-per-category", "1",
+         "--eval-steps", "2", "--save-every", "2"]  # fmt: skip
+KINDS = {"flow": StableDiffusion3Pipeline, "epsilon": StableDiffusionPipeline}
+WIDTHS = {"flow": "32", "epsilon": "8"}
+
+
+def log(folder):
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    for entry in entries:
+        del entry["seconds"]
+    return entries
+
+
+def weights(folder):
+    files = sorted((folder / "pipeline").rglob("*.safetensors"))
+    assert files
+    return {f"{file.parent.name}.{k}": v for file in files for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("base", ["flow", "epsilon"])
+def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = ["--base", base, "--width", WIDTHS[base], *SMALL, "--corrupt-count", "0.5"]
+    train_base.main([*arguments, "--output", str(whole)])
+
+    original = train_base.batch
+
+    def killed(options, step, rank):
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(options, step, rank)
+
+    monkeypatch.setattr(train_base, "batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_base.main([*arguments, "--output", str(cut)])
+    monkeypatch.setattr(train_base, "batch", original)
+    with pytest.raises(ValueError, match="--resume"):
+        train_base.main([*arguments, "--output", str(cut)])
+    train_base.main([*arguments, "--output", str(cut), "--resume"])
+
+    assert log(cut) == log(whole)
+    one, other = weights(whole), weights(cut)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (whole / "sheets" / "000004.png").exists()
+
+    pipe = DiffusionPipeline.from_pretrained(whole / "pipeline", dtype=torch.float32)
+    assert type(pipe) is KINDS[base]
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("two red circles", num_inference_steps=2).images[0]
+    assert image.size == (24, 24)
+
+    train_base.main([*arguments, "--steps", "1", "--init-from", str(whole / "pipeline"),
+                     "--lr", "0", "--output", str(tmp_path / "more")])  # fmt: skip
+    again = weights(tmp_path / "more")
+    assert all(torch.equal(one[name], again[name]) for name in one)
+
+
+def test_encoding_equals_the_pipelines():
+    model = world_models.FlowBase(width=32, layers=1).eval()
+    told = ["two red circles", "a red circle left of a blue square", ""]
+    text, pooled = model.encode(told, t5_length=5)
+    want, _, want_pooled, _ = model.pipeline().encode_prompt(
+        told, None, None, do_classifier_free_guidance=False, max_sequence_length=5
+    )
+    torch.testing.assert_close(text, want)
+    torch.testing.assert_close(pooled, want_pooled)
+
+    epsilon = world_models.EpsilonBase(width=32).eval()
+    ids = world_models.token_ids(epsilon.tokenizer, told, epsilon.denoiser.device)
+    got = epsilon.text_encoder(ids).last_hidden_state
+    want, _ = epsilon.pipeline().encode_prompt(told, torch.device("cpu"), 1, False)
+    torch.testing.assert_close(got, want)
+
+
+def test_every_word_is_one_token_and_survives_saving(tmp_path):
+    tokenizer = world_models.build_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = type(tokenizer).from_pretrained(tmp_path)
+    assert loaded.model_max_length == world_models.MAX_TOKENS
+    seen = set()
+    for word in vocabulary():
+        ids = tokenizer(word).input_ids
+        assert len(ids) == 3, word  # BOS, the word, EOS
+        assert loaded(word).input_ids == ids
+        seen.add(ids[1])
+    assert len(seen) == len(vocabulary())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_vae_is_the_identity_to_half_a_grey_level(dtype):
+    vae = world_models.identity_vae().to(dtype)
+    images = torch.linspace(-1, 1, 24 * 24 * 3).reshape(1, 3, 24, 24).to(dtype)
+    latents = vae.encode(images).latents
+    scale = vae.config.scaling_factor
+    torch.testing.assert_close(
+        latents * scale, images * world_models.LATENT_SCALE, atol=4e-3, rtol=0
+    )
+    assert (vae.decode(latents).sample - images).abs().max() < 1 / 255
+
+
+def test_sampling_does_not_depend_on_the_batch(tmp_path):
+    pipe = world_models.FlowBase(width=32, layers=1).eval().pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    wanted = rows("validation", 1)
+    prompts = [row["prompt"] for row in wanted]
+    one = sample(pipe, prompts, seed=3, steps=2, cfg=2.0, batch_size=6)
+    two = sample(pipe, prompts, seed=3, steps=2, cfg=2.0, batch_size=4)
+    assert np.abs(one.astype(int) - two).max() <= 1
+    judged = verdicts(one, wanted)
+    sheet(one, wanted, judged, tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 0
+    with pytest.raises(ValueError, match="one row an image"):
+        verdicts(one, wanted[:2])
+
+
+def test_a_batch_is_a_function_of_seed_step_and_process():
+    options = train_base.Options(batch_size=8)
+    images, captions = train_base.batch(options, 5, 0)
+    same, told = train_base.batch(options, 5, 0)
+    assert torch.equal(images, same) and captions == told
+    for step, rank in ((6, 0), (5, 1)):
+        assert not torch.equal(images, train_base.batch(options, step, rank)[0])
+    assert images.shape == (8, 3, 24, 24)
+
+
+def test_rate_rises_holds_and_falls():
+    options = train_base.Options(steps=100, warmup=10, decay=20)
+    rates = [train_base.rate(step, options) for step in range(101)]
+    assert rates[0] == 0.1 and rates[9] == rates[80] == 1.0
+    assert rates[90] == 0.5 and rates[100] == 0.0
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("steps: 7\nlr: 1\ncompile: true\n")
+    options = train_base.parse(["--config", str(file), "--steps", "9", "--no-compile"])
+    assert (options.steps, options.lr, options.compile) == (9, 1.0, False)
+
+
+@pytest.mark.parametrize("text", ["stepz: 3", "steps: many"])
+def test_a_bad_file_is_named(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="step"):
+        train_base.parse(["--config", str(file)])
+
+
+def test_an_unknown_base_is_named():
+    with pytest.raises(ValueError, match="flow"):
+        train_base.build(train_base.Options(base="gan"))
+
+
+def test_shipped_configs_parse(recipes):
+    files = sorted((recipes / "configs").glob("base_*.yaml"))
+    assert files
+    for file in files:
+        train_base.parse(["--config", str(file)])
