@@ -1,4 +1,4 @@
-"""Prompts -> a pipeline's images -> verdicts, and a sheet of both."""
+"""Images -> verdicts by the world's exact detector, and a sheet of both."""
 
 from __future__ import annotations
 
@@ -8,33 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, ImageDraw
 
 from world.detect import detect
 from world.score import Verdict, judge
-from world_models import pipeline_arguments
-
-
-def sample(
-    pipe: Any, prompts: Sequence[str], *, seed: int, steps: int, cfg: float, batch_size: int = 256
-) -> npt.NDArray[np.uint8]:
-    """One image a prompt, (N, H, W, 3) uint8. Image i has its own generator, seeded seed + i, so
-    that it does not depend on the batch size or on the other prompts."""
-    images: list[npt.NDArray[np.uint8]] = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = list(prompts[start : start + batch_size])
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
-        result = pipe(
-            chunk,
-            num_inference_steps=steps,
-            guidance_scale=cfg,
-            generator=generators,
-            output_type="np",
-            **pipeline_arguments(pipe),
-        ).images
-        images.append((result * 255).round().astype(np.uint8))
-    return np.concatenate(images)
 
 
 def verdicts(images: npt.NDArray[np.uint8], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
@@ -47,28 +24,32 @@ def verdicts(images: npt.NDArray[np.uint8], rows: Sequence[Mapping[str, Any]]) -
 def sheet(
     images: npt.NDArray[np.uint8],
     rows: Sequence[Mapping[str, Any]],
-    judged: Sequence[Verdict],
+    judged: Sequence[Verdict] | None,
     path: Path,
     *,
     columns: int = 8,
-    zoom: int = 6,
+    side: int = 144,
 ) -> None:
-    """Saves a PNG of images (N, H, W, 3) with prompt and verdict under each."""
-    height, width = images.shape[1] * zoom, images.shape[2] * zoom
+    """Saves a PNG of images (N, H, W, 3), enlarged or reduced to `side` pixels, with prompt and,
+    where they were judged, verdict under each."""
+    height = width = side
     cell_width, cell_height = width + 8, height + 40
     lines = -(-len(images) // columns)
     page = Image.new("RGB", (columns * cell_width, lines * cell_height), "white")
     draw = ImageDraw.Draw(page)
-    for index, (image, row, verdict) in enumerate(zip(images, rows, judged, strict=True)):
+    for index, (image, row) in enumerate(zip(images, rows, strict=True)):
         left, top = index % columns * cell_width + 4, index // columns * cell_height + 2
-        page.paste(
-            Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top)
-        )
+        crisp = max(image.shape[:2]) <= side
+        filter_ = Image.Resampling.NEAREST if crisp else Image.Resampling.LANCZOS
+        page.paste(Image.fromarray(image).resize((width, height), filter_), (left, top))
         words, half = row["prompt"].split(), (len(row["prompt"].split()) + 1) // 2
         cut = half if len(row["prompt"]) > 22 else len(words)
         draw.text((left, top + height + 1), " ".join(words[:cut]), fill="black")
         draw.text((left, top + height + 12), " ".join(words[cut:]), fill="black")
-        text, colour = ("right", "green") if verdict.correct else (str(verdict.reason), "red")
+        if judged is None:
+            continue
+        verdict = judged[index]
+        text, colour = ("right", "green") if verdict.correct else (str(verdict.reason)[:24], "red")
         draw.text((left, top + height + 24), text, fill=colour)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)

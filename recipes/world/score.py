@@ -22,13 +22,16 @@ POSITION_THRESHOLD = 0.1  # GenEval's: the offset must exceed this share of both
 
 @dataclass(frozen=True)
 class Verdict:
-    """`reason` is None where the image is right; counts are over the classes the row includes."""
+    """`reason` is None where the image is right; counts are over the classes the row includes.
+
+    `found` is None where the evaluator didn't say.
+    """
 
     tag: str
     correct: bool
     reason: str | None
     expected: int
-    found: int
+    found: int | None
 
 
 def relations(one: Detection, other: Detection) -> set[str]:
@@ -90,8 +93,8 @@ def summarize(verdicts: Iterable[Verdict]) -> dict[str, Any]:
 
     Returns `overall` (mean of the categories' scores), `n`, and under `categories` for each tag
     present: `score`, `n`, `over` and `under` (shares of its images with too many or too few
-    objects of the classes asked for), `count_error` (mean |found - expected|), and `reasons`
-    (how many wrong images for each reason).
+    objects of the classes asked for), `count_error` (mean |found - expected|), these three only
+    where `found` is known, and `reasons` (how many wrong images for each reason).
     """
     by_tag: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
@@ -105,13 +108,23 @@ def summarize(verdicts: Iterable[Verdict]) -> dict[str, Any]:
         categories[tag] = {
             "score": sum(verdict.correct for verdict in group) / n,
             "n": n,
-            "over": sum(verdict.found > verdict.expected for verdict in group) / n,
-            "under": sum(verdict.found < verdict.expected for verdict in group) / n,
-            "count_error": sum(abs(verdict.found - verdict.expected) for verdict in group) / n,
+            **_counts(group),
             "reasons": {reason: reasons[reason] for reason in REASONS},
         }
     return {
         "overall": sum(category["score"] for category in categories.values()) / len(categories),
         "n": sum(category["n"] for category in categories.values()),
         "categories": categories,
+    }
+
+
+def _counts(group: Sequence[Verdict]) -> dict[str, float]:
+    """Shares of over- and under-counting images and the mean error; none where it isn't known."""
+    off = [verdict.found - verdict.expected for verdict in group if verdict.found is not None]
+    if not off:
+        return {}
+    return {
+        "over": sum(error > 0 for error in off) / len(off),
+        "under": sum(error < 0 for error in off) / len(off),
+        "count_error": sum(map(abs, off)) / len(off),
     }

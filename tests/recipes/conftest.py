@@ -14,3 +14,30 @@ if str(RECIPES) not in sys.path:
 def recipes():
     """The folder of the recipes."""
     return RECIPES
+
+
+@pytest.fixture(scope="session", params=["flow", "epsilon"])
+def any_base(request, tmp_path_factory):
+    """Folder of an untrained tiny pipeline of the world, one of each kind."""
+    return _saved(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def flow_base(tmp_path_factory):
+    return _saved("flow", tmp_path_factory)
+
+
+def _saved(kind, tmp_path_factory):
+    import torch
+
+    import world_models
+
+    torch.manual_seed(0)
+    model = world_models.BASES[kind](width={"flow": 32, "epsilon": 8}[kind], layers=1)
+    # A new transformer predicts nothing at all: its last layer is zero.
+    for parameter in model.denoiser.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    folder = tmp_path_factory.mktemp(kind) / "pipeline"
+    model.pipeline().save_pretrained(folder)
+    return folder

@@ -1,0 +1,231 @@
+"""Captioned images for post-training, a batch a micro-step: the world's, or any data set's.
+
+    batches = open_batches("world", ...)            the embedded world, rendered on the fly
+    batches = open_batches("photos.parquet", ...)   a file, an imagefolder, or a hub id
+
+Item i of either is a function of (seed, i, process): a resumed run sees what it would have seen.
+Both give hard negatives where asked: captions one edit away from the image's own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from world.captions import OPPOSITE, caption, hard_negatives
+from world.prompts import scenes
+from world.render import render, to_model
+
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+COLOUR_WORDS = (
+    "red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "gray",
+)  # fmt: skip
+RELATION_WORDS = {**OPPOSITE, "below": "above", "on": "under", "under": "on"}
+RELATION_WORDS |= {"in front of": "behind", "behind": "in front of", "left": "right"}
+RELATION_WORDS |= {"right": "left", "inside": "outside", "outside": "inside"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """pixels (B, 3, H, W) in [-1, 1]; `hard[i]`: edited captions of image i, maybe none."""
+
+    pixels: Tensor
+    captions: list[str]
+    image_ids: list[int]
+    hard: list[list[str]]
+
+
+class WorldBatches(Dataset[Batch]):
+    """Scenes of a fold's prompts with their own captions and, as hard negatives, random edits."""
+
+    def __init__(
+        self, batch_size: int, hard: int, *, seed: int, rank: int = 0, fold: str = "train"
+    ) -> None:
+        self.batch_size, self.hard, self.seed, self.rank, self.fold = (
+            batch_size,
+            hard,
+            seed,
+            rank,
+            fold,
+        )
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = np.random.default_rng([self.seed, index, self.rank, 3])
+        drawn = list(islice(scenes(int(rng.integers(2**62)), self.fold), self.batch_size))
+        pixels = to_model(np.stack([render(scene) for _, scene in drawn]))
+        hard = []
+        for spec, _ in drawn:
+            edits = [caption(edit) for edit in hard_negatives(spec)]
+            hard.append([edits[i] for i in rng.permutation(len(edits))[: self.hard]])
+        captions = [caption(spec) for spec, _ in drawn]
+        ids = [index * self.batch_size + i for i in range(self.batch_size)]
+        return Batch(torch.from_numpy(pixels), captions, ids, hard)
+
+
+class TableBatches(Dataset[Batch]):
+    """A table with an image column and a caption column (a text, or several: one is drawn).
+
+    Rows whose image cannot be read are replaced by the next row, and counted in `unreadable`.
+    Images are resized to cover `size` pixels a side, and cropped in the middle.
+    """
+
+    def __init__(
+        self,
+        table: Any,
+        batch_size: int,
+        hard: int,
+        *,
+        seed: int,
+        size: int,
+        rank: int = 0,
+        processes: int = 1,
+        image: str = "image",
+        text: str = "caption",
+    ) -> None:
+        from datasets import Image
+
+        missing = sorted({image, text} - set(table.column_names))
+        if missing:
+            raise ValueError(
+                f"data: expected columns {image!r} and {text!r}, {missing} missing among "
+                f"{table.column_names}. Name them with --image-column and --caption-column."
+            )
+        if len(table) == 0:
+            raise ValueError("data: expected at least one row, got none")
+        # Undecoded, so that a damaged file is an error of its own row.
+        self.table = table.cast_column(image, Image(decode=False))
+        self.batch_size, self.hard, self.seed, self.size = batch_size, hard, seed, size
+        self.rank, self.processes = rank, processes
+        self.image, self.text = image, text
+        self.unreadable: set[int] = set()
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = np.random.default_rng([self.seed, index, self.rank, 4])
+        pixels: list[Tensor] = []
+        captions: list[str] = []
+        ids: list[int] = []
+        start = (index * self.processes + self.rank) * self.batch_size
+        for place in range(start, start + self.batch_size):
+            row = self._row(place)
+            for _ in range(len(self.table)):
+                loaded = self._load(row)
+                if loaded is not None:
+                    break
+                row = (row + 1) % len(self.table)
+            else:
+                raise ValueError(f"data: none of the {len(self.table)} images can be read")
+            told = self.table[row][self.text]
+            captions.append(told if isinstance(told, str) else told[int(rng.integers(len(told)))])
+            pixels.append(loaded)
+            ids.append(row)
+        hard = [edited(text, self.hard, rng) for text in captions]
+        return Batch(torch.stack(pixels), captions, ids, hard)
+
+    def _row(self, place: int) -> int:
+        """Every row once an epoch, in an order that the seed and the epoch give."""
+        epoch, inside = divmod(place, len(self.table))
+        order = np.random.default_rng([self.seed, epoch, 5]).permutation(len(self.table))
+        return int(order[inside])
+
+    def _load(self, row: int) -> Tensor | None:
+        import io
+
+        from PIL import Image, ImageOps, UnidentifiedImageError
+
+        if row in self.unreadable:
+            return None
+        cell = self.table[row][self.image]
+        try:
+            with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as file:
+                fitted = ImageOps.fit(file.convert("RGB"), (self.size, self.size))
+        except (UnidentifiedImageError, OSError, TypeError, AttributeError):
+            self.unreadable.add(row)
+            return None
+        return torch.from_numpy(to_model(np.asarray(fitted)[None]))[0]
+
+
+def open_batches(
+    data: str,
+    batch_size: int,
+    hard: int,
+    *,
+    seed: int,
+    size: int,
+    rank: int = 0,
+    processes: int = 1,
+    image: str = "image",
+    text: str = "caption",
+    split: str = "train",
+) -> Dataset[Batch]:
+    """ "world", a .parquet, .jsonl or .csv file, a folder of images with metadata, or a hub id."""
+    if data == "world":
+        return WorldBatches(batch_size, hard, seed=seed, rank=rank)
+    from datasets import load_dataset
+
+    path = Path(data)
+    kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+    if path.is_dir():
+        table = load_dataset("imagefolder", data_dir=data, split=split)
+    elif path.suffix in kinds:
+        if not path.exists():
+            raise FileNotFoundError(f"data: no file {data}")
+        table = load_dataset(kinds[path.suffix], data_files=data, split=split)
+    else:
+        table = load_dataset(data, split=split)
+    return TableBatches(
+        table,
+        batch_size,
+        hard,
+        seed=seed,
+        size=size,
+        rank=rank,
+        processes=processes,
+        image=image,
+        text=text,
+    )
+
+
+def edits(text: str) -> list[str]:
+    """English captions one edit from `text`: count ±1, another colour, relation reversed.
+
+    >>> edits("two red cats on a mat")[:3]
+    ['three red cats on a mat', 'two green cats on a mat', 'two blue cats on a mat']
+    """
+    changed: list[str] = []
+
+    def swap(match: re.Match[str], word: str) -> None:
+        changed.append(text[: match.start()] + word + text[match.end() :])
+
+    for match in _words(NUMBERS, text):
+        place = NUMBERS.index(match.group().lower())
+        for other in (place - 1, place + 1):
+            if 0 <= other < len(NUMBERS):
+                swap(match, NUMBERS[other])
+    for match in _words(COLOUR_WORDS, text):
+        for colour in COLOUR_WORDS:
+            if colour != match.group().lower():
+                swap(match, colour)
+    for match in _words(tuple(RELATION_WORDS), text):
+        swap(match, RELATION_WORDS[match.group().lower()])
+    return changed
+
+
+def edited(text: str, number: int, rng: np.random.Generator) -> list[str]:
+    """Up to `number` of a caption's edits, drawn without replacement."""
+    every = edits(text) if number else []
+    return [every[i] for i in rng.permutation(len(every))[:number]]
+
+
+def _words(words: Sequence[str], text: str) -> list[re.Match[str]]:
+    longest_first = sorted(words, key=len, reverse=True)
+    pattern = r"\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b"
+    return list(re.finditer(pattern, text, flags=re.IGNORECASE))

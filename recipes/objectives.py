@@ -1,0 +1,161 @@
+"""What a soft-token recipe minimises: AGSM, SoftREPA, or plain denoising, all with one face.
+
+    objective(noisy, timesteps, target, conditioning, candidates, image) -> (loss, metrics)
+    objective.after_step()                 after each optimizer step
+    objective.state_dict(), load_state_dict()
+
+`conditioning` has one row a caption of the candidates' pool; `candidates` says who competes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from agsm_loss import (
+    EMA,
+    AdaptiveTemperature,
+    AGSMLoss,
+    AGSMRegularizer,
+    Bank,
+    Candidates,
+    SoftREPALoss,
+)
+from agsm_loss import functional as AF
+
+
+class Inputs(NamedTuple):
+    """One noised batch of B images and P captions."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    conditioning: dict[str, Tensor]
+    image: dict[str, Tensor]
+    candidates: Candidates
+
+
+Result = tuple[Tensor, Mapping[str, Tensor]]
+
+
+class AGSM:
+    """`AGSMRegularizer` alone, with λ = 1."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        *,
+        pos_scale: float,
+        neg_scale: float,
+        temperature: float,
+        entropy: float,
+        ema_decay: float,
+        chunk_size: int | None,
+        parameters: Any,
+    ) -> None:
+        weights = AdaptiveTemperature(entropy) if entropy else temperature
+        loss = AGSMLoss(pos_scale=pos_scale, neg_scale=neg_scale, temperature=weights)
+        self.regularizer = AGSMRegularizer(
+            denoiser,
+            EMA(parameters, decay=ema_decay),
+            loss,
+            chunk_size=chunk_size,
+            allow_empty=True,
+        )
+
+    def __call__(self, inputs: Inputs) -> Result:
+        output = self.regularizer(
+            inputs.noisy,
+            inputs.timesteps,
+            inputs.target,
+            inputs.conditioning,
+            candidates=inputs.candidates,
+            image_conditioning=inputs.image,
+        )
+        return output.loss, output.metrics
+
+    def after_step(self) -> None:
+        self.regularizer.update_ema()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.regularizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.regularizer.load_state_dict(state)
+
+
+class SoftREPA:
+    """SoftREPA's contrast over the same candidates; every caption wears the one bank."""
+
+    def __init__(self, denoiser: nn.Module, loss: SoftREPALoss) -> None:
+        self.denoiser, self.loss = denoiser, loss
+
+    def __call__(self, inputs: Inputs) -> Result:
+        candidates = inputs.candidates
+        pred = _every_candidate(self.denoiser, inputs)
+        positives = candidates.positives.to(pred.device)
+        mask = candidates.mask.to(pred.device)
+        loss = self.loss(pred, inputs.target, positives, mask)
+        return loss, _ranking(pred, inputs.target, candidates, self.loss.temperature)
+
+    def after_step(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Denoising:
+    """Plain score matching of each image under its own caption, which wears ψ⁺."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
+
+    def __call__(self, inputs: Inputs) -> Result:
+        batch = len(inputs.noisy)
+        own = {name: value[:batch] for name, value in inputs.conditioning.items()}
+        bank = torch.full((batch,), int(Bank.POSITIVE))
+        pred = self.denoiser(inputs.noisy, inputs.timesteps, own, bank, **inputs.image)
+        return AF.denoising_error(pred.unsqueeze(1), inputs.target).mean(), {}
+
+    def after_step(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def _every_candidate(denoiser: nn.Module, inputs: Inputs) -> Tensor:
+    """(B, K, *D): one forward pass over all B·K pairs."""
+    batch, number = inputs.candidates.index.shape
+    images = torch.arange(batch).repeat_interleave(number).to(inputs.noisy.device)
+    pool = inputs.candidates.index.flatten().to(inputs.noisy.device)
+    pred = denoiser(
+        inputs.noisy[images],
+        inputs.timesteps[images],
+        {name: value[pool] for name, value in inputs.conditioning.items()},
+        torch.full((batch * number,), int(Bank.POSITIVE)),
+        **{name: value[images] for name, value in inputs.image.items()},
+    )
+    return pred.unflatten(0, (batch, number))
+
+
+def _ranking(
+    pred: Tensor, target: Tensor, candidates: Candidates, temperature: float
+) -> dict[str, Tensor]:
+    """How often, and by how much, the matching caption has the smallest error."""
+    terms = AF.agsm_terms(
+        pred.detach(),
+        pred.detach(),
+        target,
+        candidates.positives.to(pred.device),
+        candidates.mask.to(pred.device),
+        temperature=temperature,
+    )
+    wanted = ("win_rate", "score_margin", "positive_weight", "chance_weight", "weight_entropy")
+    return {f"agsm/{name}": getattr(terms, name) for name in wanted}

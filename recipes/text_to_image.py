@@ -1,0 +1,156 @@
+"""A diffusers text-to-image pipeline, taken apart for training: text, latents, timesteps.
+
+    model = TextToImage.load("stabilityai/stable-diffusion-3-medium-diffusers", torch.bfloat16)
+    conditioning = model.encode_prompts(captions)      # what TokenDenoiser takes
+    latents = model.encode_images(pixels)              # (B, C, h, w)
+
+Everything is frozen. Known: Stable Diffusion 1.x and 2.x, SDXL, SD3 and SD3.5, Flux.1.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from torch import Tensor, nn
+
+from agsm_loss.integrations.pipelines import denoiser_of
+from agsm_loss.integrations.training import prediction_type
+from world_models import pipeline_arguments
+
+# Which outputs of `encode_prompt` are which conditioning.
+_OUTPUTS: dict[str, dict[str, int]] = {
+    "StableDiffusionPipeline": {"prompt_embeds": 0},
+    "StableDiffusionXLPipeline": {"prompt_embeds": 0, "pooled_prompt_embeds": 2},
+    "StableDiffusion3Pipeline": {"prompt_embeds": 0, "pooled_prompt_embeds": 2},
+    "FluxPipeline": {"prompt_embeds": 0, "pooled_prompt_embeds": 1},
+}
+
+
+class TextToImage:
+    """A frozen pipeline.
+
+    Args:
+        pipe: the pipeline.
+        cached_prompts: encodings of so many different prompts are kept, on the CPU.
+        guidance: the distilled guidance scale that Flux.1-dev is given in training.
+    """
+
+    def __init__(self, pipe: Any, *, cached_prompts: int = 10_000, guidance: float = 3.5) -> None:
+        names = [kind.__name__ for kind in type(pipe).__mro__]
+        self.outputs = next((_OUTPUTS[name] for name in names if name in _OUTPUTS), None)
+        if self.outputs is None:
+            raise TypeError(
+                f"model: expected one of {sorted(_OUTPUTS)}, got {type(pipe).__name__}. For another "
+                "pipeline write the step with agsm_loss.integrations.training."
+            )
+        self.pipe = pipe
+        self.guidance = guidance
+        self.cached_prompts = cached_prompts
+        self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, model: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+        """From a saved folder or a hub id; the VAE in float32, where SDXL's is not finite in fp16."""
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
+        pipe.to(device)
+        if dtype is not torch.float32:
+            pipe.vae.to(torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        return cls(pipe)
+
+    @property
+    def denoiser(self) -> Any:
+        """The UNet or transformer."""
+        return denoiser_of(self.pipe)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """One row a prompt in every tensor, as `TokenDenoiser` names them."""
+        missing = [text for text in dict.fromkeys(prompts) if text not in self._cache]
+        if missing:
+            encoded = self._encode(missing)
+            for row, text in enumerate(missing):
+                self._cache[text] = {name: value[row].cpu() for name, value in encoded.items()}
+        rows = [self._cache[text] for text in prompts]
+        for text in prompts:
+            self._cache.move_to_end(text)
+        while len(self._cache) > self.cached_prompts:
+            self._cache.popitem(last=False)
+        return {n: torch.stack([row[n] for row in rows]).to(self.device) for n in rows[0]}
+
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        known = inspect.signature(self.pipe.encode_prompt).parameters
+        wanted = {
+            "prompt": prompts,
+            "prompt_2": None,
+            "prompt_3": None,
+            "device": self.device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+            **pipeline_arguments(self.pipe),
+        }
+        given = {name: value for name, value in wanted.items() if name in known}
+        encoded = self.pipe.encode_prompt(**given)
+        assert self.outputs is not None
+        return {name: encoded[place] for name, place in self.outputs.items()}
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w) in float32."""
+        vae = self.pipe.vae
+        encoded = vae.encode(pixels.to(self.device, vae.dtype))
+        if hasattr(encoded, "latents"):
+            latents = encoded.latents
+        else:
+            # The generator lives on the CPU, so that any device draws alike.
+            spread = encoded.latent_dist
+            noise = torch.randn(spread.mean.shape, generator=generator).to(spread.mean)
+            latents = spread.mean + spread.std * noise
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return (latents.float() - shift) * vae.config.scaling_factor
+
+    def image_conditioning(self, pixels: Tensor) -> dict[str, Tensor]:
+        """SDXL's time ids (uncropped, at full size) and Flux's guidance, one row an image."""
+        batch, _, height, width = pixels.shape
+        if "StableDiffusionXLPipeline" in [kind.__name__ for kind in type(self.pipe).__mro__]:
+            ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device)
+            return {"add_time_ids": ids.repeat(batch, 1).float()}
+        if getattr(self.denoiser.config, "guidance_embeds", False):
+            return {"guidance": torch.full((batch,), self.guidance, device=self.device)}
+        return {}
+
+    def timesteps(self, number: int, density: str, generator: torch.Generator) -> Tensor:
+        """(number,) training timesteps: whole ones for a DDPM schedule, real ones for flows.
+
+        density: "uniform", or "logit_normal" (SD3's, flows only).
+        """
+        steps = self.pipe.scheduler.config.num_train_timesteps
+        flow = prediction_type(self.pipe.scheduler) == "flow"
+        if density == "logit_normal" and not flow:
+            raise ValueError(
+                "timestep_density: logit_normal is defined for flow matching; expected uniform for "
+                f"{type(self.pipe.scheduler).__name__}."
+            )
+        if not flow:
+            return torch.randint(steps, (number,), generator=generator).to(self.device)
+        share = compute_density_for_timestep_sampling(
+            density.replace("uniform", "none"),
+            number,
+            logit_mean=0.0,
+            logit_std=1.0,
+            generator=generator,
+        )
+        return (share * steps).to(self.device)

@@ -1,0 +1,133 @@
+"""Prompts to images in GenEval's layout, and images to scores."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+import generate
+from world.prompts import rows
+from world.render import render
+from world.score import Verdict
+
+
+def files(folder):
+    found = sorted(folder.glob("*/samples/*.png"))
+    return {str(f.relative_to(folder)): evaluate.pixels(f) for f in found}
+
+
+def run(model, folder, *flags):
+    generate.main(["--model", str(model), "--output", str(folder), "--prompts",
+                   "world:validation:1", "--steps", "2", "--images-per-prompt", "2", *flags])  # fmt: skip
+    return files(folder)
+
+
+def test_the_layout_is_genevals_and_a_second_call_goes_on(flow_base, tmp_path):
+    whole = run(flow_base, tmp_path / "a")
+    assert set(whole) == {f"{i:05d}/samples/{k:04d}.png" for i in range(6) for k in range(2)}
+    for i, row in enumerate(rows("validation", 1)):
+        assert json.loads((tmp_path / "a" / f"{i:05d}" / "metadata.jsonl").read_text()) == row
+    assert not np.array_equal(whole["00000/samples/0000.png"], whole["00000/samples/0001.png"])
+
+    lost = tmp_path / "a" / "00003" / "samples" / "0001.png"
+    kept = tmp_path / "a" / "00001" / "samples" / "0000.png"
+    lost.unlink()
+    stamp = kept.stat().st_mtime_ns
+    again = run(flow_base, tmp_path / "a", "--batch-size", "5")
+    assert kept.stat().st_mtime_ns == stamp
+    for name in whole:  # the same noise in any batch
+        assert np.abs(whole[name].astype(int) - again[name]).max() <= 1
+    with pytest.raises(ValueError, match="cfg"):
+        run(flow_base, tmp_path / "a", "--cfg", "7")
+
+
+def test_prompts_are_lines_or_rows(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n\na dog\n")
+    assert generate.read_prompts(str(tmp_path / "p.txt")) == [
+        {"prompt": "a cat"},
+        {"prompt": "a dog"},
+    ]
+    (tmp_path / "p.jsonl").write_text('{"tag": "x", "prompt": "a cat"}\n')
+    assert generate.read_prompts(str(tmp_path / "p.jsonl")) == [{"tag": "x", "prompt": "a cat"}]
+    (tmp_path / "q.jsonl").write_text('{"tag": "x"}\n')
+    with pytest.raises(ValueError, match="prompt"):
+        generate.read_prompts(str(tmp_path / "q.jsonl"))
+    with pytest.raises(ValueError, match="PER_CATEGORY"):
+        generate.read_prompts("world:heldout")
+    with pytest.raises(FileNotFoundError):
+        generate.read_prompts("nowhere.txt")
+
+
+def drawn(folder):
+    """Right pictures for half of the rows and empty ones for the others."""
+    from world.prompts import TAGS, specs
+    from world.scene import place
+
+    wanted = rows("validation", 4)
+    every = {json.dumps(_row(s)): s for tag in TAGS for s in specs(tag, "validation")}
+    for i, row in enumerate(wanted):
+        (folder / f"{i:05d}" / "samples").mkdir(parents=True)
+        (folder / f"{i:05d}" / "metadata.jsonl").write_text(json.dumps(row))
+        scene = place(every[json.dumps(row)], np.random.default_rng(i)) if i % 2 else ()
+        Image.fromarray(render(scene)).save(folder / f"{i:05d}" / "samples" / "0000.png")
+    return wanted
+
+
+def _row(spec):
+    from world.captions import metadata
+
+    return metadata(spec)
+
+
+def test_scores_of_a_folder(tmp_path, capsys):
+    drawn(tmp_path)
+    evaluate.main(["--images", str(tmp_path)])
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["overall"] == 0.5 and scores["n"] == 24
+    for category in scores["categories"].values():
+        assert category["score"] == 0.5 and category["under"] == 0.5
+        assert category["low"] < 0.5 < category["high"]
+    assert scores["low"] > category["low"]  # six categories together are surer than one
+    assert (
+        "0.500 [" in (tmp_path / "scores.md").read_text() and "0.500 [" in capsys.readouterr().out
+    )
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size[0] > 100
+
+
+def test_genevals_own_results_make_the_same_table(tmp_path):
+    wanted = drawn(tmp_path)
+    lines = [
+        {
+            "filename": f"/elsewhere/{i:05d}/samples/0000.png",
+            "tag": row["tag"],
+            "correct": i % 2 == 1,
+            "reason": "" if i % 2 else "expected a thing>=1, found 0",
+            "metadata": row,
+        }
+        for i, row in enumerate(wanted)
+    ]
+    results = tmp_path / "results.jsonl"
+    results.write_text("\n".join(json.dumps(line) for line in lines))
+    evaluate.main(["--images", str(tmp_path), "--results", str(results)])
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["overall"] == 0.5
+    assert "over" not in scores["categories"]["counting"]  # its evaluator doesn't say
+    results.write_text(json.dumps(lines[0]))
+    with pytest.raises(ValueError, match="no result for 00001"):
+        evaluate.main(["--images", str(tmp_path), "--results", str(results)])
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no images"):
+        evaluate.main(["--images", str(tmp_path)])
+
+
+def test_intervals_cover_what_they_should():
+    low, high = evaluate.wilson(10, 20)
+    assert low == pytest.approx(0.2993, abs=1e-4) and high == pytest.approx(0.7007, abs=1e-4)
+    sure = [Verdict("counting", True, None, 1, 1)] * 50
+    summary = evaluate.summarize_with_intervals(sure)
+    assert summary["high"] == 1.0 and 0.9 < summary["low"] < 1.0

@@ -1,0 +1,154 @@
+"""The soft-token recipe: every objective, resume, other data, two processes, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_agsm
+from options import parse
+from world.export import captioned
+
+FEW = ["--steps", "4", "--batch-size", "4", "--log-every", "1", "--eval-every", "4",
+       "--eval-per-category", "1", "--eval-steps", "2", "--save-every", "2", "--num-tokens", "2",
+       "--no-eval-at-start"]  # fmt: skip
+
+
+def train(model, folder, *flags):
+    train_agsm.main(["--model", str(model), "--output", str(folder), *FEW, *flags])
+    return load_file(folder / "tokens" / "model.safetensors")
+
+
+def log(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def test_a_killed_run_resumes_to_the_same_tokens(any_base, tmp_path, monkeypatch):
+    flags = ["--entropy", "0.7", "--negatives", "mixed", "--accumulate", "2"]
+    whole = train(any_base, tmp_path / "whole", *flags)
+    prepare, calls = train_agsm.prepare, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 7:  # in the fourth step
+            raise KeyboardInterrupt
+        return prepare(*args)
+
+    monkeypatch.setattr(train_agsm, "prepare", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(any_base, tmp_path / "cut", *flags)
+    monkeypatch.setattr(train_agsm, "prepare", prepare)
+    with pytest.raises(ValueError, match="--resume"):
+        train(any_base, tmp_path / "cut", *flags)
+    resumed = train(any_base, tmp_path / "cut", *flags, "--resume")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--objective", "softrepa", "--banks", "shared"],
+        ["--objective", "denoising", "--banks", "positive_only"],
+        ["--banks", "shared", "--negatives", "hard"],
+        ["--neg-scale", "0", "--banks", "positive_only", "--time-buckets", "0"],
+        ["--chunk-size", "3", "--gradient-checkpointing", "--timestep-density", "logit_normal"],
+    ],
+    ids=" ".join,
+)
+def test_every_objective_moves_the_tokens_and_never_the_backbone(flow_base, tmp_path, flags):
+    before = train(flow_base, tmp_path / "still", *flags, "--lr", "0")
+    after = train(flow_base, tmp_path / "run", *flags)
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert set(moved) == {name for name in before if name != "frozen"}
+    last = log(tmp_path / "run")[-1]
+    assert 0 <= last["scores"]["overall"] <= 1
+    assert ("agsm/win_rate" in last) == ("denoising" not in flags)
+    assert list((tmp_path / "run" / "sheets").glob("*.png"))
+
+
+def test_a_chunked_run_is_the_whole_run(flow_base, tmp_path):
+    whole = train(flow_base, tmp_path / "whole")
+    chunked = train(flow_base, tmp_path / "chunked", "--chunk-size", "3")
+    for name in whole:
+        torch.testing.assert_close(whole[name], chunked[name], atol=1e-4, rtol=1e-3)
+
+
+def test_tokens_load_into_the_pipeline_and_say_where_they_come_from(any_base, tmp_path):
+    from agsm_loss.integrations.pipelines import load_soft_tokens
+    from agsm_loss.integrations.pretrained import SavedTokens
+    from text_to_image import TextToImage
+
+    train(any_base, tmp_path)
+    saved = SavedTokens.from_pretrained(tmp_path / "tokens")
+    assert saved.base_model == str(any_base)
+    assert saved.training["num_tokens"] == 2
+    model = TextToImage.load(str(any_base), torch.float32)
+    attached = load_soft_tokens(model.pipe, tmp_path / "tokens")
+    assert model.pipe("two red circles", num_inference_steps=1).images[0].size == (24, 24)
+    attached.detach()
+
+
+def test_any_table_of_images_and_captions_will_do(flow_base, tmp_path):
+    captioned(8, seed=0).to_parquet(tmp_path / "w.parquet")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("two red circles\na square\n")
+    flags = ["--data", str(tmp_path / "w.parquet"), "--resolution", "24", "--negatives", "hard"]
+    train(flow_base, tmp_path / "run", *flags, "--prompts", str(prompts))
+    assert log(tmp_path / "run")[-1]["scores"] == {}
+    assert (tmp_path / "run" / "sheets" / "000004.png").exists()
+
+
+def test_what_makes_no_sense_is_refused(flow_base, tmp_path):
+    with pytest.raises(ValueError, match="SoftREPA has one bank"):
+        train(flow_base, tmp_path / "a", "--objective", "softrepa")
+    from text_to_image import TextToImage
+
+    with pytest.raises(TypeError, match="StableDiffusion3Pipeline"):
+        TextToImage(object())
+
+
+def test_logit_normal_timesteps_are_for_flows(flow_base, tmp_path):
+    from text_to_image import TextToImage
+
+    model = TextToImage.load(str(flow_base), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    drawn = model.timesteps(4000, "logit_normal", generator)
+    even = model.timesteps(4000, "uniform", generator)
+    assert 0 <= drawn.min() and drawn.max() <= 1000
+    assert drawn.std() < even.std() - 50
+    from diffusers import DDIMScheduler
+
+    model.pipe.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match="flow matching"):
+        model.timesteps(4, "logit_normal", generator)
+    whole = model.timesteps(4, "uniform", generator)
+    assert torch.equal(whole, whole.round())
+
+
+def test_prompts_are_encoded_once_and_the_cache_is_bounded(flow_base, monkeypatch):
+    from text_to_image import TextToImage
+
+    model = TextToImage.load(str(flow_base), torch.float32)
+    model.cached_prompts = 2
+    asked = []
+    encode = model._encode
+    monkeypatch.setattr(model, "_encode", lambda prompts: asked.append(prompts) or encode(prompts))
+    first = model.encode_prompts(["two red circles", "a square", "two red circles"])
+    assert asked == [["two red circles", "a square"]]
+    assert torch.equal(first["prompt_embeds"][0], first["prompt_embeds"][2])
+    model.encode_prompts(["a circle"])  # puts out the one that was asked longest ago
+    model.encode_prompts(["two red circles"])
+    assert asked[1:] == [["a circle"]]
+    model.encode_prompts(["a square"])
+    assert asked[2:] == [["a square"]]
+
+
+def test_shipped_configs_parse(recipes):
+    files = sorted((recipes / "configs").glob("agsm_*.yaml"))
+    assert files
+    for file in files:
+        parse(train_agsm.Options, None, ["--config", str(file)])
