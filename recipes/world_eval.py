@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,27 +30,33 @@ def sheet(
     *,
     columns: int = 8,
     side: int = 144,
+    titles: Sequence[str] = (),
 ) -> None:
     """Saves a PNG of images (N, H, W, 3), enlarged or reduced to `side` pixels, with prompt and,
-    where they were judged, verdict under each."""
+    where they were judged, verdict under each. titles: one a column, above them."""
     height = width = side
     cell_width, cell_height = width + 8, height + 40
     lines = -(-len(images) // columns)
-    page = Image.new("RGB", (columns * cell_width, lines * cell_height), "white")
+    top_margin = 16 if titles else 0
+    size = (columns * cell_width, lines * cell_height + top_margin)
+    page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
+    for column, title in enumerate(titles):
+        draw.text((column * cell_width + 4, 2), title, fill="black")
     for index, (image, row) in enumerate(zip(images, rows, strict=True)):
         left, top = index % columns * cell_width + 4, index // columns * cell_height + 2
+        top += top_margin
         crisp = max(image.shape[:2]) <= side
         filter_ = Image.Resampling.NEAREST if crisp else Image.Resampling.LANCZOS
         page.paste(Image.fromarray(image).resize((width, height), filter_), (left, top))
-        words, half = row["prompt"].split(), (len(row["prompt"].split()) + 1) // 2
-        cut = half if len(row["prompt"]) > 22 else len(words)
-        draw.text((left, top + height + 1), " ".join(words[:cut]), fill="black")
-        draw.text((left, top + height + 12), " ".join(words[cut:]), fill="black")
+        told = textwrap.wrap(row["prompt"], width=side // 6)[:2]
+        draw.multiline_text((left, top + height + 1), "\n".join(told), fill="black", spacing=1)
         if judged is None:
             continue
         verdict = judged[index]
-        text, colour = ("right", "green") if verdict.correct else (str(verdict.reason)[:24], "red")
-        draw.text((left, top + height + 24), text, fill=colour)
+        text, colour = (
+            ("right", "green") if verdict.correct else (str(verdict.reason)[: side // 6], "red")
+        )
+        draw.text((left, top + height + 25), text, fill=colour)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)

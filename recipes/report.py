@@ -1,0 +1,247 @@
+"""A study's results -> report.md, report.html, curves.png, images.png and results.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from study import BASE, Plan, folder_of, jobs_of
+from world.prompts import rows
+from world.scene import TAGS
+
+Floats = npt.NDArray[np.float64]
+
+
+def write(plan: Plan, config: Path, *, seconds: float) -> Path:
+    """Writes everything under the plan's output; returns the path of report.md."""
+    output = Path(plan.output)
+    results = _results(plan)
+    (output / "results.json").write_text(json.dumps(results) + "\n")
+    curves(plan, output / "curves.png")
+    pictures(plan, output / "images.png")
+    text = markdown(plan, results, config, seconds)
+    (output / "report.md").write_text(text)
+    (output / "report.html").write_text(_html(plan.title, text))
+    return output / "report.md"
+
+
+def _results(plan: Plan) -> list[dict[str, Any]]:
+    files = [folder_of(plan, method, seed) / "result.json" for method, seed in jobs_of(plan)]
+    return [json.loads(file.read_text()) for file in files]
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its 95 % interval over seeds (Student's t); nan for a single seed."""
+    from scipy.stats import t
+
+    array = np.asarray(values, dtype=float)
+    if len(array) < 2:
+        return float(array.mean()), float("nan")
+    half = t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / len(array) ** 0.5
+    return float(array.mean()), float(half)
+
+
+def paired(one: Floats, other: Floats) -> tuple[float, float]:
+    """Mean of one - other over the same images, and half of its 95 % interval (normal)."""
+    gaps = one - other
+    return float(gaps.mean()), float(1.96 * gaps.std(ddof=1) / len(gaps) ** 0.5)
+
+
+def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: float) -> str:
+    """The report's text."""
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    by_method = {name: [r for r in results if r["method"] == name] for name in methods}
+    several = len(plan.seeds) > 1
+    interval = (
+        f"mean ± half of the 95 % interval over {len(plan.seeds)} seeds (Student's t)"
+        if several
+        else "score [95 % interval: Wilson's; overall: the six put together]"
+    )
+    lines = [
+        f"# {plan.title}",
+        "",
+        (
+            f"Model: `{plan.model}`. Seeds {plan.seeds}, {plan.per_category} held-out prompts a category, "
+            f"{plan.sampling_steps} sampling steps, the same noise for every method. Each at the "
+            f"guidance scale (CFG) that was best on {plan.sweep_per_category} validation prompts a "
+            f"category, of {plan.cfgs}. Cells: {interval}."
+        ),
+        "",
+        "| | CFG | overall | " + " | ".join(tag.replace("_", " ") for tag in TAGS) + " |",
+        "| --- |" + " --- |" * (len(TAGS) + 2),
+    ]
+    for name, group in by_method.items():
+        cells = [", ".join(dict.fromkeys(f"{result['cfg']:g}" for result in group))]
+        cells.append(_cell([result["heldout"] for result in group], "overall"))
+        for tag in TAGS:
+            cells.append(_cell([r["heldout"]["categories"][tag] for r in group], "score"))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", *_differences(plan, by_method), "", *_mistakes(by_method)]
+    lines += [
+        "",
+        "## Training",
+        "",
+        "![curves](curves.png)",
+        "",
+        (
+            "Loss of each method (of other objectives: not to be compared), and the validation prompts' "
+            f"scores at CFG {plan.common.get('eval_cfg', 3.0):g} as training goes on."
+        ),
+        "",
+        "## Pictures",
+        "",
+        (
+            f"Held-out prompts, seed {plan.seeds[0]}, the first of each category and more of counting; "
+            "every row of methods on the same noise."
+        ),
+        "",
+        "![images](images.png)",
+        "",
+        f"Made by `python recipes/study.py --config {config}` in {seconds / 60:.1f} minutes"
+        + " (runs that were there already not counted).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(summaries: Sequence[Mapping[str, Any]], key: str) -> str:
+    if len(summaries) == 1:
+        one = summaries[0]
+        return f"{one[key]:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+    mean, half = spread([one[key] for one in summaries])
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Against the base, image by image on the same noise."""
+    tags = np.array([row["tag"] for row in rows("heldout", plan.per_category)])
+    lines = [
+        "## Against the base, on the same prompts and noise",
+        "",
+        (
+            "Mean of the differences ± half of its 95 % interval over images (the draw of the training "
+            "seed is not in it)."
+        ),
+        "",
+        "| | overall | counting | counting, as a ratio |",
+        "| --- | --- | --- | --- |",
+    ]
+    right = {name: np.concatenate([r["correct"] for r in g]) for name, g in by_method.items()}
+    every = np.tile(tags, len(plan.seeds))
+    counting = every == "counting"
+    for name in by_method:
+        if name == BASE:
+            continue
+        # Categories have equal numbers, so the mean over images is the mean of the categories.
+        all_mean, all_half = paired(right[name], right[BASE])
+        mean, half = paired(right[name][counting], right[BASE][counting])
+        ratio = right[name][counting].mean() / max(right[BASE][counting].mean(), 1e-9)
+        lines.append(
+            f"| {name} | {all_mean:+.3f} ± {all_half:.3f} | {mean:+.3f} ± {half:.3f} | {ratio:.2f} |"
+        )
+    return lines
+
+
+def _mistakes(by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    lines = [
+        "## What went wrong in counting",
+        "",
+        "| | too many | too few | mean count error |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, group in by_method.items():
+        counting = [result["heldout"]["categories"]["counting"] for result in group]
+        cells = [
+            f"{np.mean([one[key] for one in counting]):.3f}"
+            for key in ("over", "under", "count_error")
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def curves(plan: Plan, path: Path) -> None:
+    """Loss and validation scores against steps: mean over seeds, band from least to most."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = (
+        ("training loss", lambda line: line.get("loss")),
+        ("validation: overall", lambda line: _score(line, "overall")),
+        ("validation: counting", lambda line: _score(line, "counting", "score")),
+        ("validation: share with too many", lambda line: _score(line, "counting", "over")),
+    )
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    for axis, (title, read) in zip(axes, panels, strict=True):
+        for name in plan.methods:
+            by_step: dict[int, list[float]] = {}
+            for seed in plan.seeds:
+                log = folder_of(plan, name, seed) / "train" / "log.jsonl"
+                for line in map(json.loads, log.read_text().splitlines()):
+                    value = read(line)
+                    if value is not None:
+                        by_step.setdefault(line["step"], []).append(value)
+            steps = sorted(by_step)
+            values = [by_step[step] for step in steps]
+            (drawn,) = axis.plot(steps, [np.mean(v) for v in values], label=name)
+            least, most = [min(v) for v in values], [max(v) for v in values]
+            axis.fill_between(steps, least, most, alpha=0.15, color=drawn.get_color())
+        axis.set(title=title, xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[-1].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _score(line: Mapping[str, Any], name: str, key: str | None = None) -> float | None:
+    scores = line.get("scores")
+    if not scores:
+        return None
+    return float(scores[name] if key is None else scores["categories"][name][key])
+
+
+def pictures(plan: Plan, path: Path, counting: int = 8) -> None:
+    """The same prompts and noise, a column a method, with verdicts."""
+    from world.detect import detect
+    from world.score import judge
+    from world_eval import sheet
+
+    wanted = rows("heldout", plan.per_category)
+    first = {tag: i for i, tag in reversed(list(enumerate(row["tag"] for row in wanted)))}
+    several = range(first["counting"], first["counting"] + min(counting, plan.per_category))
+    shown = sorted({*first.values(), *several})
+    methods = [BASE, *plan.methods]
+    images = {}
+    for name in methods:
+        with np.load(folder_of(plan, name, plan.seeds[0]) / "images.npz") as file:
+            images[name] = file["images"]
+    picked = [(name, i) for i in shown for name in methods]
+    stack = np.stack([images[name][i] for name, i in picked])
+    told = [wanted[i] for _, i in picked]
+    judged = [judge(detect(image), row) for image, row in zip(stack, told, strict=True)]
+    sets = max(1, 9 // len(methods))  # prompts a line of the sheet
+    sheet(stack, told, judged, path, columns=sets * len(methods), titles=methods * sets, side=96)
+
+
+def _html(title: str, text: str) -> str:
+    import html
+
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt().enable("table").render(text)
+    style = (
+        "body{font:15px/1.5 sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}"
+        "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .6em}"
+        "img{max-width:100%}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{style}</style><body>{body}</body></html>\n"
+    )

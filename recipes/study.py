@@ -1,0 +1,218 @@
+"""Compares ways of training soft tokens on one model: trains, sweeps the guidance scale, reports.
+
+    python recipes/study.py --config recipes/configs/demo.yaml          the main job, `make demo`
+    python recipes/study.py --config recipes/configs/study_flow.yaml    the study of the README
+
+Every method is trained from the same seeds on the world's train prompts (`train_agsm.py`; the base
+is not trained), gets the guidance scale at which it scores best on the validation prompts, and is
+then scored once on held-out prompts, all on the same noise. Each (method, seed) is a process of
+its own; what is done is kept, so a stopped study goes on. Writes report.md, report.html, curves.png,
+images.png and results.json under `output`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study's YAML file.
+
+    methods: name -> options of train_agsm.py over those of `common`; the untrained base is always
+        there, under the name "base".
+    references: further pipelines (name -> folder) that are scored as they are, e.g. the ceiling.
+    cfgs: guidance scales of the sweep. per_category, sweep_per_category: held-out and validation
+        prompts a category. sampling_steps: of both.
+    """
+
+    model: str
+    output: str
+    methods: dict[str, dict[str, Any]]
+    common: dict[str, Any] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    cfgs: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
+    sweep_per_category: int = 32
+    per_category: int = 100
+    sampling_steps: int = 20
+    title: str = "Soft tokens on the embedded world"
+
+
+def read_plan(file: Path, output: str | None = None) -> Plan:
+    """The plan of a YAML file; unknown keys are errors, also inside its methods."""
+    import yaml
+
+    from train_agsm import Options
+
+    values = yaml.safe_load(file.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected a table, got {values!r}")
+    _refuse_unknown(f"{file}", values, [one.name for one in fields(Plan)])
+    missing = sorted({"model", "output", "methods"} - set(values))
+    if missing:
+        raise ValueError(f"{file}: {missing} missing")
+    known = [one.name for one in fields(Options)]
+    for name, options in (*values["methods"].items(), ("common", values.get("common", {}))):
+        _refuse_unknown(f"{file}: {name}", options, known)
+    if BASE in values["methods"] or BASE in values.get("references", {}):
+        raise ValueError(f"{file}: {BASE!r} is the name of the untrained model")
+    return Plan(**{**values, "output": output or values["output"]})
+
+
+def _refuse_unknown(where: str, values: dict[str, Any], known: list[str]) -> None:
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown keys {unknown}; expected keys among {known}")
+
+
+def folder_of(plan: Plan, method: str, seed: int) -> Path:
+    return Path(plan.output) / "runs" / method.replace(" ", "_") / f"seed_{seed}"
+
+
+def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
+    """Trains, sweeps and scores one method with one seed; the result is also saved."""
+    import numpy as np
+    import torch
+
+    import train_agsm
+    from agsm_loss.integrations.pipelines import load_soft_tokens
+    from evaluate import summarize_with_intervals
+    from generate import read_prompts, sample
+    from text_to_image import TextToImage
+    from world_eval import verdicts
+
+    folder = folder_of(plan, method, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = TextToImage.load(plan.references.get(method, plan.model), torch.float32)
+    seconds = 0.0
+    if method in plan.methods:
+        options = {**plan.common, **plan.methods[method], "seed": seed, "model": plan.model}
+        options |= {"output": str(folder / "train"), "threads": torch.get_num_threads()}
+        began = time.time()
+        train_agsm.main(["--resume", *_flags(options)])
+        seconds = time.time() - began
+        load_soft_tokens(model.pipe, folder / "train" / "tokens")
+
+    def score(prompts: str, cfg: float, key: str) -> tuple[Any, Any]:
+        rows = read_prompts(prompts)
+        images = sample(
+            model.pipe,
+            [row["prompt"] for row in rows],
+            seeds=[(key, seed, i) for i in range(len(rows))],
+            steps=plan.sampling_steps,
+            cfg=cfg,
+        )
+        return images, verdicts(images, rows)
+
+    sweep = {}
+    for cfg in plan.cfgs:
+        _, judged = score(f"world:validation:{plan.sweep_per_category}", cfg, "sweep")
+        sweep[str(cfg)] = summarize_with_intervals(judged)
+    best = max(plan.cfgs, key=lambda cfg: sweep[str(cfg)]["overall"])
+    images, judged = score(f"world:heldout:{plan.per_category}", best, "heldout")
+    np.savez_compressed(folder / "images.npz", images=images)
+    result = {
+        "method": method,
+        "seed": seed,
+        "cfg": best,
+        "train_seconds": round(seconds, 1),
+        "sweep": sweep,
+        "heldout": summarize_with_intervals(judged),
+        "correct": [int(verdict.correct) for verdict in judged],
+        "reasons": [verdict.reason for verdict in judged],
+    }
+    part = folder / "result.part"
+    part.write_text(json.dumps(result) + "\n")
+    part.rename(folder / "result.json")
+    return result
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        flags += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [
+            f"--{flag}", str(value)
+        ]  # fmt: skip
+    return flags
+
+
+def jobs_of(plan: Plan) -> list[tuple[str, int]]:
+    """Seed by seed, so that a study that was stopped has whole seeds."""
+    methods = [BASE, *plan.references, *plan.methods]
+    return [(method, seed) for seed in plan.seeds for method in methods]
+
+
+def run_all(config: Path, plan: Plan, jobs: int) -> None:
+    """Every (method, seed) that has no result yet, `jobs` of them side by side."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    todo = [one for one in jobs_of(plan) if not (folder_of(plan, *one) / "result.json").exists()]
+
+    def run(one: tuple[str, int]) -> None:
+        method, seed = one
+        folder = folder_of(plan, method, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, __file__, "--config", str(config), "--output", plan.output]
+        began = time.time()
+        with (folder / "log.txt").open("w") as log:
+            code = subprocess.call(
+                [*command, "--only", method, "--seed", str(seed)],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        if code:
+            tail = "\n".join((folder / "log.txt").read_text().splitlines()[-15:])
+            raise RuntimeError(f"{method}, seed {seed}: exit {code}; {folder / 'log.txt'}:\n{tail}")
+        result = json.loads((folder / "result.json").read_text())
+        scores = result["heldout"]
+        print(
+            f"{method:24} seed {seed}  overall {scores['overall']:.3f}  counting "
+            f"{scores['categories']['counting']['score']:.3f}  at CFG {result['cfg']}  "
+            f"({time.time() - began:.0f} s)",
+            flush=True,
+        )
+
+    print(f"{len(todo)} of {len(jobs_of(plan))} runs to do, {jobs} at a time", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in [pool.submit(run, one) for one in todo]:
+            done.result()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The whole study, or one run of it (`--only`, `--seed`: what the study starts)."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--config", type=Path, required=True, help="the plan, a YAML file")
+    parser.add_argument("--output", help="instead of the plan's")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--only", help="one method of the plan, or base")
+    parser.add_argument("--seed", type=int, default=0, help="of the one run")
+    given = parser.parse_args(arguments)
+    plan = read_plan(given.config, given.output)
+    if given.only is not None:
+        run_one(plan, given.only, given.seed)
+        return
+    began = time.time()
+    run_all(given.config, plan, max(1, given.jobs))
+
+    from report import write
+
+    written = write(plan, given.config, seconds=time.time() - began)
+    print(f"\n{written.read_text()}\nSee {written} and {written.with_suffix('.html')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""A study: plans, what a run leaves behind, going on, intervals, the report."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import report
+import study
+
+
+def plan_file(folder, model, **changes):
+    values = {
+        "model": str(model),
+        "output": str(folder / "out"),
+        "seeds": [0, 1],
+        "cfgs": [1.0, 2.0],
+        "sweep_per_category": 1,
+        "per_category": 2,
+        "sampling_steps": 1,
+        "common": {"steps": 2, "batch_size": 2, "log_every": 1, "eval_every": 2,
+                   "eval_per_category": 1, "eval_steps": 1, "save_every": 1, "num_tokens": 1},
+        "methods": {"AGSM": {"lr": 0.01}},
+        **changes,
+    }  # fmt: skip
+    file = folder / "plan.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_a_study_from_plan_to_report(flow_base, tmp_path, monkeypatch):
+    file = plan_file(tmp_path, flow_base, references={"twin": str(flow_base)})
+    plan = study.read_plan(file)
+    # In this process instead of one each: importing torch six times is most of the time.
+    monkeypatch.setattr(study.subprocess, "call", lambda command, **_: _in_process(command))
+    study.main(["--config", str(file), "--jobs", "1"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["method"], r["seed"]) for r in results] == study.jobs_of(plan)
+    base, twin, agsm = results[:3]
+    assert base["sweep"] == twin["sweep"] and base["correct"] == twin["correct"]
+    assert len(agsm["correct"]) == 12 and set(agsm["sweep"]) == {"1.0", "2.0"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| AGSM |" in text and "| twin |" in text
+    assert "<table>" in (tmp_path / "out" / "report.html").read_text()
+    for name in ("curves.png", "images.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert picture.size[0] > 300
+
+    def refuse(command, **_):
+        raise AssertionError("a run that is done was started again")
+
+    monkeypatch.setattr(study.subprocess, "call", refuse)
+    study.main(["--config", str(file), "--jobs", "2"])
+
+    monkeypatch.setattr(study.subprocess, "call", lambda command, **_: 3)
+    (study.folder_of(plan, "AGSM", 1) / "result.json").unlink()
+    with pytest.raises(RuntimeError, match="AGSM, seed 1: exit 3"):
+        study.main(["--config", str(file), "--jobs", "2"])
+
+
+def _in_process(command):
+    study.main(command[2:])
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"stepz": 1}, "stepz"),
+        ({"methods": {"AGSM": {"lrate": 1}}}, "AGSM: unknown keys .'lrate'"),
+        ({"common": {"lrate": 1}}, "common"),
+        ({"methods": {"base": {}}}, "untrained"),
+    ],
+)
+def test_a_wrong_plan_is_named(tmp_path, changes, named):
+    with pytest.raises(ValueError, match=named):
+        study.read_plan(plan_file(tmp_path, "m", **changes))
+    (tmp_path / "short.yaml").write_text("model: m\n")
+    with pytest.raises(ValueError, match="methods"):
+        study.read_plan(tmp_path / "short.yaml")
+
+
+def test_shipped_plans_are_read(recipes):
+    files = [*(recipes / "configs").glob("study_*.yaml"), recipes / "configs" / "demo.yaml"]
+    for file in files:
+        plan = study.read_plan(file)
+        assert {"SoftREPA", "AGSM"} <= set(plan.methods)
+
+
+def test_intervals_over_seeds_and_over_pairs():
+    mean, half = report.spread([1.0, 2.0, 3.0])
+    assert mean == 2.0 and half == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+    assert np.isnan(report.spread([1.0])[1])
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=400)
+    mean, half = report.paired(noise + 0.5, noise + 0.5 + 0.01 * rng.normal(size=400))
+    assert abs(mean) < 2 * half and half < 0.002  # what both share cancels
