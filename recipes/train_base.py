@@ -6,7 +6,8 @@
 Every key of the YAML file is an option of the command line, which wins. Under `--output` it
 writes log.jsonl (loss, learning rate; scores on the validation prompts with the EMA weights),
 sheets/ (samples with verdicts), checkpoints/ (for `--resume`: the run goes on exactly as if
-it had not been stopped) and pipeline/ (the EMA weights, by save_pretrained, in half precision).
+it had not been stopped) and pipeline/ (the EMA weights, by save_pretrained, in half precision, with
+a model card).
 
 A share of the training captions can be corrupted (the image stays): wrong count, wrong colour, a
 group not mentioned. Batches, noise and caption edits are functions of (seed, step, process).
@@ -14,6 +15,9 @@ group not mentioned. Batches, noise and caption edits are functions of (seed, st
 
 from __future__ import annotations
 
+import json
+import shlex
+import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -139,12 +143,14 @@ class Batches:
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, evaluates, checkpoints and saves."""
-    options = parse(Options, __doc__, arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parse(Options, __doc__, given)
 
     import torch
     from diffusers.training_utils import EMAModel
 
     from loop import Hooks, draws, start, train
+    from model_card import write_card
     from world_models import LATENT_SCALE
 
     accelerator = start(options)
@@ -179,7 +185,16 @@ def main(arguments: list[str] | None = None) -> None:
 
     def finish() -> None:
         ema.copy_to(bare.parameters())
-        _save(bare, Path(options.output) / "pipeline")
+        folder = Path(options.output) / "pipeline"
+        _save(bare, folder)
+        lines = (folder.parent / "log.jsonl").read_text().splitlines()
+        write_card(
+            folder,
+            vars(options),
+            [json.loads(line) for line in lines],
+            shlex.join(["python", "recipes/train_base.py", *given]),
+            sum(parameter.numel() for parameter in bare.parameters()),
+        )
 
     train(
         options,

@@ -1,6 +1,9 @@
 """The soft-token recipe: every objective, resume, other data, two processes, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,6 +112,29 @@ def test_what_makes_no_sense_is_refused(flow_base, tmp_path):
 
     with pytest.raises(TypeError, match="StableDiffusion3Pipeline"):
         TextToImage(object())
+
+
+def test_two_processes_train_the_same_tokens_on_other_batches(flow_base, tmp_path, recipes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", str(recipes / "train_agsm.py"), "--model", str(flow_base),
+               "--output", str(tmp_path / "two"), *FEW]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    two = load_file(tmp_path / "two" / "tokens" / "model.safetensors")
+    alone = train(flow_base, tmp_path / "alone")
+    assert all(bool(torch.isfinite(value).all()) for value in two.values())
+    assert not torch.equal(two["tokens"], alone["tokens"])
+    first, single = log(tmp_path / "two")[0], log(tmp_path / "alone")[0]
+    assert first["loss"] == pytest.approx(single["loss"], rel=1e-4)  # the log is rank 0's
+    assert first["grad_norm"] != pytest.approx(single["grad_norm"], rel=1e-4)  # both ranks'
+    states = tmp_path / "two" / "checkpoints" / "checkpoint_1"
+    assert {f.name for f in states.glob("random_states*")} == {
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }
 
 
 def test_logit_normal_timesteps_are_for_flows(flow_base, tmp_path):

@@ -64,6 +64,11 @@ def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert (whole / "sheets" / "000004.png").exists()
 
+    card = (whole / "pipeline" / "README.md").read_text()
+    assert f"python recipes/train_base.py --base {base}" in card
+    assert "50% with a wrong count" in card and "| counting |" in card
+    assert (whole / "pipeline" / "curve.png").exists()
+
     pipe = DiffusionPipeline.from_pretrained(whole / "pipeline", dtype=torch.float32)
     assert type(pipe) is KINDS[base]
     pipe.set_progress_bar_config(disable=True)

@@ -1,0 +1,130 @@
+"""The card beside a trained base: what it is, how it was trained, its curve and scores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from world.scene import TAGS
+
+_CARD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+license: apache-2.0
+---
+
+# A text-to-image model of coloured shapes ({pipeline})
+
+24x24 images of one to four circles, squares and triangles. {parameters:,} parameters, stock
+diffusers classes, half precision. It is a test object for post-training methods (agsm-loss) and
+good for nothing else.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("this folder")
+image = pipe("three red circles", guidance_scale=1.5{arguments}).images[0]
+```
+
+## Training
+
+    {command}
+
+Seed {seed}, {steps:,} steps of {batch_size} images{start}, rendered on the fly from all of the
+world's prompts (`recipes/world`), AdamW at {lr:g}, the last {decay:,} steps falling to zero; saved are
+the EMA weights (decay {ema_decay}). Captions: {corruption}; {drop:.0%} left empty for
+classifier-free guidance.
+
+![curve](curve.png)
+
+## Scores
+
+On {n} validation prompts (by the world's exact detector; {eval_steps} sampling steps, CFG
+{eval_cfg:g}), at the end of training:
+
+{table}
+"""
+
+
+def write_card(
+    folder: Path,
+    options: Mapping[str, Any],
+    log: Sequence[Mapping[str, Any]],
+    command: str,
+    parameters: int,
+) -> None:
+    """README.md and curve.png into `folder`, a saved pipeline."""
+    scored = [line for line in log if "scores" in line]
+    last = scored[-1]["scores"]
+    index = json.loads((folder / "model_index.json").read_text())
+    shares = {
+        "a wrong count (of groups of two and more)": options["corrupt_count"],
+        "a wrong colour": options["corrupt_colour"],
+        "one of two groups left out": options["corrupt_missing"],
+    }
+    told = [f"{share:.0%} with {what}" for what, share in shares.items() if share]
+    rows = [
+        "| | score | too many | too few |",
+        "| --- | --- | --- | --- |",
+        f"| overall | {last['overall']:.3f} | | |",
+    ]
+    for tag in TAGS:
+        one = last["categories"][tag]
+        rows.append(f"| {tag} | {one['score']:.3f} | {one['over']:.3f} | {one['under']:.3f} |")
+    text = _CARD.format(
+        pipeline=index["_class_name"],
+        parameters=parameters,
+        arguments=", max_sequence_length=1" if "text_encoder_3" in index else "",
+        command=command,
+        start=f", from the weights of `{options['init_from']}`" if options["init_from"] else "",
+        corruption=", ".join(told) + ", the image being right" if told else "all true",
+        drop=options["drop_caption"],
+        n=last["n"],
+        table="\n".join(rows),
+        **{
+            key: options[key]
+            for key in (
+                "seed",
+                "steps",
+                "batch_size",
+                "lr",
+                "decay",
+                "ema_decay",
+                "eval_steps",
+                "eval_cfg",
+            )
+        },
+    )
+    (folder / "README.md").write_text(text)
+    _curve(log, scored, folder / "curve.png")
+
+
+def _curve(
+    log: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]], path: Path
+) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    losses = [(line["step"], line["loss"]) for line in log if "loss" in line]
+    left.plot(*zip(*losses, strict=True))
+    left.set(title="training loss", xlabel="step", yscale="log")
+    steps = [line["step"] for line in scored]
+    right.plot(steps, [line["scores"]["overall"] for line in scored], label="overall", lw=2.5)
+    for tag in TAGS:
+        right.plot(
+            steps,
+            [line["scores"]["categories"][tag]["score"] for line in scored],
+            label=tag,
+            lw=0.9,
+        )
+    right.set(title="validation scores", xlabel="step", ylim=(0, 1))
+    right.legend(fontsize=7)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
