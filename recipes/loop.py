@@ -64,6 +64,11 @@ def start(options: TrainingOptions) -> Accelerator:
             project_dir=options.output, automatic_checkpoint_naming=True, total_limit=2
         ),
     )
+    if options.tracker and not accelerator.log_with:  # accelerate leaves it out without a word
+        raise ValueError(
+            f"tracker: expected one that is installed, got {options.tracker!r}. "
+            f"pip install {options.tracker}, or leave it out: log.jsonl is always written."
+        )
     set_seed(options.seed)
     return accelerator
 

@@ -148,3 +148,13 @@ def test_batches_can_be_prepared_by_workers(tmp_path):
 def test_a_tracker_gets_nested_scores_by_name():
     flat = loop._flat({"loss": 1.0, "scores": {"overall": 0.5, "reasons": {"extra": 2}}, "x": "y"})
     assert flat == {"loss": 1.0, "scores/overall": 0.5, "scores/reasons/extra": 2}
+
+
+def test_a_tracker_is_used_or_refused(tmp_path):
+    run(options(tmp_path / "on", tracker="tensorboard"))
+    assert list((tmp_path / "on").rglob("events.out.tfevents*"))
+    with (
+        pytest.warns(UserWarning, match="no supported trackers"),
+        pytest.raises(ValueError, match="comet_ml"),
+    ):
+        run(options(tmp_path / "off", tracker="comet_ml"))
