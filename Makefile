@@ -6,7 +6,7 @@ SETUP := .venv/.installed
 .PHONY: demo test lint bench clean
 
 demo: $(SETUP)
-	$(BIN)/python recipes/quickstart.py
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/study.py --config recipes/configs/demo.yaml
 
 test: $(SETUP) lint
 	$(BIN)/python -m pytest

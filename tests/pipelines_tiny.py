@@ -7,31 +7,40 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
 from integrations_tiny import tiny
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 WORDS = ("a", "two", "red", "blue", "circle", "circles", "square", "cat")
 
 
-def vae(scaling=0.18):
+def vae(scaling=0.18, channels=4):
     return AutoencoderKL(
         block_out_channels=(8,),
         down_block_types=("DownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",),
         norm_num_groups=4,
-        latent_channels=4,
+        latent_channels=channels,
         sample_size=8,
         scaling_factor=scaling,
         shift_factor=0.0,
     )
 
 
-def text_parts(folder):
-    """CLIP tokenizer of a few words and text model of width 16."""
+def text_parts(folder, width=16, projection=None):
+    """CLIP tokenizer of a few words and text model, with a projection where one is given."""
     folder.mkdir(parents=True)
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *(f"{w}</w>" for w in WORDS)]
     letters = sorted({c for w in WORDS for c in w})
@@ -44,8 +53,9 @@ def text_parts(folder):
     )
     config = CLIPTextConfig(
         vocab_size=len(names),
-        hidden_size=16,
+        hidden_size=width,
         intermediate_size=16,
+        projection_dim=projection or width,
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=8,
@@ -53,7 +63,65 @@ def text_parts(folder):
         eos_token_id=1,
         pad_token_id=1,
     )
-    return tokenizer, CLIPTextModel(config)
+    kind = CLIPTextModel if projection is None else CLIPTextModelWithProjection
+    return tokenizer, kind(config)
+
+
+def t5_parts(width=16):
+    """T5 tokenizer that knows the same words, and encoder."""
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((f"▁{w}", -1.0) for w in WORDS)]
+    tokenizer = T5TokenizerFast(vocab=words, extra_ids=0, model_max_length=8)
+    config = T5Config(
+        vocab_size=len(words), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2
+    )
+    return T5EncoderModel(config), tokenizer
+
+
+def speaking_pipeline(name, folder):
+    """As `saved_pipeline`, all with real tokenizers and text encoders; also "flux"."""
+    torch.manual_seed(0)
+    model = tiny(name, torch.float32).model
+    if name == "unet":
+        return saved_pipeline(name, folder)
+    if name == "flux":
+        tokenizer, encoder = text_parts(folder / "one", width=12)
+        t5, t5_tokenizer = t5_parts()
+        pipe = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=vae(channels=1),
+            text_encoder=encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=t5,
+            tokenizer_2=t5_tokenizer,
+            transformer=model,
+        )
+    else:
+        pooled = {"unet_sdxl": (None, 12), "sd3": (6, 6)}[name]
+        (tokenizer, encoder), (tokenizer_2, encoder_2) = (
+            text_parts(folder / str(i), width=8, projection=pooled[i]) for i in range(2)
+        )
+        parts = {
+            "vae": vae(),
+            "text_encoder": encoder,
+            "tokenizer": tokenizer,
+            "text_encoder_2": encoder_2,
+            "tokenizer_2": tokenizer_2,
+        }
+        if name == "unet_sdxl":
+            pipe = StableDiffusionXLPipeline(
+                **parts, unet=model, scheduler=DDIMScheduler(), add_watermarker=False
+            )
+        else:
+            t5, t5_tokenizer = t5_parts()
+            pipe = StableDiffusion3Pipeline(
+                **parts,
+                transformer=model,
+                scheduler=FlowMatchEulerDiscreteScheduler(),
+                text_encoder_3=t5,
+                tokenizer_3=t5_tokenizer,
+            )
+    pipe.save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
 
 
 def saved_pipeline(name, folder):
