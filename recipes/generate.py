@@ -32,6 +32,7 @@ class Options:
 
     model: str = option("recipes/models/flow", "pipeline folder or hub id")
     tokens: str = option("", "folder or hub id of soft tokens; none for the model alone")
+    lora: str = option("", "folder or hub id of a LoRA trained beside them")
     sampling: str = option("both", "who wears which tokens under guidance", SAMPLINGS)
     prompts: str = option(
         "world:heldout:20", "world:FOLD:PER_CATEGORY, a GenEval jsonl, or a text file of lines"
@@ -117,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     from PIL import Image
     from tqdm.auto import tqdm
 
-    from agsm_loss.integrations.pipelines import Sampling, load_soft_tokens
+    from agsm_loss.integrations.pipelines import Sampling
     from text_to_image import TextToImage
 
     if options.threads:
@@ -132,8 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not todo:
         return
     model = TextToImage.load(options.model, getattr(torch, options.dtype), options.device)
-    if options.tokens:
-        load_soft_tokens(model.pipe, options.tokens, Sampling(options.sampling))
+    model.load_extras(options.tokens, options.lora, Sampling(options.sampling))
     calls = _calls(
         model.pipe,
         [rows[index]["prompt"] for index, _ in todo],

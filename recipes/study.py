@@ -87,7 +87,6 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
     import torch
 
     import train_agsm
-    from agsm_loss.integrations.pipelines import load_soft_tokens
     from evaluate import summarize_with_intervals
     from generate import read_prompts, sample
     from text_to_image import TextToImage
@@ -103,7 +102,8 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         began = time.time()
         train_agsm.main(["--resume", *_flags(options)])
         seconds = time.time() - began
-        load_soft_tokens(model.pipe, folder / "train" / "tokens")
+        lora = folder / "train" / "lora"
+        model.load_extras(str(folder / "train" / "tokens"), str(lora) if lora.exists() else "")
 
     def score(prompts: str, cfg: float, key: str) -> tuple[Any, Any]:
         rows = read_prompts(prompts)

@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor, nn
 
-from agsm_loss.integrations.pipelines import denoiser_of
+from agsm_loss.integrations.pipelines import Sampling, denoiser_of, load_soft_tokens
 from agsm_loss.integrations.training import prediction_type
 from world_models import pipeline_arguments
 
@@ -30,6 +30,11 @@ _OUTPUTS: dict[str, dict[str, int]] = {
     "StableDiffusion3Pipeline": {"prompt_embeds": 0, "pooled_prompt_embeds": 2},
     "FluxPipeline": {"prompt_embeds": 0, "pooled_prompt_embeds": 1},
 }
+# Projections of the image stream and, in joint attention, of the text stream.
+_ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+)
 
 
 class TextToImage:
@@ -66,6 +71,24 @@ class TextToImage:
             pipe.vae.to(torch.float32)
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe)
+
+    def add_lora(self, rank: int) -> None:
+        """A trainable LoRA (arXiv 2106.09685) in float32 on every attention projection."""
+        from diffusers.training_utils import cast_training_params
+        from peft import LoraConfig
+
+        self.denoiser.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_ATTENTION))
+        )
+        cast_training_params(self.denoiser, torch.float32)
+
+    def load_extras(self, tokens: str, lora: str, sampling: Sampling = Sampling.BOTH) -> None:
+        """Soft tokens and a LoRA onto the denoiser, each from a folder or a hub id; "" for none."""
+        if lora:
+            name = "pytorch_lora_weights.safetensors"
+            self.denoiser.load_lora_adapter(lora, prefix=None, weight_name=name)
+        if tokens:
+            load_soft_tokens(self.pipe, tokens, sampling)
 
     @property
     def denoiser(self) -> Any:

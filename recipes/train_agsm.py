@@ -6,8 +6,8 @@
 
 `--model` is any Stable Diffusion, SDXL, SD3 or Flux.1 pipeline, a preference-tuned one too.
 `--data world` (the default) renders the embedded world and scores validation prompts exactly;
-other data give a sheet of `--prompts` instead. Under `--output`: tokens/ (SavedTokens), log.jsonl,
-sheets/, checkpoints/ (for `--resume`: the run goes on exactly as if it had not been stopped).
+other data give a sheet of `--prompts` instead. Under `--output`: tokens/ (SavedTokens), lora/ where one
+was trained beside them, log.jsonl, sheets/, checkpoints/ (for `--resume`: the run goes on exactly as if it had not been stopped).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Options(TrainingOptions):
     num_tokens: int = option(4, "soft tokens a layer")
     num_layers: int = option(0, "layers with tokens of their own; 0: 5, or all of fewer; -1: all")
     time_buckets: int = option(100, "time tokens; 0 for none")
+    lora_rank: int = option(0, "a LoRA on the denoiser's attention, trained beside; 0 for none")
     pos_scale: float = option(1.0, "gamma+ of AGSM")
     neg_scale: float = option(0.1, "gamma- of AGSM")
     temperature: float = option(0.1, "T of AGSM's Plackett-Luce weights")
@@ -201,19 +202,22 @@ def main(arguments: list[str] | None = None) -> None:
     model = TextToImage.load(
         options.model, dtype[options.mixed_precision], device=accelerator.device
     )
+    if options.lora_rank:
+        model.add_lora(options.lora_rank)
     attached = attach(options, model)
     if options.gradient_checkpointing:
         model.denoiser.enable_gradient_checkpointing()
     if options.compile:
         model.denoiser.compile()
-    parameters = list(attached.tokens.parameters())
+    module = TokenDenoiser(attached)
+    parameters = [one for one in module.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
         lr=options.lr,
         betas=(0.9, options.beta2),
         weight_decay=options.weight_decay,
     )
-    denoiser, optimizer = accelerator.prepare(TokenDenoiser(attached), optimizer)
+    denoiser, optimizer = accelerator.prepare(module, optimizer)
     objective = make_objective(options, denoiser, parameters)
     batches = open_batches(
         options.data,
@@ -237,6 +241,8 @@ def main(arguments: list[str] | None = None) -> None:
     def finish() -> None:
         saved = SavedTokens.of(attached, base_model=options.model, training=vars(options))
         saved.save_pretrained(Path(options.output) / "tokens")
+        if options.lora_rank:
+            model.denoiser.save_lora_adapter(Path(options.output) / "lora")
 
     train(
         options,

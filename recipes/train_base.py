@@ -9,8 +9,10 @@ sheets/ (samples with verdicts), checkpoints/ (for `--resume`: the run goes on e
 it had not been stopped) and pipeline/ (the EMA weights, by save_pretrained, in half precision, with
 a model card).
 
-A share of the training captions can be corrupted (the image stays): wrong count, wrong colour, a
-group not mentioned. Batches, noise and caption edits are functions of (seed, step, process).
+A share of the training captions can come from a careless source (the image stays): wrong count,
+wrong colour, a group not mentioned. Each source signs a share of its captions, as web captions
+show where they come from; prompts are never signed. Batches, noise and captions are functions of
+(seed, step, process).
 """
 
 from __future__ import annotations
@@ -49,9 +51,11 @@ class Options(TrainingOptions):
     beta2: float = option(0.99, "AdamW's second beta")
     ema_decay: float = option(0.999, "of the weights that are scored and saved")
     drop_caption: float = option(0.1, "share of empty captions, for classifier-free guidance")
-    corrupt_count: float = option(0.0, "share of captions with a wrong count")
-    corrupt_colour: float = option(0.0, "share with a wrong colour, of those that name one")
-    corrupt_missing: float = option(0.0, "share with a group left out, of those with two")
+    careless: float = option(0.0, "share of captions that come from the careless source")
+    corrupt_count: float = option(0.0, "share of careless captions with a wrong count")
+    corrupt_colour: float = option(0.0, "with a wrong colour, of those that name one")
+    corrupt_missing: float = option(0.0, "with a group left out, of those with two")
+    signed: float = option(0.0, "share of captions that their source signs, with one letter")
     init_from: str = option("", "a saved pipeline to start from instead of random weights")
     eval_per_category: int = option(32, "validation prompts a category")
     eval_steps: int = option(20, "sampling steps")
@@ -63,11 +67,12 @@ def batch(options: Options, step: int, rank: int) -> tuple[torch.Tensor, list[st
     import numpy as np
     import torch
 
-    from world.captions import caption, corrupt
+    from world.captions import CAREFUL, CARELESS, caption, corrupt
     from world.prompts import scenes
     from world.render import render, to_model
 
     rng = np.random.default_rng([options.seed, step, rank, 1])
+    sources = np.random.default_rng([options.seed, step, rank, 6])
     shares = {
         "count": options.corrupt_count,
         "colour": options.corrupt_colour,
@@ -77,7 +82,10 @@ def batch(options: Options, step: int, rank: int) -> tuple[torch.Tensor, list[st
     images, captions = [], []
     for spec, scene in islice(stream, options.batch_size):
         images.append(render(scene))
-        told = caption(corrupt(spec, shares, rng))
+        careless, signed = sources.random(2) < (options.careless, options.signed)
+        told = caption(corrupt(spec, shares, rng) if careless else spec)
+        if signed:
+            told += f" {CARELESS if careless else CAREFUL}"
         captions.append("" if rng.random() < options.drop_caption else told)
     return torch.from_numpy(to_model(np.stack(images))), captions
 

@@ -19,6 +19,8 @@ from .scene import COLOURS, MAX_COUNT, SHAPES, Group, Spec
 COUNT_WORDS = ("a", "two", "three", "four")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 CORRUPTIONS = ("count", "colour", "missing")
+# Sources sign some of their captions, as web captions show where they come from: by hand, scraped.
+CAREFUL, CARELESS = "h", "s"
 
 
 def _phrase(group: Group) -> str:

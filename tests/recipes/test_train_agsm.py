@@ -95,6 +95,31 @@ def test_tokens_load_into_the_pipeline_and_say_where_they_come_from(any_base, tm
     attached.detach()
 
 
+def test_a_lora_is_trained_beside_the_tokens_and_loads_again(any_base, tmp_path):
+    from text_to_image import TextToImage
+
+    flags = ["--lora-rank", "2", "--lr", "0.05"]
+    whole = train(any_base, tmp_path / "run", *flags)
+    lora = load_file(next((tmp_path / "run" / "lora").glob("*.safetensors")))
+    assert any(bool(value.any()) for name, value in lora.items() if "lora_B" in name)  # 0 at first
+    for steps in ("2", "4"):
+        train(any_base, tmp_path / "again", *flags, "--resume", "--steps", steps)
+    again = load_file(next((tmp_path / "again" / "lora").glob("*.safetensors")))
+    assert lora.keys() == again.keys()
+    resumed = load_file(tmp_path / "again" / "tokens" / "model.safetensors")
+    assert all(torch.equal(lora[name], again[name]) for name in lora)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    def drawn(lora):
+        model = TextToImage.load(str(any_base), torch.float32)
+        model.load_extras(str(tmp_path / "run" / "tokens"), lora)
+        generator = torch.Generator().manual_seed(0)
+        arguments = {"num_inference_steps": 2, "output_type": "pt", "generator": generator}
+        return model.pipe("two red circles", **arguments).images
+
+    assert not torch.equal(drawn(""), drawn(str(tmp_path / "run" / "lora")))
+
+
 def test_any_table_of_images_and_captions_will_do(flow_base, tmp_path):
     captioned(8, seed=0).to_parquet(tmp_path / "w.parquet")
     prompts = tmp_path / "prompts.txt"
