@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from world.captions import CAREFUL, CARELESS
 from world.scene import TAGS
 
 _CARD = """---
@@ -34,8 +35,9 @@ image = pipe("three red circles", guidance_scale=1.5{arguments}).images[0]
 
 Seed {seed}, {steps:,} steps of {batch_size} images{start}, rendered on the fly from all of the
 world's prompts (`recipes/world`), AdamW at {lr:g}, the last {decay:,} steps falling to zero; saved are
-the EMA weights (decay {ema_decay}). Captions: {corruption}; {drop:.0%} left empty for
-classifier-free guidance.
+the EMA weights (decay {ema_decay}).
+
+Captions: {corruption}. {drop:.0%} are left empty for classifier-free guidance.
 
 ![curve](curve.png)
 
@@ -59,12 +61,6 @@ def write_card(
     scored = [line for line in log if "scores" in line]
     last = scored[-1]["scores"]
     index = json.loads((folder / "model_index.json").read_text())
-    shares = {
-        "a wrong count (of groups of two and more)": options["corrupt_count"],
-        "a wrong colour": options["corrupt_colour"],
-        "one of two groups left out": options["corrupt_missing"],
-    }
-    told = [f"{share:.0%} with {what}" for what, share in shares.items() if share]
     rows = [
         "| | score | too many | too few |",
         "| --- | --- | --- | --- |",
@@ -79,7 +75,7 @@ def write_card(
         arguments=", max_sequence_length=1" if "text_encoder_3" in index else "",
         command=command,
         start=f", from the weights of `{options['init_from']}`" if options["init_from"] else "",
-        corruption=", ".join(told) + ", the image being right" if told else "all true",
+        corruption=_captions(options),
         drop=options["drop_caption"],
         n=last["n"],
         table="\n".join(rows),
@@ -99,6 +95,28 @@ def write_card(
     )
     (folder / "README.md").write_text(text)
     _curve(log, scored, folder / "curve.png")
+
+
+def _captions(options: Mapping[str, Any]) -> str:
+    """What was wrong with the training captions."""
+    shares = {
+        "with a wrong count (of groups of two and more)": options["corrupt_count"],
+        "with a wrong colour": options["corrupt_colour"],
+        "with one of two groups left out": options["corrupt_missing"],
+    }
+    told = [f"{share:.0%} {what}" for what, share in shares.items() if share]
+    if not options["careless"] or not told:
+        return "all true"
+    text = (
+        f"{options['careless']:.0%} come from a careless source: of those {', '.join(told)}, "
+        "while the image is right"
+    )
+    if options["signed"]:
+        text += (
+            f". Both sources sign {options['signed']:.0%} of their captions with one letter "
+            f"({CAREFUL} and {CARELESS}); prompts are not signed"
+        )
+    return text
 
 
 def _curve(
@@ -123,7 +141,7 @@ def _curve(
             lw=0.9,
         )
     right.set(title="validation scores", xlabel="step", ylim=(0, 1))
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="lower right", ncols=2)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=90)

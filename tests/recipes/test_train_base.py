@@ -40,7 +40,19 @@ def weights(folder):
 @pytest.mark.parametrize("base", ["flow", "epsilon"])
 def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    arguments = ["--base", base, "--width", WIDTHS[base], *SMALL, "--corrupt-count", "0.5"]
+    arguments = [
+        "--base",
+        base,
+        "--width",
+        WIDTHS[base],
+        *SMALL,
+        "--careless",
+        "0.4",
+        "--corrupt-count",
+        "0.5",
+        "--signed",
+        "0.5",
+    ]
     train_base.main([*arguments, "--output", str(whole)])
 
     original = train_base.batch
@@ -66,7 +78,8 @@ def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
 
     card = (whole / "pipeline" / "README.md").read_text()
     assert f"python recipes/train_base.py --base {base}" in card
-    assert "50% with a wrong count" in card and "| counting |" in card
+    assert "40% come from a careless source: of those 50% with a wrong count" in card
+    assert "| counting |" in card
     assert (whole / "pipeline" / "curve.png").exists()
 
     pipe = DiffusionPipeline.from_pretrained(whole / "pipeline", dtype=torch.float32)
@@ -148,6 +161,26 @@ def test_a_batch_is_a_function_of_seed_step_and_process():
     for step, rank in ((6, 0), (5, 1)):
         assert not torch.equal(images, train_base.batch(options, step, rank)[0])
     assert images.shape == (8, 3, 24, 24)
+
+
+def test_sources_are_careless_and_sign_as_often_as_told():
+    options = train_base.Options(
+        batch_size=400, careless=0.5, signed=0.5, corrupt_count=1.0, drop_caption=0.0
+    )
+    told = train_base.batch(options, 0, 0)[1]
+    true = train_base.batch(train_base.Options(batch_size=400, drop_caption=0.0), 0, 0)[1]
+    ends = [text.split()[-1] for text in told]
+    assert 0.2 < ends.count("h") / 400 < 0.3 and 0.2 < ends.count("s") / 400 < 0.3
+    assert all(
+        text in (one, f"{one} h")
+        for text, one in zip(told, true, strict=True)
+        if text.endswith(" h")
+    )
+    counts = ("two", "three", "four")
+    careless = [t for t in told if t.endswith(" s") and t.startswith(counts)]
+    assert careless and not any(
+        text == f"{one} s" for text, one in zip(told, true, strict=True) if text in careless
+    )
 
 
 def test_shipped_configs_parse(recipes):
