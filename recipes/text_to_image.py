@@ -155,11 +155,21 @@ class TextToImage:
             return {"guidance": torch.full((batch,), self.guidance, device=self.device)}
         return {}
 
-    def timesteps(self, number: int, density: str, generator: torch.Generator) -> Tensor:
+    def timesteps(
+        self,
+        number: int,
+        density: str,
+        generator: torch.Generator,
+        low: float = 0.0,
+        high: float = 1.0,
+    ) -> Tensor:
         """(number,) training timesteps: whole ones for a DDPM schedule, real ones for flows.
 
-        density: "uniform", or "logit_normal" (SD3's, flows only).
+        density: "uniform", or "logit_normal" (SD3's, flows only), over the timesteps between the
+        shares `low` and `high` of the schedule (1: pure noise).
         """
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"expected 0 <= timestep_low < timestep_high <= 1, got {low}, {high}")
         steps = self.pipe.scheduler.config.num_train_timesteps
         flow = prediction_type(self.pipe.scheduler) == "flow"
         if density == "logit_normal" and not flow:
@@ -168,7 +178,8 @@ class TextToImage:
                 f"{type(self.pipe.scheduler).__name__}."
             )
         if not flow:
-            return torch.randint(steps, (number,), generator=generator).to(self.device)
+            first, last = int(low * steps), max(int(high * steps), int(low * steps) + 1)
+            return torch.randint(first, last, (number,), generator=generator).to(self.device)
         share = compute_density_for_timestep_sampling(
             density.replace("uniform", "none"),
             number,
@@ -176,4 +187,4 @@ class TextToImage:
             logit_std=1.0,
             generator=generator,
         )
-        return (share * steps).to(self.device)
+        return ((low + (high - low) * share) * steps).to(self.device)

@@ -57,6 +57,8 @@ class Options(TrainingOptions):
     caption_column: str = option("caption", "of the data set")
     resolution: int = option(512, "pixels a side to which the data set's images are brought")
     timestep_density: str = option("uniform", "of training", ("uniform", "logit_normal"))
+    timestep_low: float = option(0.0, "share of the schedule (0: clean) where training begins")
+    timestep_high: float = option(1.0, "share of the schedule (1: pure noise) where it ends")
     gradient_checkpointing: bool = option(False, "of the denoiser")
     prompts: str = option("", "file of validation prompts (lines, or GenEval's jsonl)")
     eval_per_category: int = option(32, "validation prompts a category of the world")
@@ -131,7 +133,13 @@ def prepare(
 
     latents = model.encode_images(batch.pixels, generator)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    timesteps = model.timesteps(len(latents), options.timestep_density, generator)
+    timesteps = model.timesteps(
+        len(latents),
+        options.timestep_density,
+        generator,
+        options.timestep_low,
+        options.timestep_high,
+    )
     hard = hard_per_image(options)
     candidates = mixed_candidates(
         batch.captions,

@@ -203,3 +203,21 @@ def test_shipped_configs_parse(recipes):
     assert files
     for file in files:
         parse(train_agsm.Options, None, ["--config", str(file)])
+
+
+def test_training_keeps_to_its_share_of_the_schedule(flow_base):
+    from diffusers import DDIMScheduler
+    from text_to_image import TextToImage
+
+    generator = torch.Generator().manual_seed(0)
+    model = TextToImage.load(str(flow_base), torch.float32)
+    for density in ("uniform", "logit_normal"):
+        drawn = model.timesteps(4000, density, generator, 0.7, 0.9)
+        assert 700 <= drawn.min() < 710 and 890 < drawn.max() <= 900
+    for low, high in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)):
+        with pytest.raises(ValueError, match="timestep_low < timestep_high"):
+            model.timesteps(4, "uniform", generator, low, high)
+    model.pipe.scheduler = DDIMScheduler()
+    drawn = model.timesteps(4000, "uniform", generator, 0.7, 1.0)
+    assert set(drawn.tolist()) == set(range(700, 1000))
+    assert model.timesteps(3, "uniform", generator, 0.5, 0.5001).tolist() == [500] * 3
