@@ -207,6 +207,7 @@ def test_shipped_configs_parse(recipes):
 
 def test_training_keeps_to_its_share_of_the_schedule(flow_base):
     from diffusers import DDIMScheduler
+
     from text_to_image import TextToImage
 
     generator = torch.Generator().manual_seed(0)
