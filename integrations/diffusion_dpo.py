@@ -214,11 +214,11 @@ class DiffusionDPO:
         batch = len(timesteps)
         doubled = torch.cat([timesteps, timesteps])
         image = dict(image_conditioning or {})
-        inputs = (noisy, doubled, _twice(conditioning, batch))
-        images = _twice(image, batch)
+        inputs = (noisy, doubled, first_rows_twice(conditioning, batch))
+        images = first_rows_twice(image, batch)
         with torch.no_grad(), self.reference():
-            ref_pred = self.denoiser(*inputs, _bank(self.reference_bank, 2 * batch), **images)
-        pred = self.denoiser(*inputs, _bank(Bank.POSITIVE, 2 * batch), **images)
+            ref_pred = self.denoiser(*inputs, bank_of(self.reference_bank, 2 * batch), **images)
+        pred = self.denoiser(*inputs, bank_of(Bank.POSITIVE, 2 * batch), **images)
         terms = diffusion_dpo_loss(pred, ref_pred, target, self.beta, self.loss_type)
         loss, metrics = (
             terms.loss,
@@ -256,11 +256,12 @@ class DiffusionDPO:
             self.agsm.load_state_dict(state)
 
 
-def _bank(bank: Bank, number: int) -> Tensor:
+def bank_of(bank: Bank, number: int) -> Tensor:
+    """The same bank for `number` samples."""
     return torch.full((number,), int(bank))
 
 
-def _twice(tree: Any, batch: int) -> Any:
+def first_rows_twice(tree: Any, batch: int) -> Any:
     """The first `batch` rows of every tensor, for winners and for losers."""
     return tree_map(
         lambda leaf: torch.cat([leaf[:batch]] * 2) if isinstance(leaf, Tensor) else leaf, tree

@@ -76,7 +76,7 @@ def prediction_type(scheduler: Any) -> str:
 
 def add_noise(scheduler: Any, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """x_t = αx_0 + σε, (B, *D); for flow matching α = 1 − σ and σ = t/1000, t need not be whole."""
-    alpha, sigma = _levels(scheduler, timesteps, x_0)
+    alpha, sigma = noise_levels(scheduler, timesteps, x_0)
     return alpha * x_0 + sigma * noise
 
 
@@ -89,7 +89,7 @@ def regression_target(scheduler: Any, x_0: Tensor, noise: Tensor, timesteps: Ten
         return x_0
     if kind == "flow":
         return noise - x_0
-    alpha, sigma = _levels(scheduler, timesteps, x_0)
+    alpha, sigma = noise_levels(scheduler, timesteps, x_0)
     return alpha * noise - sigma * x_0
 
 
@@ -102,7 +102,7 @@ def reward_weight(scheduler: Any) -> Callable[[Tensor], Tensor]:
     kind = prediction_type(scheduler)
 
     def weight(timesteps: Tensor) -> Tensor:
-        alpha, sigma = _levels(scheduler, timesteps, timesteps.float())
+        alpha, sigma = noise_levels(scheduler, timesteps, timesteps.float())
         if kind == "epsilon":
             return torch.ones_like(alpha)
         if kind == "sample":
@@ -112,7 +112,29 @@ def reward_weight(scheduler: Any) -> Callable[[Tensor], Tensor]:
     return weight
 
 
-def _levels(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def clean_and_noise(
+    scheduler: Any, x_t: Tensor, pred: Tensor, timesteps: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The (x_0, ε) that a prediction (B, *D) at x_t means.
+
+    timesteps: those of x_t (B,); None where x_t is a clean image (not for x_0-prediction, which
+    says nothing of ε there).
+    """
+    if timesteps is None:
+        alpha, sigma = torch.ones_like(x_t), torch.zeros_like(x_t)
+    else:
+        alpha, sigma = noise_levels(scheduler, timesteps, x_t)
+    kind = prediction_type(scheduler)
+    if kind == "epsilon":
+        return (x_t - sigma * pred) / alpha, pred
+    if kind == "v_prediction":
+        return alpha * x_t - sigma * pred, alpha * pred + sigma * x_t
+    if kind == "flow":
+        return x_t - sigma * pred, x_t + alpha * pred
+    return pred, (x_t - alpha * pred) / sigma
+
+
+def noise_levels(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """(α, σ) of each timestep, shaped to multiply `like` (B, *D)."""
     steps = scheduler.config.num_train_timesteps
     if prediction_type(scheduler) == "flow":

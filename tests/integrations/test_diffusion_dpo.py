@@ -6,20 +6,16 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
-from integrations_tiny import TEXT, tiny
-from peft import LoraConfig
+from preference_setup import SCHEDULERS, Setup
 
-from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank
-from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
+from agsm_loss import EMA, Bank
 from agsm_loss.integrations.diffusion_dpo import (
-    DiffusionDPO,
     adapters_off,
     diffusion_dpo_loss,
 )
-from agsm_loss.integrations.training import TokenDenoiser, add_noise, regression_target
+from agsm_loss.integrations.training import add_noise, regression_target
 
 
 def restated(pred, ref, target, beta, kind):
@@ -89,59 +85,6 @@ def test_bad_input_is_refused():
         diffusion_dpo_loss(good, good, good, 0.0)
     with pytest.raises(ValueError, match="loss_type: expected one of"):
         diffusion_dpo_loss(good, good, good, 1.0, "kto")
-
-
-SCHEDULERS = {
-    "unet": lambda: DDPMScheduler(beta_schedule="scaled_linear"),
-    "sd3": FlowMatchEulerDiscreteScheduler,
-}
-
-
-class Setup:
-    """A tiny model with a LoRA and soft tokens, and a batch of pairs for it."""
-
-    def __init__(self, name, batch=3, lora=True):
-        torch.manual_seed(0)
-        self.model = tiny(name).model
-        self.plain = tiny(name).model
-        self.plain.load_state_dict(self.model.state_dict())
-        self.model.requires_grad_(False)
-        if lora:
-            self.model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
-            for part, value in self.model.named_parameters():
-                if "lora_B" in part:
-                    torch.nn.init.normal_(value, std=0.3)
-        tokens = make_soft_tokens(self.model, num_tokens=2, std=1.0).double()
-        self.denoiser = TokenDenoiser(attach_soft_tokens(self.model, tokens))
-        self.scheduler = SCHEDULERS[name]()
-        self.captions = ["a", "b", "c"][:batch]
-        self.conditioning = {"prompt_embeds": torch.randn(batch, TEXT, 16).double()}
-        if name == "sd3":
-            self.conditioning["pooled_prompt_embeds"] = torch.randn(batch, 12).double()
-        self.winner, self.loser, self.noise = torch.randn(3, batch, 4, 8, 8).double()
-        self.timesteps = torch.tensor([37, 410, 905][:batch])
-
-    @property
-    def trained(self):
-        return [p for p in self.denoiser.parameters() if p.requires_grad]
-
-    def agsm(self, **settings):
-        loss = AGSMLoss(neg_scale=0.1)
-        return AGSMRegularizer(self.denoiser, EMA(self.trained), loss, num_negatives=2, **settings)
-
-    def step(self, **settings):
-        settings = {"reference": lambda: adapters_off(self.model), "beta": 5.0} | settings
-        return DiffusionDPO(self.denoiser, self.scheduler, **settings)
-
-    def run(self, step):
-        inputs = self.winner, self.loser, self.conditioning, self.timesteps, self.noise
-        out = step(*inputs, captions=self.captions)
-        grads = torch.autograd.grad(out.loss, self.trained, allow_unused=True)
-        zero = [
-            torch.zeros_like(p) if g is None else g
-            for p, g in zip(self.trained, grads, strict=True)
-        ]
-        return out, zero
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
