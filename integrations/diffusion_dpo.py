@@ -10,19 +10,18 @@ Its gradient reaches every trainable parameter of the denoiser, as the host's do
 alone.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import Tensor
 
 from agsm_loss import AGSMRegularizer, Bank, Candidates, Denoiser
 from agsm_loss import functional as AF
-from agsm_loss.integrations.attach import unwrap
+from agsm_loss.integrations.host import Host, StepOutput, bank_of, first_rows_twice
 from agsm_loss.integrations.training import add_noise, regression_target
 
 LossType = Literal["sigmoid", "hinge", "ipo"]
@@ -43,13 +42,6 @@ class PreferenceTerms(NamedTuple):
     margin: Float[Tensor, " B"]
     accuracy: Float[Tensor, ""]
     error: Float[Tensor, ""]
-
-
-class StepOutput(NamedTuple):
-    """A host's step: the loss to run backward, and detached scalars to log."""
-
-    loss: Float[Tensor, ""]
-    metrics: dict[str, Tensor]
 
 
 def diffusion_dpo_loss(
@@ -97,36 +89,7 @@ def diffusion_dpo_loss(
     return PreferenceTerms(losses.mean(), margin.detach(), accuracy, error.detach().mean())
 
 
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """A LoRA's base model: peft's adapters are off inside, on after. Also through DDP and compile.
-
-    Raises:
-        ValueError: the model has no adapters, so it would be its own reference.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [one for one in unwrap(model).modules() if isinstance(one, BaseTunerLayer)]
-    if not layers:
-        raise ValueError(
-            "model: expected peft adapters, got none. Where all of the model is trained, its "
-            "reference is EMA(parameters, decay=1.0).applied."
-        )
-    parameters = [p for one in layers for p in one.parameters()]
-    before = [p.requires_grad for p in parameters]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        # peft marks every parameter of an adapter that it switches on as trainable.
-        for parameter, trained in zip(parameters, before, strict=True):
-            parameter.requires_grad_(trained)
-
-
-class DiffusionDPO:
+class DiffusionDPO(Host):
     """A batch of preference pairs -> loss and metrics.
 
     Args:
@@ -154,13 +117,13 @@ class DiffusionDPO:
         loss_type: LossType = "sigmoid",
         agsm: AGSMRegularizer | None = None,
     ) -> None:
+        super().__init__(agsm)
         self.denoiser = denoiser
         self.scheduler = scheduler
         self.reference = reference
         self.reference_bank = reference_bank
         self.beta = beta
         self.loss_type: LossType = loss_type
-        self.agsm = agsm
 
     def __call__(
         self,
@@ -241,28 +204,3 @@ class DiffusionDPO:
             )
             loss, metrics = loss + term.loss, metrics | term.metrics
         return StepOutput(loss, metrics)
-
-    def after_step(self) -> None:
-        """After each optimizer step: AGSM's EMA and schedule move on."""
-        if self.agsm is not None:
-            self.agsm.update_ema()
-
-    def state_dict(self) -> dict[str, Any]:
-        """AGSM's state; for `accelerator.register_for_checkpointing`."""
-        return {} if self.agsm is None else self.agsm.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.agsm is not None:
-            self.agsm.load_state_dict(state)
-
-
-def bank_of(bank: Bank, number: int) -> Tensor:
-    """The same bank for `number` samples."""
-    return torch.full((number,), int(bank))
-
-
-def first_rows_twice(tree: Any, batch: int) -> Any:
-    """The first `batch` rows of every tensor, for winners and for losers."""
-    return tree_map(
-        lambda leaf: torch.cat([leaf[:batch]] * 2) if isinstance(leaf, Tensor) else leaf, tree
-    )

@@ -19,12 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from agsm_loss import Bank, Candidates
-from agsm_loss.integrations.diffusion_dpo import (
-    DiffusionDPO,
-    StepOutput,
-    bank_of,
-    first_rows_twice,
-)
+from agsm_loss.integrations.diffusion_dpo import DiffusionDPO
+from agsm_loss.integrations.host import StepOutput, bank_of, first_rows_twice
 from agsm_loss.integrations.training import (
     clean_and_noise,
     noise_levels,

@@ -7,7 +7,8 @@ from peft import LoraConfig
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
 from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
-from agsm_loss.integrations.diffusion_dpo import DiffusionDPO, adapters_off
+from agsm_loss.integrations.diffusion_dpo import DiffusionDPO
+from agsm_loss.integrations.host import adapters_off
 from agsm_loss.integrations.training import TokenDenoiser
 
 SCHEDULERS = {

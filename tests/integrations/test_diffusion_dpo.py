@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 from preference_setup import SCHEDULERS, Setup
 
 from agsm_loss import EMA, Bank
-from agsm_loss.integrations.diffusion_dpo import (
-    adapters_off,
-    diffusion_dpo_loss,
-)
+from agsm_loss.integrations.diffusion_dpo import diffusion_dpo_loss
+from agsm_loss.integrations.host import adapters_off
 from agsm_loss.integrations.training import add_noise, regression_target
 
 

@@ -5,7 +5,8 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from preference_setup import Setup
 
-from agsm_loss.integrations.diffusion_dpo import adapters_off, diffusion_dpo_loss
+from agsm_loss.integrations.diffusion_dpo import diffusion_dpo_loss
+from agsm_loss.integrations.host import adapters_off
 from agsm_loss.integrations.inpo import InPO, ddim_invert, implied_noise
 from agsm_loss.integrations.training import add_noise, clean_and_noise, regression_target
 

@@ -1,0 +1,81 @@
+"""What the hosts' steps share: their output, their reference model, and AGSM's state."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from agsm_loss import AGSMRegularizer, Bank
+from agsm_loss.integrations.attach import unwrap
+
+
+class StepOutput(NamedTuple):
+    """A host's step: the loss to run backward, and detached scalars to log."""
+
+    loss: Float[Tensor, ""]
+    metrics: dict[str, Tensor]
+
+
+class Host:
+    """A step that may have AGSM in it."""
+
+    def __init__(self, agsm: AGSMRegularizer | None) -> None:
+        self.agsm = agsm
+
+    def after_step(self) -> None:
+        """After each optimizer step: AGSM's EMA and schedule move on."""
+        if self.agsm is not None:
+            self.agsm.update_ema()
+
+    def state_dict(self) -> dict[str, Any]:
+        """AGSM's state; for `accelerator.register_for_checkpointing`."""
+        return {} if self.agsm is None else self.agsm.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.agsm is not None:
+            self.agsm.load_state_dict(state)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """A LoRA's base model: peft's adapters are off inside, on after. Also through DDP and compile.
+
+    Raises:
+        ValueError: the model has no adapters, so it would be its own reference.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [one for one in unwrap(model).modules() if isinstance(one, BaseTunerLayer)]
+    if not layers:
+        raise ValueError(
+            "model: expected peft adapters, got none. Where all of the model is trained, its "
+            "reference is EMA(parameters, decay=1.0).applied."
+        )
+    parameters = [p for one in layers for p in one.parameters()]
+    before = [p.requires_grad for p in parameters]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        # peft marks every parameter of an adapter that it switches on as trainable.
+        for parameter, trained in zip(parameters, before, strict=True):
+            parameter.requires_grad_(trained)
+
+
+def bank_of(bank: Bank, number: int) -> Tensor:
+    """The same bank for `number` samples."""
+    return torch.full((number,), int(bank))
+
+
+def first_rows_twice(tree: Any, batch: int) -> Any:
+    """The first `batch` rows of every tensor, for winners and for losers."""
+    return tree_map(
+        lambda leaf: torch.cat([leaf[:batch]] * 2) if isinstance(leaf, Tensor) else leaf, tree
+    )
