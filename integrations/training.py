@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from agsm_loss.integrations.attach import AttachedTokens
+from agsm_loss.integrations.attach import AttachedTokens, backbone_of
 
 
 class TokenDenoiser(nn.Module):
@@ -49,15 +49,45 @@ class TokenDenoiser(nn.Module):
         bank: Tensor | int,
         **image: Tensor,
     ) -> Tensor:
-        dtype = next(self.model.parameters()).dtype
-
-        def cast(leaf: Any) -> Any:
-            floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-            return leaf.to(dtype) if floating else leaf
-
-        inputs = tree_map(cast, (noisy, dict(conditioning), image))
+        inputs = _in_dtype_of(self.model, (noisy, dict(conditioning), image))
         with self.attached.using(bank):
             return self.attached.backbone.denoise(self.model, timesteps, *inputs)
+
+
+class PlainDenoiser(nn.Module):
+    """A denoiser without soft tokens as the same kind of module: every bank is the same to it.
+
+    For a LoRA or full fine-tuning alone. Positives and negatives then share their weights, which the
+    paper's ablation of the banks warns of: start with a small γ⁻.
+
+    forward: as `TokenDenoiser`'s.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._backbone = backbone_of(model)
+
+    def forward(
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        conditioning: dict[str, Tensor],
+        bank: Tensor | int,
+        **image: Tensor,
+    ) -> Tensor:
+        inputs = _in_dtype_of(self.model, (noisy, dict(conditioning), image))
+        return self._backbone.denoise(self.model, timesteps, *inputs)
+
+
+def _in_dtype_of(model: nn.Module, tree: Any) -> Any:
+    dtype = next(model.parameters()).dtype
+
+    def cast(leaf: Any) -> Any:
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.to(dtype) if floating else leaf
+
+    return tree_map(cast, tree)
 
 
 def prediction_type(scheduler: Any) -> str:

@@ -15,15 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from agsm_loss import (
-    EMA,
-    AdaptiveTemperature,
-    AGSMLoss,
-    AGSMRegularizer,
-    Bank,
-    Candidates,
-    SoftREPALoss,
-)
+from agsm_loss import AGSMRegularizer, Bank, Candidates, SoftREPALoss
 from agsm_loss import functional as AF
 
 
@@ -42,29 +34,10 @@ Result = tuple[Tensor, Mapping[str, Tensor]]
 
 
 class AGSM:
-    """`AGSMRegularizer` alone, with λ = 1."""
+    """`AGSMRegularizer` alone."""
 
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        *,
-        pos_scale: float,
-        neg_scale: float,
-        temperature: float,
-        entropy: float,
-        ema_decay: float,
-        chunk_size: int | None,
-        parameters: Any,
-    ) -> None:
-        weights = AdaptiveTemperature(entropy) if entropy else temperature
-        loss = AGSMLoss(pos_scale=pos_scale, neg_scale=neg_scale, temperature=weights)
-        self.regularizer = AGSMRegularizer(
-            denoiser,
-            EMA(parameters, decay=ema_decay),
-            loss,
-            chunk_size=chunk_size,
-            allow_empty=True,
-        )
+    def __init__(self, regularizer: AGSMRegularizer) -> None:
+        self.regularizer = regularizer
 
     def __call__(self, inputs: Inputs) -> Result:
         output = self.regularizer(

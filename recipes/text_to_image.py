@@ -82,6 +82,13 @@ class TextToImage:
         )
         cast_training_params(self.denoiser, torch.float32)
 
+    def merge_lora(self, lora: str) -> None:
+        """Adds a LoRA, from a folder or a hub id, to the denoiser's own weights for good."""
+        self.load_extras("", lora)
+        self.denoiser.fuse_lora()
+        self.denoiser.unload_lora()
+        self.denoiser.requires_grad_(False)
+
     def load_extras(self, tokens: str, lora: str, sampling: Sampling = Sampling.BOTH) -> None:
         """Soft tokens and a LoRA onto the denoiser, each from a folder or a hub id; "" for none."""
         if lora:

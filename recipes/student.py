@@ -1,0 +1,223 @@
+"""What a post-training recipe trains: soft tokens, a LoRA, or all of a pipeline's denoiser.
+
+    student = Student.build(options, accelerator)
+    pred = student.denoiser(noisy, timesteps, conditioning, bank)     # the prepared module
+    student.validate(step); student.save()
+
+Under `--output`: tokens/ (SavedTokens), lora/, or pipeline/ where all of the denoiser was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from options import TrainingOptions, option
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from agsm_loss import AGSMRegularizer
+    from text_to_image import TextToImage
+
+
+@dataclass(frozen=True)
+class StudentOptions(TrainingOptions):
+    """Options of every recipe that trains on a pipeline."""
+
+    model: str = option("recipes/models/flow", "pipeline folder or hub id")
+    merge_lora: str = option("", "LoRA folder that is merged into the denoiser before training")
+    num_tokens: int = option(4, "soft tokens a layer; 0 for none")
+    banks: str = option("dual", "banks of soft tokens", ("dual", "shared", "positive_only"))
+    num_layers: int = option(0, "layers with tokens of their own; 0: 5, or all of fewer; -1: all")
+    time_buckets: int = option(100, "time tokens; 0 for none")
+    lora_rank: int = option(0, "a LoRA on the denoiser's attention; 0 for none")
+    full: bool = option(False, "train all of the denoiser")
+    pos_scale: float = option(1.0, "gamma+ of AGSM")
+    neg_scale: float = option(0.1, "gamma- of AGSM")
+    temperature: float = option(0.1, "T of AGSM's Plackett-Luce weights")
+    entropy: float = option(0.0, "adapt T to this share of the weights' largest entropy; 0: fixed")
+    ema_decay: float = option(0.9999, "of AGSM's EMA model")
+    negatives: str = option("in_batch", "the other captions", ("in_batch", "hard", "mixed"))
+    num_negatives: int = option(
+        3, "other captions an image; mixed: half of them edited, rounded up"
+    )
+    chunk_size: int = option(0, "samples a forward pass of AGSM may hold; 0: all at once")
+    data: str = option("world", "world, a parquet, jsonl or csv file, an imagefolder, or a hub id")
+    split: str = option("train", "of the data set")
+    caption_column: str = option("caption", "of the data set")
+    resolution: int = option(512, "pixels a side to which the data set's images are brought")
+    timestep_density: str = option("uniform", "of training", ("uniform", "logit_normal"))
+    timestep_low: float = option(0.0, "share of the schedule (0: clean) where training begins")
+    timestep_high: float = option(1.0, "share of the schedule (1: pure noise) where it ends")
+    gradient_checkpointing: bool = option(False, "of the denoiser")
+    prompts: str = option("", "file of validation prompts (lines, or GenEval's jsonl)")
+    eval_per_category: int = option(32, "validation prompts a category of the world")
+    eval_steps: int = option(20, "sampling steps")
+    eval_cfg: float = option(3.0, "guidance scale")
+    eval_at_start: bool = option(True, "validate before the first step as well")
+
+
+@dataclass
+class Student:
+    """A pipeline in training.
+
+    denoiser: the module to call, prepared by accelerate; `agsm_loss.Denoiser`.
+    parameters: what is trained.
+    reference: makes a context in which the denoiser, with `Bank.OFF`, is the model as it was given.
+    """
+
+    options: StudentOptions
+    model: TextToImage
+    attached: Any
+    denoiser: Any
+    optimizer: torch.optim.Optimizer
+    parameters: list[torch.nn.Parameter]
+    reference: Callable[[], AbstractContextManager[Any]]
+
+    @classmethod
+    def build(cls, options: StudentOptions, accelerator: Accelerator) -> Student:
+        """Loads the pipeline and prepares what the options train of it."""
+        import torch
+
+        from agsm_loss import EMA
+        from agsm_loss.integrations.host import adapters_off
+        from agsm_loss.integrations.training import PlainDenoiser, TokenDenoiser
+        from text_to_image import TextToImage
+
+        if options.full and options.lora_rank:
+            raise ValueError("expected --full or --lora-rank, got both")
+        if not (options.full or options.lora_rank or options.num_tokens):
+            raise ValueError("nothing to train: expected --num-tokens, --lora-rank or --full")
+        dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        held = torch.float32 if options.full else dtype[options.mixed_precision]
+        model = TextToImage.load(options.model, held, device=accelerator.device)
+        if options.merge_lora:
+            model.merge_lora(options.merge_lora)
+        if options.full:
+            model.denoiser.requires_grad_(True)
+        if options.lora_rank:
+            model.add_lora(options.lora_rank)
+        attached = _attach(options, model) if options.num_tokens else None
+        if options.gradient_checkpointing:
+            model.denoiser.enable_gradient_checkpointing()
+        if options.compile:
+            model.denoiser.compile()
+        module = PlainDenoiser(model.denoiser) if attached is None else TokenDenoiser(attached)
+        parameters = [one for one in module.parameters() if one.requires_grad]
+        if options.full:  # a frozen copy of what is trained
+            reference: Any = EMA(parameters, decay=1.0).applied
+        else:
+            reference = partial(adapters_off, model.denoiser) if options.lora_rank else nullcontext
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=options.lr,
+            betas=(0.9, options.beta2),
+            weight_decay=options.weight_decay,
+        )
+        denoiser, optimizer = accelerator.prepare(module, optimizer)
+        return cls(options, model, attached, denoiser, optimizer, parameters, reference)
+
+    def agsm(self, weight: float = 1.0) -> AGSMRegularizer:
+        """AGSM over the denoiser, as the options say, with λ = weight."""
+        from agsm_loss import EMA, AdaptiveTemperature, AGSMLoss, AGSMRegularizer
+
+        options = self.options
+        temperature: Any = options.temperature
+        if options.entropy:
+            temperature = AdaptiveTemperature(options.entropy)
+        loss = AGSMLoss(
+            pos_scale=options.pos_scale, neg_scale=options.neg_scale, temperature=temperature
+        )
+        return AGSMRegularizer(
+            self.denoiser,
+            EMA(self.parameters, decay=options.ema_decay),
+            loss,
+            weight=weight,
+            chunk_size=options.chunk_size or None,
+            allow_empty=True,
+        )
+
+    def timesteps(self, number: int, generator: torch.Generator) -> torch.Tensor:
+        """(number,) as the options draw them."""
+        options = self.options
+        return self.model.timesteps(
+            number,
+            options.timestep_density,
+            generator,
+            options.timestep_low,
+            options.timestep_high,
+        )
+
+    def validate(self, step: int) -> dict[str, Any]:
+        """Samples the validation prompts with psi+ and saves a sheet; the world's are scored."""
+        from evaluate import summarize_with_intervals
+        from generate import read_prompts, sample
+        from world_eval import sheet, verdicts
+
+        options = self.options
+        world = options.data == "world" and not options.prompts
+        chosen = f"world:validation:{options.eval_per_category}" if world else options.prompts
+        if not chosen:
+            return {}
+        rows = read_prompts(chosen)
+        images = sample(
+            self.model.pipe,
+            [row["prompt"] for row in rows],
+            seeds=range(len(rows)),
+            steps=options.eval_steps,
+            cfg=options.eval_cfg,
+        )
+        path = Path(options.output) / "sheets" / f"{step:06d}.png"
+        judged = verdicts(images, rows) if world else None
+        shown = [i for i in range(len(rows)) if not world or i % options.eval_per_category < 8]
+        sheet(
+            images[shown],
+            [rows[i] for i in shown],
+            None if judged is None else [judged[i] for i in shown],
+            path,
+        )
+        return {} if judged is None else summarize_with_intervals(judged)
+
+    def save(self) -> None:
+        """What was trained, under `options.output`."""
+        from agsm_loss.integrations.pretrained import SavedTokens
+
+        output = Path(self.options.output)
+        if self.attached is not None:
+            saved = SavedTokens.of(
+                self.attached, base_model=self.options.model, training=vars(self.options)
+            )
+            saved.save_pretrained(output / "tokens")
+        if self.options.lora_rank:
+            self.model.denoiser.save_lora_adapter(output / "lora")
+        if self.options.full:
+            self.model.pipe.save_pretrained(output / "pipeline")
+
+
+def hard_per_image(options: StudentOptions) -> int:
+    """How many of an image's other captions are edited ones."""
+    number = options.num_negatives
+    return {"in_batch": 0, "hard": number, "mixed": -(-number // 2)}[options.negatives]
+
+
+def _attach(options: StudentOptions, model: TextToImage) -> Any:
+    """New soft tokens on the pipeline's denoiser, in float32."""
+    from agsm_loss.integrations.attach import attach_soft_tokens, backbone_of, make_soft_tokens
+    from agsm_loss.integrations.unet_tokens import bos_embedding
+
+    settings: dict[str, Any] = {
+        "num_tokens": options.num_tokens,
+        "num_layers": options.num_layers or None,
+        "banks": options.banks,
+        "time_buckets": options.time_buckets or None,
+    }
+    if backbone_of(model.denoiser).shared():  # UNets start from the empty prompt's BOS
+        settings["init"] = bos_embedding(model.encode_prompts([""])["prompt_embeds"]).float().cpu()
+    tokens = make_soft_tokens(model.denoiser, **settings).to(model.device)
+    return attach_soft_tokens(model.denoiser, tokens)
