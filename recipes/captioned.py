@@ -10,7 +10,7 @@ Both give hard negatives where asked: captions one edit away from the image's ow
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -71,64 +71,54 @@ class WorldBatches(Dataset[Batch]):
         return Batch(torch.from_numpy(pixels), captions, ids, hard)
 
 
-class TableBatches(Dataset[Batch]):
-    """A table with an image column and a caption column (a text, or several: one is drawn).
+class Rows:
+    """A table's rows in an order that the seed gives, with their images read and fitted.
 
-    Rows whose image cannot be read are replaced by the next row, and counted in `unreadable`.
+    A row with an image that cannot be read is replaced by the next one, and counted in `unreadable`.
     Images are resized to cover `size` pixels a side, and cropped in the middle.
     """
 
     def __init__(
         self,
         table: Any,
+        images: Sequence[str],
+        text: str,
         batch_size: int,
-        hard: int,
         *,
         seed: int,
         size: int,
         rank: int = 0,
         processes: int = 1,
-        image: str = "image",
-        text: str = "caption",
     ) -> None:
-        from datasets import Image
-
-        missing = sorted({image, text} - set(table.column_names))
+        missing = sorted({*images, text} - set(table.column_names))
         if missing:
             raise ValueError(
-                f"data: expected columns {image!r} and {text!r}, {missing} missing among "
-                f"{table.column_names}. Name them with --image-column and --caption-column."
+                f"data: expected columns {list(images)} and {text!r}, {missing} missing among "
+                f"{table.column_names}. Name them with --caption-column, and --image-column where "
+                "there is one image."
             )
         if len(table) == 0:
             raise ValueError("data: expected at least one row, got none")
-        # Undecoded, so that a damaged file is an error of its own row.
-        self.table = table.cast_column(image, Image(decode=False))
-        self.batch_size, self.hard, self.seed, self.size = batch_size, hard, seed, size
+        self.table, self.images, self.text = table, tuple(images), text
+        self.batch_size, self.seed, self.size = batch_size, seed, size
         self.rank, self.processes = rank, processes
-        self.image, self.text = image, text
         self.unreadable: set[int] = set()
 
-    def __getitem__(self, index: int) -> Batch:
-        rng = np.random.default_rng([self.seed, index, self.rank, 4])
-        pixels: list[Tensor] = []
-        captions: list[str] = []
-        ids: list[int] = []
+    def batch(self, index: int) -> list[tuple[int, list[Tensor], Any]]:
+        """Row number, images (3, H, W) and the text's cell of each row of batch `index`."""
         start = (index * self.processes + self.rank) * self.batch_size
-        for place in range(start, start + self.batch_size):
-            row = self._row(place)
-            for _ in range(len(self.table)):
-                loaded = self._load(row)
-                if loaded is not None:
-                    break
-                row = (row + 1) % len(self.table)
-            else:
-                raise ValueError(f"data: none of the {len(self.table)} images can be read")
-            told = self.table[row][self.text]
-            captions.append(told if isinstance(told, str) else told[int(rng.integers(len(told)))])
-            pixels.append(loaded)
-            ids.append(row)
-        hard = [edited(text, self.hard, rng) for text in captions]
-        return Batch(torch.stack(pixels), captions, ids, hard)
+        return [self._readable(self._row(start + place)) for place in range(self.batch_size)]
+
+    def _readable(self, row: int) -> tuple[int, list[Tensor], Any]:
+        for _ in range(len(self.table)):
+            if row not in self.unreadable:
+                cells = self.table[row]
+                images = [self._load(cells[name]) for name in self.images]
+                if all(image is not None for image in images):
+                    return row, [one for one in images if one is not None], cells[self.text]
+                self.unreadable.add(row)
+            row = (row + 1) % len(self.table)
+        raise ValueError(f"data: none of the {len(self.table)} rows' images can be read")
 
     def _row(self, place: int) -> int:
         """Every row once an epoch, in an order that the seed and the epoch give."""
@@ -136,21 +126,73 @@ class TableBatches(Dataset[Batch]):
         order = np.random.default_rng([self.seed, epoch, 5]).permutation(len(self.table))
         return int(order[inside])
 
-    def _load(self, row: int) -> Tensor | None:
+    def _load(self, cell: Any) -> Tensor | None:
+        """From bytes, or from a cell of `datasets.Image(decode=False)`; None if it is damaged."""
         import io
 
         from PIL import Image, ImageOps, UnidentifiedImageError
 
-        if row in self.unreadable:
-            return None
-        cell = self.table[row][self.image]
         try:
-            with Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] else cell["path"]) as file:
+            if isinstance(cell, Mapping):
+                cell = cell["bytes"] or cell["path"]
+            with Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell) as file:
                 fitted = ImageOps.fit(file.convert("RGB"), (self.size, self.size))
         except (UnidentifiedImageError, OSError, TypeError, AttributeError):
-            self.unreadable.add(row)
             return None
         return torch.from_numpy(to_model(np.asarray(fitted)[None]))[0]
+
+
+class TableBatches(Dataset[Batch]):
+    """A table with an image column and a caption column (a text, or several: one is drawn)."""
+
+    def __init__(
+        self,
+        table: Any,
+        batch_size: int,
+        hard: int,
+        *,
+        image: str = "image",
+        text: str = "caption",
+        **rows: Any,
+    ) -> None:
+        from datasets import Image
+
+        if image in table.column_names and len(table):
+            # Undecoded, so that a damaged file is an error of its own row.
+            table = table.cast_column(image, Image(decode=False))
+        self.rows = Rows(table, [image], text, batch_size, **rows)
+        self.hard = hard
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = np.random.default_rng([self.rows.seed, index, self.rows.rank, 4])
+        found = self.rows.batch(index)
+        captions = [one_text(cell, rng) for _, _, cell in found]
+        return Batch(
+            torch.stack([images[0] for _, images, _ in found]),
+            captions,
+            [row for row, _, _ in found],
+            [edited(text, self.hard, rng) for text in captions],
+        )
+
+
+def one_text(cell: str | Sequence[str], rng: np.random.Generator) -> str:
+    """A caption's cell: itself, or one of several."""
+    return cell if isinstance(cell, str) else cell[int(rng.integers(len(cell)))]
+
+
+def open_table(data: str, split: str) -> Any:
+    """A .parquet, .jsonl or .csv file, a folder of images with metadata, or a hub id."""
+    from datasets import load_dataset
+
+    path = Path(data)
+    kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+    if path.is_dir():
+        return load_dataset("imagefolder", data_dir=data, split=split)
+    if path.suffix in kinds:
+        if not path.exists():
+            raise FileNotFoundError(f"data: no file {data}")
+        return load_dataset(kinds[path.suffix], data_files=data, split=split)
+    return load_dataset(data, split=split)
 
 
 def open_batches(
@@ -169,20 +211,8 @@ def open_batches(
     """ "world", a .parquet, .jsonl or .csv file, a folder of images with metadata, or a hub id."""
     if data == "world":
         return WorldBatches(batch_size, hard, seed=seed, rank=rank)
-    from datasets import load_dataset
-
-    path = Path(data)
-    kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-    if path.is_dir():
-        table = load_dataset("imagefolder", data_dir=data, split=split)
-    elif path.suffix in kinds:
-        if not path.exists():
-            raise FileNotFoundError(f"data: no file {data}")
-        table = load_dataset(kinds[path.suffix], data_files=data, split=split)
-    else:
-        table = load_dataset(data, split=split)
     return TableBatches(
-        table,
+        open_table(data, split),
         batch_size,
         hard,
         seed=seed,

@@ -123,7 +123,7 @@ class Student:
         denoiser, optimizer = accelerator.prepare(module, optimizer)
         return cls(options, model, attached, denoiser, optimizer, parameters, reference)
 
-    def agsm(self, weight: float = 1.0) -> AGSMRegularizer:
+    def agsm(self, weight: float | Callable[[int], float] = 1.0) -> AGSMRegularizer:
         """AGSM over the denoiser, as the options say, with λ = weight."""
         from agsm_loss import EMA, AdaptiveTemperature, AGSMLoss, AGSMRegularizer
 

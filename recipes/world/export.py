@@ -37,11 +37,16 @@ def _png(scene: Scene) -> bytes:
     return buffer.getvalue()
 
 
+def pair_of_scenes(spec: Spec, scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene]:
+    """The right scene and a wrong one: the caption's hard negative, one edit away."""
+    edits = [edit for edit in hard_negatives(spec) if _placeable(edit)]
+    return scene, place(_named(edits[int(rng.integers(len(edits)))], scene), rng)
+
+
 def preference_pair(spec: Spec, scene: Scene, rng: np.random.Generator) -> dict[str, Any]:
     """One Pick-a-Pic row for a caption, its right image and a wrong one drawn with `rng`."""
-    edits = [edit for edit in hard_negatives(spec) if _placeable(edit)]
-    edit = edits[int(rng.integers(len(edits)))]
-    images, label = [_png(scene), _png(place(_named(edit, scene), rng))], int(rng.integers(2))
+    right, wrong = pair_of_scenes(spec, scene, rng)
+    images, label = [_png(right), _png(wrong)], int(rng.integers(2))
     return {
         "jpg_0": images[1 - label],
         "jpg_1": images[label],

@@ -27,6 +27,11 @@ def flow_base(tmp_path_factory):
     return _saved("flow", tmp_path_factory)
 
 
+@pytest.fixture(scope="session")
+def epsilon_base(tmp_path_factory):
+    return _saved("epsilon", tmp_path_factory)
+
+
 def _saved(kind, tmp_path_factory):
     import torch
 

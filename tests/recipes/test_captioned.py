@@ -97,10 +97,10 @@ def test_a_damaged_image_is_passed_over_and_counted():
     rows[2]["image"] = {"bytes": b"not an image", "path": None}
     batches = TableBatches(Dataset.from_list(rows), 4, 0, seed=0, size=8)
     batch = batches[0]
-    assert batches.unreadable == {2}
+    assert batches.rows.unreadable == {2}
     assert 2 not in batch.image_ids and len(batch.image_ids) == 4
     nothing = Dataset.from_list([{**row, "image": rows[2]["image"]} for row in rows])
-    with pytest.raises(ValueError, match="none of the 4 images"):
+    with pytest.raises(ValueError, match="none of the 4 rows"):
         TableBatches(nothing, 2, 0, seed=0, size=8)[0]
 
 

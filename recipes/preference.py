@@ -1,0 +1,118 @@
+"""What `train_dpo.py` and `train_inpo.py` share: pairs in, a host's step with AGSM in it, LoRA out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from options import option
+from student import Student, StudentOptions, hard_per_image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from agsm_loss.integrations.host import StepOutput
+    from pairs import PairBatch
+
+
+@dataclass(frozen=True)
+class PreferenceOptions(StudentOptions):
+    """Options of the recipes on preference pairs."""
+
+    output: str = option("runs/preference", "folder for what is trained, log, sheets, checkpoints")
+    beta: float = option(5000.0, "beta of the preference objective")
+    loss_type: str = option("sigmoid", "of the preference objective", ("sigmoid", "hinge", "ipo"))
+    agsm_weight: float = option(0.0, "lambda: so much AGSM beside the host's loss; 0: the host")
+    agsm_warmup: int = option(0, "steps over which lambda rises from 0")
+
+
+# (step, winner, loser, conditioning, image conditioning and AGSM's keywords, generator) -> output
+Run = Callable[..., "StepOutput"]
+
+
+def run_preference(
+    options: PreferenceOptions, make_step: Callable[[Student, Any, Any], Any], run: Run
+) -> None:
+    """Trains on preference pairs.
+
+    make_step: student, AGSM regularizer or None, the host's settings -> the step.
+    run: step, student, winner and loser latents, conditioning, generator, keywords -> its output.
+    """
+    import torch
+
+    from agsm_loss.candidates import caption_pool, mixed_candidates
+    from agsm_loss.schedule import as_schedule, linear_warmup
+    from loop import Hooks, draws, start, train
+    from pairs import open_pairs
+
+    accelerator = start(options)
+    student = Student.build(options, accelerator)
+    agsm = None
+    if options.agsm_weight:
+        schedule = as_schedule(options.agsm_weight)
+        if options.agsm_warmup:
+            schedule = linear_warmup(schedule, options.agsm_warmup)
+        agsm = student.agsm(schedule)
+    step = make_step(student, agsm, {"beta": options.beta, "loss_type": options.loss_type})
+    hard = hard_per_image(options) if agsm is not None else 0
+    batches = open_pairs(
+        options.data,
+        options.batch_size,
+        hard,
+        split=options.split,
+        text=options.caption_column,
+        size=options.resolution,
+        seed=options.seed,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+
+    def loss(batch: PairBatch, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        generator = draws(options.seed, index, accelerator.process_index)
+        model = student.model
+        both = model.encode_images(torch.cat([batch.winner, batch.loser]), generator)
+        winner, loser = both.chunk(2)
+        extra: dict[str, Any] = {}
+        pool = batch.captions
+        if agsm is not None:
+            pool = [str(text) for text in caption_pool(batch.captions, batch.hard)]
+            extra["candidates"] = mixed_candidates(
+                batch.captions,
+                batch.hard,
+                num_negatives=options.num_negatives - hard,
+                image_ids=batch.image_ids,
+                # Its own draws: the host's stay what they are without AGSM.
+                generator=draws(options.seed, index, accelerator.process_index, "candidates"),
+                allow_empty=True,
+            )
+        image = model.image_conditioning(batch.winner)
+        conditioning = model.encode_prompts(pool)
+        with accelerator.autocast():
+            out = run(
+                step,
+                student,
+                winner,
+                loser,
+                conditioning,
+                generator,
+                image_conditioning=image,
+                **extra,
+            )
+        return out.loss, out.metrics
+
+    train(
+        options,
+        accelerator,
+        student.denoiser,
+        student.optimizer,
+        batches,
+        Hooks(
+            loss,
+            student.validate,
+            student.save,
+            step.after_step,
+            (step,),
+            options.eval_at_start,
+        ),
+    )

@@ -1,0 +1,57 @@
+"""InPO (Diffusion-DPO at inverted noise) on a text-to-image pipeline, alone or with AGSM in its step.
+
+    python recipes/train_inpo.py --config recipes/configs/inpo_epsilon.yaml --agsm-weight 1
+    accelerate launch recipes/train_inpo.py --config recipes/configs/inpo_sdxl.yaml --data pairs.parquet
+
+For eps- and v-prediction: Stable Diffusion and SDXL. The rest is as in `train_dpo.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from options import option, parse
+from preference import PreferenceOptions, run_preference
+
+
+@dataclass(frozen=True)
+class Options(PreferenceOptions):
+    """Every option, its default and its meaning."""
+
+    output: str = option("runs/inpo", "folder for what is trained, log, sheets and checkpoints")
+    model: str = option("recipes/models/epsilon", "pipeline folder or hub id")
+    inversion_steps: int = option(10, "levels of the whole schedule that the inversion visits")
+    eta: float = option(0.1, "noise of the inversion, in DDIM's sigma")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, validates, checkpoints and saves."""
+    options = parse(Options, __doc__, arguments)
+
+    from agsm_loss.integrations.inpo import InPO
+
+    def make_step(student: Any, agsm: Any, settings: Any) -> InPO:
+        scheduler = student.model.pipe.scheduler
+        return InPO(
+            student.denoiser,
+            scheduler,
+            reference=student.reference,
+            num_steps=options.inversion_steps,
+            eta=options.eta,
+            agsm=agsm,
+            **settings,
+        )
+
+    def run(
+        step: Any, student: Any, winner: Any, loser: Any, text: Any, draw: Any, **extra: Any
+    ) -> Any:
+        step.generator = draw
+        timestep = int(student.timesteps(1, draw)[0])  # one for the batch, as published
+        return step(winner, loser, text, timestep, **extra)
+
+    run_preference(options, make_step, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Preference pairs: the world's, and any table's."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from pairs import TablePairs, WorldPairs, open_pairs
+from world.detect import detect
+from world.export import preferences
+from world.prompts import rows as prompt_rows
+from world.score import judge
+
+
+def png(value):
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(file, format="PNG")
+    return file.getvalue()
+
+
+def table(labels, damaged=()):
+    return Dataset.from_list(
+        [
+            {
+                "jpg_0": b"no image" if i in damaged else png(10 * i),
+                "jpg_1": png(10 * i + 5),
+                "label_0": label,
+                "caption": f"two red cats {i}",
+            }
+            for i, label in enumerate(labels)
+        ]
+    )
+
+
+def values(pixels):
+    return [round(255 * (one.mean().item() + 1) / 2) for one in pixels]
+
+
+def test_the_worlds_winner_shows_the_caption_and_the_loser_does_not():
+    pairs = WorldPairs(64, 2, seed=0)
+    batch = pairs[3]
+    wanted = {row["prompt"]: row for row in prompt_rows("train", 400)}
+    for i, text in enumerate(batch.captions):
+        shown = [
+            judge(detect(to_uint8(one[i])), wanted[text]).correct
+            for one in (batch.winner, batch.loser)
+        ]
+        assert shown == [True, False], text
+        assert len(batch.hard[i]) <= 2 and text not in batch.hard[i]
+    again = WorldPairs(64, 2, seed=0)[3]
+    assert torch.equal(batch.loser, again.loser) and batch.hard == again.hard
+    assert not torch.equal(batch.winner, WorldPairs(64, 2, seed=0, rank=1)[3].winner)
+
+
+def to_uint8(pixels):
+    return ((pixels.permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+
+
+def test_pick_a_pics_winner_is_the_labelled_one_and_ties_are_dropped():
+    pairs = TablePairs(table([1.0, 0.0, 0.5, 1.0]), 3, 1, seed=0, size=8)
+    assert pairs.ties == 1
+    batch = pairs[0]
+    assert sorted(batch.captions) == ["two red cats 0", "two red cats 1", "two red cats 3"]
+    for text, winner, loser in zip(
+        batch.captions, values(batch.winner), values(batch.loser), strict=True
+    ):
+        row = int(text[-1])
+        ends = [10 * row, 10 * row + 5]
+        assert [winner, loser] == (ends[::-1] if row == 1 else ends)
+    assert all(len(one) == 1 for one in batch.hard)
+
+
+def test_damaged_pairs_are_skipped_and_counted():
+    pairs = TablePairs(table([1, 1, 1, 1], damaged=(2,)), 4, 0, seed=0, size=8)
+    seen = {text for i in range(2) for text in pairs[i].captions}
+    assert pairs.rows.unreadable == {2} and "two red cats 2" not in seen
+    with pytest.raises(ValueError, match="none of the 2 rows"):
+        TablePairs(table([1, 0], damaged=(0, 1)), 1, 0, seed=0, size=8)[0]
+
+
+def test_winner_and_loser_columns_are_read_too(tmp_path):
+    cells = [{"bytes": png(20), "path": None}], [{"bytes": png(40), "path": None}]
+    data = Dataset.from_dict({"image_w": cells[0], "image_l": cells[1], "caption": [["a", "b"]]})
+    data = data.cast_column("image_w", ImageFeature()).cast_column("image_l", ImageFeature())
+    batch = TablePairs(data, 1, 0, seed=0, size=8)[0]
+    assert values(batch.winner) == [20] and values(batch.loser) == [40]
+    assert batch.captions[0] in ("a", "b")
+    with pytest.raises(ValueError, match="image_w and image_l"):
+        TablePairs(data.rename_column("image_l", "other"), 1, 0, seed=0, size=8)
+
+
+def test_the_worlds_export_reads_back(tmp_path):
+    preferences(6, seed=1).to_parquet(str(tmp_path / "pairs.parquet"))
+    found = open_pairs(
+        str(tmp_path / "pairs.parquet"), 6, 0, split="train", text="caption", size=24,
+        seed=0, rank=0, processes=1,
+    )[0]  # fmt: skip
+    assert found.winner.shape == (6, 3, 24, 24)
+    world = open_pairs(
+        "world", 2, 0, split="train", text="caption", size=24, seed=0, rank=0, processes=1
+    )
+    assert isinstance(world, WorldPairs)
