@@ -152,3 +152,13 @@ def test_what_cannot_be_trained_is_refused(flow_base, tmp_path):
             train("dpo", flow_base, tmp_path / "x", *flags)
     with pytest.raises(ValueError, match="Use DiffusionDPO"):
         train("inpo", flow_base, tmp_path / "y", "--lora-rank", "2")
+
+
+def test_shipped_configs_parse(recipes):
+    from options import parse
+
+    files = sorted((recipes / "configs").glob("*po_*.yaml"))
+    assert len(files) == 4
+    for file in files:
+        options = parse(RECIPES[file.stem.split("_")[0]].Options, "", ["--config", str(file)])
+        assert options.full and options.beta >= 2000
