@@ -152,6 +152,14 @@ class TextToImage:
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return (latents.float() - shift) * vae.config.scaling_factor
 
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> (B, 3, H, W) around [-1, 1], in float32."""
+        vae = self.pipe.vae
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        plain = latents / vae.config.scaling_factor + shift
+        return vae.decode(plain.to(vae.dtype)).sample.float()
+
     def image_conditioning(self, pixels: Tensor) -> dict[str, Tensor]:
         """SDXL's time ids (uncropped, at full size) and Flux's guidance, one row an image."""
         batch, _, height, width = pixels.shape

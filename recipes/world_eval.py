@@ -35,7 +35,7 @@ def sheet(
     """Saves a PNG of images (N, H, W, 3), enlarged or reduced to `side` pixels, with prompt and,
     where they were judged, verdict under each. titles: one a column, above them."""
     height = width = side
-    cell_width, cell_height = width + 8, height + 40
+    cell_width, cell_height = width + 8, height + 52
     lines = -(-len(images) // columns)
     top_margin = 16 if titles else 0
     size = (columns * cell_width, lines * cell_height + top_margin)
@@ -49,7 +49,7 @@ def sheet(
         crisp = max(image.shape[:2]) <= side
         filter_ = Image.Resampling.NEAREST if crisp else Image.Resampling.LANCZOS
         page.paste(Image.fromarray(image).resize((width, height), filter_), (left, top))
-        told = textwrap.wrap(row["prompt"], width=side // 6)[:2]
+        told = textwrap.wrap(row["prompt"], width=side // 6)[:3]
         draw.multiline_text((left, top + height + 1), "\n".join(told), fill="black", spacing=1)
         if judged is None:
             continue
@@ -57,6 +57,6 @@ def sheet(
         text, colour = (
             ("right", "green") if verdict.correct else (str(verdict.reason)[: side // 6], "red")
         )
-        draw.text((left, top + height + 25), text, fill=colour)
+        draw.text((left, top + height + 37), text, fill=colour)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)

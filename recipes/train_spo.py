@@ -1,0 +1,172 @@
+"""SPO (step-by-step preference optimisation) on a pipeline, alone or with AGSM in its step.
+
+    python recipes/train_spo.py --lora-rank 4 --agsm-weight 1
+    python recipes/train_spo.py --config recipes/configs/spo_sd15.yaml --agsm-weight 1
+
+Every batch's captions are sampled by the model itself; `--preference` scores the pictures that its next
+states lead to: "detector" (the embedded world's) or a CLIP model such as PickScore. For eps- and
+v-prediction: Stable Diffusion and SDXL. AGSM trains on `--agsm-images data` (the batch's own, where the
+data set's pictures are what the model should learn) or `rollout` (those just sampled).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from options import option, parse
+from student import Student, StudentOptions, hard_per_image
+
+if TYPE_CHECKING:
+    from captioned import Batch
+
+
+@dataclass(frozen=True)
+class Options(StudentOptions):
+    """Every option, its default and its meaning."""
+
+    output: str = option("runs/spo", "folder for what is trained, log, sheets and checkpoints")
+    model: str = option("recipes/models/epsilon", "pipeline folder or hub id")
+    image_column: str = option("image", "of the data set")
+    preference: str = option("detector", "detector, or a CLIP model's folder or hub id")
+    sampling_steps: int = option(20, "DDIM steps of a rollout")
+    first_step: int = option(4, "of a rollout, from which on pairs are drawn")
+    candidates: int = option(4, "next states that are drawn and scored")
+    threshold: float = option(0.3, "by which a pair's softmax scores must differ")
+    guidance_scale: float = option(5.0, "of the rollout and the loss")
+    eta: float = option(1.0, "of DDIM")
+    max_pairs: int = option(16, "pairs of a rollout that are trained on, drawn at random")
+    beta: float = option(10.0, "beta of SPO")
+    clip: float = option(0.1, "of the likelihood ratios")
+    agsm_weight: float = option(0.0, "lambda: so much AGSM beside the host's loss; 0: the host")
+    agsm_images: str = option("data", "what AGSM trains on", ("data", "rollout"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, validates, checkpoints and saves."""
+    options = parse(Options, __doc__, arguments)
+
+    import torch
+    from diffusers import DDIMScheduler
+
+    from agsm_loss.candidates import caption_pool, mixed_candidates
+    from agsm_loss.integrations.spo import SPO, Clean, Pairs, guided, sample_pairs
+    from agsm_loss.integrations.training import prediction_type
+    from captioned import open_batches
+    from loop import Hooks, draws, start, train
+    from rewards import load
+
+    accelerator = start(options)
+    student = Student.build(options, accelerator)
+    model = student.model
+    if prediction_type(model.pipe.scheduler) == "flow":
+        raise ValueError(
+            f"model: expected eps- or v-prediction, got {type(model.pipe).__name__}, a flow: SPO compares "
+            "the likelihoods of DDIM's steps. Use train_dpo.py."
+        )
+    scheduler = DDIMScheduler.from_config(model.pipe.scheduler.config)
+    agsm = student.agsm(options.agsm_weight) if options.agsm_weight else None
+    step = SPO(
+        student.denoiser,
+        scheduler,
+        reference=student.reference,
+        beta=options.beta,
+        clip=options.clip,
+        eta=options.eta,
+        guidance_scale=options.guidance_scale,
+        agsm=agsm,
+    )
+    preference = load(options.preference, accelerator.device)
+    hard = hard_per_image(options) if agsm is not None else 0
+    batches = open_batches(
+        options.data,
+        options.batch_size,
+        hard,
+        seed=options.seed,
+        size=options.resolution,
+        rank=accelerator.process_index,
+        processes=accelerator.num_processes,
+        image=options.image_column,
+        text=options.caption_column,
+        split=options.split,
+    )
+
+    def clean(batch: Batch, latents: Any, generator: Any) -> Clean:
+        """AGSM's own batch, noised as the options say."""
+        pool = [str(text) for text in caption_pool(batch.captions, batch.hard)]
+        candidates = mixed_candidates(
+            batch.captions,
+            batch.hard,
+            num_negatives=options.num_negatives - hard,
+            image_ids=batch.image_ids,
+            generator=generator,
+            allow_empty=True,
+        )
+        return Clean(
+            latents,
+            student.timesteps(len(latents), generator),
+            torch.randn(latents.shape, generator=generator).to(latents),
+            model.encode_prompts(pool),
+            candidates=candidates,
+            image_conditioning=model.image_conditioning(batch.pixels),
+        )
+
+    def loss(batch: Batch, index: int) -> Any:
+        generator = draws(options.seed, index, accelerator.process_index)
+        latents = model.encode_images(batch.pixels, generator)
+        image = model.image_conditioning(batch.pixels)
+        text = model.encode_prompts(batch.captions)
+        empty = model.encode_prompts([""] * len(batch.captions))
+
+        def score(clean_latents: Any, rows: Any, timesteps: Any) -> Any:
+            pixels = model.decode_latents(clean_latents)
+            return preference(pixels, [batch.captions[int(row)] for row in rows])
+
+        with accelerator.autocast():
+            rollout = sample_pairs(
+                guided(
+                    student.denoiser, text, empty, options.guidance_scale, image_conditioning=image
+                ),
+                scheduler,
+                torch.randn(latents.shape, generator=generator).to(latents),
+                score,
+                num_steps=options.sampling_steps,
+                num_candidates=options.candidates,
+                first_step=options.first_step,
+                threshold=options.threshold,
+                eta=options.eta,
+                generator=generator,
+            )
+            number = len(rollout.pairs.noisy)
+            kept = torch.randperm(number, generator=generator)[: options.max_pairs]
+            pairs = Pairs(*(part[kept.to(part.device)] for part in rollout.pairs))
+            own = None
+            if agsm is not None:
+                of = latents if options.agsm_images == "data" else rollout.last
+                # Draws of its own: the host's are what they are without AGSM.
+                own = clean(
+                    batch, of, draws(options.seed, index, accelerator.process_index, "agsm")
+                )
+            out = step(pairs, text, empty, image_conditioning=image, clean=own)
+        anchor = sum(p.sum() * 0.0 for p in student.parameters)  # a rollout without a pair
+        return out.loss + anchor, {**out.metrics, "spo/found": torch.tensor(float(number))}
+
+    train(
+        options,
+        accelerator,
+        student.denoiser,
+        student.optimizer,
+        batches,
+        Hooks(
+            loss,
+            student.validate,
+            student.save,
+            step.after_step,
+            (step,),
+            options.eval_at_start,
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()

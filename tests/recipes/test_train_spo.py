@@ -1,0 +1,133 @@
+"""train_spo.py and the scores it asks: resume, AGSM on either kind of image, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rewards
+import train_spo
+from world.captions import caption
+from world.prompts import scenes
+from world.render import render, to_model
+
+FEW = ["--steps", "3", "--batch-size", "3", "--log-every", "1", "--eval-every", "3", "--lora-rank",
+       "2", "--eval-per-category", "1", "--eval-steps", "2", "--save-every", "1", "--num-tokens",
+       "2", "--no-eval-at-start", "--num-negatives", "2", "--sampling-steps", "5", "--first-step",
+       "2", "--candidates", "2", "--threshold", "0"]  # fmt: skip
+
+
+def train(model, folder, *flags):
+    train_spo.main(["--model", str(model), "--output", str(folder), *FEW, *flags])
+    return {
+        f"{part}/{name}": value
+        for part in ("tokens", "lora")
+        for file in (folder / part).glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def varied(pixels, prompts):
+    """A preference for bright pictures: an untrained model draws no shapes."""
+    return 100 * pixels.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("images", ["data", "rollout"])
+def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "detector", varied)
+    flags = ["--agsm-weight", "0.5", "--negatives", "mixed", "--agsm-images", images]
+    whole = train(epsilon_base, tmp_path / "whole", *flags)
+    last = log(tmp_path / "whole")[-1]
+    assert last["spo/pairs"] > 0 and last["spo/found"] == 2 * 3 and last["agsm/loss"] > 0
+    moved = train(epsilon_base, tmp_path / "still", *flags, "--lr", "0")
+    assert any(not torch.equal(whole[k], moved[k]) for k in whole if k.startswith("lora/"))
+    calls = []
+
+    def killing(pixels, prompts):
+        calls.append(1)
+        if len(calls) == 5:  # of two scored states a step: in the third
+            raise KeyboardInterrupt
+        return varied(pixels, prompts)
+
+    monkeypatch.setattr(rewards, "detector", killing)
+    with pytest.raises(KeyboardInterrupt):
+        train(epsilon_base, tmp_path / "cut", *flags)
+    monkeypatch.setattr(rewards, "detector", varied)
+    resumed = train(epsilon_base, tmp_path / "cut", *flags, "--resume")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "detector", varied)
+    train(epsilon_base, tmp_path / "host")
+    train(epsilon_base, tmp_path / "both", "--agsm-weight", "1")
+    host, both = log(tmp_path / "host"), log(tmp_path / "both")
+    assert host[0]["spo/loss"] == both[0]["spo/loss"] and "agsm/loss" not in host[0]
+
+
+def test_steps_without_a_pair_are_survived(epsilon_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "detector", lambda pixels, prompts: torch.zeros(len(pixels)))
+    train(epsilon_base, tmp_path / "run", "--threshold", "0.3")
+    assert log(tmp_path / "run")[-1]["spo/pairs"] == 0
+
+
+def test_a_flow_is_refused(flow_base, tmp_path):
+    with pytest.raises(ValueError, match=r"Use train_dpo\.py"):
+        train(flow_base, tmp_path / "run")
+
+
+def test_shipped_configs_parse(recipes):
+    from options import parse
+
+    files = sorted((recipes / "configs").glob("spo_*.yaml"))
+    assert len(files) == 2
+    for file in files:
+        options = parse(train_spo.Options, "", ["--config", str(file)])
+        assert options.lora_rank == 4 and "PickScore" in options.preference
+
+
+def test_the_detector_scores_what_it_sees():
+    stream = scenes(0, "train")
+    drawn = [next(stream) for _ in range(20)]
+    pixels = torch.from_numpy(to_model(np.stack([render(scene) for _, scene in drawn])))
+    told = [caption(spec) for spec, _ in drawn]
+    assert (rewards.detector(pixels, told) == 1).all()
+    counts = rewards.detector(pixels[:1].repeat(3, 1, 1, 1), ["a circle", "two circles", told[0]])
+    assert counts[2] == 1 and (counts[:2] < 1).any()
+    assert (rewards.detector(-torch.ones(1, 3, 24, 24), ["three squares"]) == -3).all()
+    with pytest.raises(ValueError, match="captions of the embedded world"):
+        rewards.detector(pixels[:1], ["a cat"])
+
+
+def test_a_clip_model_scores_by_its_logits(tmp_path):
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    from world_models import build_tokenizer
+
+    torch.manual_seed(0)
+    words = build_tokenizer()
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2}  # fmt: skip
+    config = CLIPConfig(
+        text_config={**small, "vocab_size": len(words), "eos_token_id": words.eos_token_id},
+        vision_config={**small, "image_size": 24, "patch_size": 8},
+        projection_dim=8,
+    )
+    model = CLIPModel(config).eval()
+    size = {"height": 24, "width": 24}
+    images = CLIPImageProcessor(size=size, crop_size=size)
+    model.save_pretrained(tmp_path)
+    CLIPProcessor(images, words).save_pretrained(tmp_path)
+    score = rewards.load(str(tmp_path))
+    pixels = torch.rand(2, 3, 24, 24) * 2 - 1
+    values = score(pixels, ["two red circles", "a square"])
+    swapped = score(pixels.flip(0), ["a square", "two red circles"])
+    assert values.shape == (2,) and torch.allclose(values, swapped.flip(0), atol=1e-4)
+    assert not torch.allclose(values, score(pixels, ["a square"] * 2))
