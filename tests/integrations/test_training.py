@@ -10,6 +10,7 @@ from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank
 from agsm_loss import functional as AF
 from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
 from agsm_loss.integrations.training import (
+    PlainDenoiser,
     TokenDenoiser,
     add_noise,
     prediction_type,
@@ -66,6 +67,18 @@ def test_the_regularizer_trains_tokens_on_every_backbone(name):
     out.loss.backward()
     grad = denoiser.tokens.tokens.grad
     assert out.loss.isfinite() and grad[0].abs().max() > 0 and grad[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plain_denoiser_is_the_model_without_tokens(name):
+    made, wearing = denoiser_of(name)
+    noisy, t, cond, image = batch_for(name)
+    off = wearing(noisy, t, cond, torch.full((3,), int(Bank.OFF)), **image)
+    plain = PlainDenoiser(made.model)
+    wearing.attached.detach()
+    assert torch.equal(plain(noisy, t, cond, Bank.POSITIVE, **image), off)
+    assert torch.equal(plain(noisy, t, cond, torch.tensor([0, 1, 1]), **image), off)
+    assert not any(key.startswith("_backbone") for key in plain.state_dict())
 
 
 def test_flux_and_qwen_latents_are_packed_as_their_pipelines_do():
