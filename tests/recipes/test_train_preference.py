@@ -157,7 +157,8 @@ def test_what_cannot_be_trained_is_refused(flow_base, tmp_path):
 def test_shipped_configs_parse(recipes):
     from options import parse
 
-    files = sorted((recipes / "configs").glob("*po_*.yaml"))
+    configs = recipes / "configs"
+    files = [*sorted(configs.glob("dpo_*.yaml")), *sorted(configs.glob("inpo_*.yaml"))]
     assert len(files) == 4
     for file in files:
         options = parse(RECIPES[file.stem.split("_")[0]].Options, "", ["--config", str(file)])
