@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from study import BASE, Plan, folder_of, jobs_of
-from world.prompts import rows
+from world.prompts import rows, specs
 from world.scene import TAGS
 
 Floats = npt.NDArray[np.float64]
@@ -69,7 +69,9 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
             f"Model: `{plan.model}`. Seeds {plan.seeds}, {plan.per_category} held-out prompts a category, "
             f"{plan.sampling_steps} sampling steps, the same noise for every method. Each at the "
             f"guidance scale (CFG) that was best on {plan.sweep_per_category} validation prompts a "
-            f"category, of {plan.cfgs}. Cells: {interval}."
+            f"category, of {plan.cfgs}. Cells: {interval}. Different held-out prompts: "
+            + ", ".join(f"{tag.replace('_', ' ')} {len(specs(tag, 'heldout'))}" for tag in TAGS)
+            + "; each is drawn many times, and no interval has the choice of prompts in it."
         ),
         "",
         "| | CFG | overall | " + " | ".join(tag.replace("_", " ") for tag in TAGS) + " |",
