@@ -183,15 +183,13 @@ class DiffusionDPO(Host):
             ref_pred = self.denoiser(*inputs, bank_of(self.reference_bank, 2 * batch), **images)
         pred = self.denoiser(*inputs, bank_of(Bank.POSITIVE, 2 * batch), **images)
         terms = diffusion_dpo_loss(pred, ref_pred, target, self.beta, self.loss_type)
-        loss, metrics = (
-            terms.loss,
-            {
-                "dpo/loss": terms.loss.detach(),
-                "dpo/margin": terms.margin.mean(),
-                "dpo/accuracy": terms.accuracy,
-                "dpo/error": terms.error,
-            },
-        )
+        loss = terms.loss
+        metrics = {
+            "dpo/loss": loss.detach(),
+            "dpo/margin": terms.margin.mean(),
+            "dpo/accuracy": terms.accuracy,
+            "dpo/error": terms.error,
+        }
         if self.agsm is not None:
             term = self.agsm(
                 noisy[:batch],

@@ -23,6 +23,7 @@ from agsm_loss.integrations.diffusion_dpo import DiffusionDPO
 from agsm_loss.integrations.host import StepOutput, bank_of, first_rows_twice
 from agsm_loss.integrations.training import (
     clean_and_noise,
+    ddim_sigma,
     noise_levels,
     prediction_type,
     regression_target,
@@ -80,10 +81,8 @@ def ddim_invert(
             alpha, sigma = noise_levels(scheduler, times, x)
             x = alpha * clean + sigma * noise
             if eta and before is not None:
-                alpha_0, sigma_0 = noise_levels(scheduler, before, x)
-                spread = sigma_0 / sigma * (1 - (alpha / alpha_0) ** 2).clamp(min=0).sqrt()
                 drawn = torch.randn(x.shape, generator=generator).to(x)
-                x = x + eta * spread * drawn
+                x = x + eta * ddim_sigma(scheduler, times, before, x) * drawn
             before = times
     return x
 

@@ -9,8 +9,8 @@ them, and the best and the worst become a pair whose likelihoods are compared wi
 
 There is no clean image with a known noise in it for AGSM, so it is given its own (`Clean`):
 latents of a captioned data set, where the prompts' pictures are what the model should learn; or
-the rollout's own best last states, where there is no such set and the scores can be trusted (it then
-learns the model's taste with the preference model's).
+the rollout's last states, where there is no such set: choose the best of them, as AGSM learns whatever
+it is shown as a match.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -29,6 +29,7 @@ from agsm_loss.integrations.host import Host, StepOutput, bank_of
 from agsm_loss.integrations.training import (
     add_noise,
     clean_and_noise,
+    ddim_sigma,
     noise_levels,
     prediction_type,
     regression_target,
@@ -85,9 +86,8 @@ def ddim_gaussian(
     eta: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Mean (N, *D) and standard deviation (N, 1, …) of x_{t−1} (arXiv 2010.02502, eq. 12 and 16)."""
-    alpha, sigma = noise_levels(scheduler, timesteps, x_t)
     alpha_0, sigma_0 = noise_levels(scheduler, previous, x_t)
-    std = eta * sigma_0 / sigma * (1 - (alpha / alpha_0) ** 2).clamp(min=0).sqrt()
+    std = eta * ddim_sigma(scheduler, timesteps, previous, x_t)
     clean, noise = clean_and_noise(scheduler, x_t, pred, timesteps)
     return alpha_0 * clean + (sigma_0**2 - std**2).clamp(min=0).sqrt() * noise, std
 

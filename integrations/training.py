@@ -164,6 +164,13 @@ def clean_and_noise(
     return pred, (x_t - alpha * pred) / sigma
 
 
+def ddim_sigma(scheduler: Any, timesteps: Tensor, previous: Tensor, like: Tensor) -> Tensor:
+    """DDIM's σ at η = 1 between t and the less noisy t − 1 (arXiv 2010.02502, eq. 16), to multiply `like`."""
+    alpha, sigma = noise_levels(scheduler, timesteps, like)
+    alpha_0, sigma_0 = noise_levels(scheduler, previous, like)
+    return sigma_0 / sigma * (1 - (alpha / alpha_0) ** 2).clamp(min=0).sqrt()
+
+
 def noise_levels(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """(α, σ) of each timestep, shaped to multiply `like` (B, *D)."""
     steps = scheduler.config.num_train_timesteps

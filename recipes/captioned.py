@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from world.captions import OPPOSITE, caption, hard_negatives
 from world.prompts import scenes
 from world.render import render, to_model
+from world.scene import Spec
 
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 COLOUR_WORDS = (
@@ -62,13 +63,16 @@ class WorldBatches(Dataset[Batch]):
         rng = np.random.default_rng([self.seed, index, self.rank, 3])
         drawn = list(islice(scenes(int(rng.integers(2**62)), self.fold), self.batch_size))
         pixels = to_model(np.stack([render(scene) for _, scene in drawn]))
-        hard = []
-        for spec, _ in drawn:
-            edits = [caption(edit) for edit in hard_negatives(spec)]
-            hard.append([edits[i] for i in rng.permutation(len(edits))[: self.hard]])
+        hard = [world_edits(spec, self.hard, rng) for spec, _ in drawn]
         captions = [caption(spec) for spec, _ in drawn]
         ids = [index * self.batch_size + i for i in range(self.batch_size)]
         return Batch(torch.from_numpy(pixels), captions, ids, hard)
+
+
+def world_edits(spec: Spec, number: int, rng: np.random.Generator) -> list[str]:
+    """Up to `number` of a spec's hard negatives as captions, drawn without replacement."""
+    edits = [caption(edit) for edit in hard_negatives(spec)]
+    return [edits[i] for i in rng.permutation(len(edits))[:number]]
 
 
 class Rows:

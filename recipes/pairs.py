@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from captioned import Rows, edited, one_text, open_table
-from world.captions import caption, hard_negatives
+from captioned import Rows, edited, one_text, open_table, world_edits
+from world.captions import caption
 from world.export import pair_of_scenes
 from world.prompts import scenes
 from world.render import render, to_model
@@ -50,10 +50,7 @@ class WorldPairs(Dataset[PairBatch]):
         drawn = list(islice(scenes(int(rng.integers(2**62)), self.fold), self.batch_size))
         pairs = [pair_of_scenes(spec, scene, rng) for spec, scene in drawn]
         winner, loser = (to_model(np.stack([render(pair[i]) for pair in pairs])) for i in (0, 1))
-        hard = []
-        for spec, _ in drawn:
-            edits = [caption(edit) for edit in hard_negatives(spec)]
-            hard.append([edits[i] for i in rng.permutation(len(edits))[: self.hard]])
+        hard = [world_edits(spec, self.hard, rng) for spec, _ in drawn]
         ids = [index * self.batch_size + i for i in range(self.batch_size)]
         captions = [caption(spec) for spec, _ in drawn]
         return PairBatch(torch.from_numpy(winner), torch.from_numpy(loser), captions, ids, hard)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from options import option
-from student import Student, StudentOptions, hard_per_image
+from student import Student, StudentOptions, competitors, data_settings, hard_per_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,6 @@ def run_preference(
     """
     import torch
 
-    from agsm_loss.candidates import caption_pool, mixed_candidates
     from agsm_loss.schedule import as_schedule, linear_warmup
     from loop import Hooks, draws, start, train
     from pairs import open_pairs
@@ -60,12 +59,7 @@ def run_preference(
         options.data,
         options.batch_size,
         hard,
-        split=options.split,
-        text=options.caption_column,
-        size=options.resolution,
-        seed=options.seed,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
+        **data_settings(options, accelerator),
     )
 
     def loss(batch: PairBatch, index: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -76,16 +70,9 @@ def run_preference(
         extra: dict[str, Any] = {}
         pool = batch.captions
         if agsm is not None:
-            pool = [str(text) for text in caption_pool(batch.captions, batch.hard)]
-            extra["candidates"] = mixed_candidates(
-                batch.captions,
-                batch.hard,
-                num_negatives=options.num_negatives - hard,
-                image_ids=batch.image_ids,
-                # Its own draws: the host's stay what they are without AGSM.
-                generator=draws(options.seed, index, accelerator.process_index, "candidates"),
-                allow_empty=True,
-            )
+            # Its own draws: the host's stay what they are without AGSM.
+            own = draws(options.seed, index, accelerator.process_index, "candidates")
+            pool, extra["candidates"] = competitors(batch, options.num_negatives - hard, own)
         image = model.image_conditioning(batch.winner)
         conditioning = model.encode_prompts(pool)
         with accelerator.autocast():

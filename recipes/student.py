@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from agsm_loss import AGSMRegularizer
+    from agsm_loss import AGSMRegularizer, Candidates
     from text_to_image import TextToImage
 
 
@@ -198,6 +198,39 @@ class Student:
             self.model.denoiser.save_lora_adapter(output / "lora")
         if self.options.full:
             self.model.pipe.save_pretrained(output / "pipeline")
+
+
+def data_settings(options: StudentOptions, accelerator: Accelerator) -> dict[str, Any]:
+    """What `open_batches` and `open_pairs` take beside the data, the batch size and the edits."""
+    return {
+        "split": options.split,
+        "text": options.caption_column,
+        "size": options.resolution,
+        "seed": options.seed,
+        "rank": accelerator.process_index,
+        "processes": accelerator.num_processes,
+    }
+
+
+def competitors(
+    batch: Any, in_batch: int, generator: torch.Generator
+) -> tuple[list[str], Candidates]:
+    """The captions that a batch's images are shown, and who competes for each.
+
+    batch: `captioned.Batch` or `pairs.PairBatch`. in_batch: negatives an image from the batch, beside
+    its edited captions.
+    """
+    from agsm_loss.candidates import caption_pool, mixed_candidates
+
+    candidates = mixed_candidates(
+        batch.captions,
+        batch.hard,
+        num_negatives=in_batch,
+        image_ids=batch.image_ids,
+        generator=generator,
+        allow_empty=True,
+    )
+    return [str(text) for text in caption_pool(batch.captions, batch.hard)], candidates
 
 
 def hard_per_image(options: StudentOptions) -> int:

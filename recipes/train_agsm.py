@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from options import option, parse
-from student import Student, StudentOptions, hard_per_image
+from student import Student, StudentOptions, competitors, data_settings, hard_per_image
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,6 @@ def prepare(options: Options, student: Student, batch: Batch, generator: torch.G
     """Noises a batch and chooses who competes; the draws are the generator's alone."""
     import torch
 
-    from agsm_loss.candidates import caption_pool, mixed_candidates
     from agsm_loss.integrations.training import add_noise, regression_target
     from objectives import Inputs
 
@@ -72,15 +71,7 @@ def prepare(options: Options, student: Student, batch: Batch, generator: torch.G
     latents = model.encode_images(batch.pixels, generator)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     timesteps = student.timesteps(len(latents), generator)
-    candidates = mixed_candidates(
-        batch.captions,
-        batch.hard,
-        num_negatives=options.num_negatives - hard_of(options),
-        image_ids=batch.image_ids,
-        generator=generator,
-        allow_empty=True,
-    )
-    pool = [str(text) for text in caption_pool(batch.captions, batch.hard)]
+    pool, candidates = competitors(batch, options.num_negatives - hard_of(options), generator)
     scheduler = model.pipe.scheduler
     return Inputs(
         add_noise(scheduler, latents, noise, timesteps),
@@ -111,13 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
         options.data,
         options.batch_size,
         hard_of(options),
-        seed=options.seed,
-        size=options.resolution,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
         image=options.image_column,
-        text=options.caption_column,
-        split=options.split,
+        **data_settings(options, accelerator),
     )
 
     def loss(batch: Batch, index: int) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from options import option, parse
-from student import Student, StudentOptions, hard_per_image
+from student import Student, StudentOptions, competitors, data_settings, hard_per_image
 
 if TYPE_CHECKING:
     from captioned import Batch
@@ -49,7 +49,6 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from diffusers import DDIMScheduler
 
-    from agsm_loss.candidates import caption_pool, mixed_candidates
     from agsm_loss.integrations.spo import SPO, Clean, Pairs, guided, sample_pairs
     from agsm_loss.integrations.training import prediction_type
     from captioned import open_batches
@@ -82,26 +81,13 @@ def main(arguments: list[str] | None = None) -> None:
         options.data,
         options.batch_size,
         hard,
-        seed=options.seed,
-        size=options.resolution,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
         image=options.image_column,
-        text=options.caption_column,
-        split=options.split,
+        **data_settings(options, accelerator),
     )
 
     def clean(batch: Batch, latents: Any, generator: Any) -> Clean:
         """AGSM's own batch, noised as the options say."""
-        pool = [str(text) for text in caption_pool(batch.captions, batch.hard)]
-        candidates = mixed_candidates(
-            batch.captions,
-            batch.hard,
-            num_negatives=options.num_negatives - hard,
-            image_ids=batch.image_ids,
-            generator=generator,
-            allow_empty=True,
-        )
+        pool, candidates = competitors(batch, options.num_negatives - hard, generator)
         return Clean(
             latents,
             student.timesteps(len(latents), generator),
