@@ -1,6 +1,6 @@
 """What the hosts' steps share: their output, their reference model, and AGSM's state."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from agsm_loss import AGSMRegularizer, Bank
+from agsm_loss import AGSMRegularizer, Bank, Candidates, RegularizerOutput
 from agsm_loss.integrations.attach import unwrap
+from agsm_loss.integrations.training import add_noise, regression_target
 
 
 class StepOutput(NamedTuple):
@@ -18,6 +19,41 @@ class StepOutput(NamedTuple):
 
     loss: Float[Tensor, ""]
     metrics: dict[str, Tensor]
+
+
+class Clean(NamedTuple):
+    """What AGSM trains on beside a host that has no clean image with a known noise of its own.
+
+    Attributes:
+        latents: clean, (B, *D).
+        timesteps: to which they are noised, (B,).
+        noise: (B, *D).
+        conditioning: a row a caption; `captions` or `candidates`, `image_ids` and
+            `image_conditioning` as `AGSMRegularizer` takes them.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    conditioning: Any
+    captions: Sequence[Hashable] | None = None
+    candidates: Candidates | None = None
+    image_ids: Sequence[Hashable] | None = None
+    image_conditioning: Mapping[str, Any] | None = None
+
+
+def agsm_on(clean: Clean, agsm: AGSMRegularizer, scheduler: Any) -> RegularizerOutput:
+    """λ·L and metrics of AGSM on these images, noised as they say."""
+    return agsm(
+        add_noise(scheduler, clean.latents, clean.noise, clean.timesteps),
+        clean.timesteps,
+        regression_target(scheduler, clean.latents, clean.noise, clean.timesteps),
+        clean.conditioning,
+        captions=clean.captions,
+        candidates=clean.candidates,
+        image_ids=clean.image_ids,
+        image_conditioning=clean.image_conditioning,
+    )
 
 
 class Host:

@@ -7,13 +7,13 @@
 A DDIM step with η > 0 is a Gaussian. At a state x_t several x_{t−1} are drawn, a preference model scores
 them, and the best and the worst become a pair whose likelihoods are compared with the reference's.
 
-There is no clean image with a known noise in it for AGSM, so it is given its own (`Clean`):
+There is no clean image with a known noise in it for AGSM, so it is given its own (`host.Clean`):
 latents of a captioned data set, where the prompts' pictures are what the model should learn; or
 the rollout's last states, where there is no such set: choose the best of them, as AGSM learns whatever
 it is shown as a match.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -24,15 +24,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from agsm_loss import AGSMRegularizer, Bank, Candidates, Denoiser
-from agsm_loss.integrations.host import Host, StepOutput, bank_of
+from agsm_loss import AGSMRegularizer, Bank, Denoiser
+from agsm_loss.integrations.host import Clean, Host, StepOutput, agsm_on, bank_of
 from agsm_loss.integrations.training import (
-    add_noise,
     clean_and_noise,
     ddim_sigma,
     noise_levels,
     prediction_type,
-    regression_target,
 )
 
 
@@ -59,22 +57,6 @@ class Rollout(NamedTuple):
 
     pairs: Pairs
     last: Float[Tensor, "B *D"]
-
-
-class Clean(NamedTuple):
-    """What AGSM trains on beside SPO: clean latents, noised here at these timesteps.
-
-    `captions` or `candidates`, `image_ids` and `image_conditioning` as `AGSMRegularizer` takes them.
-    """
-
-    latents: Tensor
-    timesteps: Tensor
-    noise: Tensor
-    conditioning: Any
-    captions: Sequence[Hashable] | None = None
-    candidates: Candidates | None = None
-    image_ids: Sequence[Hashable] | None = None
-    image_conditioning: Mapping[str, Any] | None = None
 
 
 def ddim_gaussian(
@@ -313,16 +295,7 @@ class SPO(Host):
             metrics["spo/accuracy"] = (inside.detach() > 0).float().mean()
             metrics["spo/margin"] = inside.detach().mean()
         if self.agsm is not None and clean is not None:
-            term = self.agsm(
-                add_noise(self.scheduler, clean.latents, clean.noise, clean.timesteps),
-                clean.timesteps,
-                regression_target(self.scheduler, clean.latents, clean.noise, clean.timesteps),
-                clean.conditioning,
-                captions=clean.captions,
-                image_ids=clean.image_ids,
-                candidates=clean.candidates,
-                image_conditioning=clean.image_conditioning,
-            )
+            term = agsm_on(clean, self.agsm, self.scheduler)
             loss, metrics = loss + term.loss, metrics | term.metrics
         return StepOutput(loss, metrics)
 

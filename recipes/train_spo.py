@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from diffusers import DDIMScheduler
 
-    from agsm_loss.integrations.spo import SPO, Clean, Pairs, guided, sample_pairs
+    from agsm_loss.integrations.host import Clean
+    from agsm_loss.integrations.spo import SPO, Pairs, guided, sample_pairs
     from agsm_loss.integrations.training import prediction_type
     from captioned import open_batches
     from loop import Hooks, draws, start, train

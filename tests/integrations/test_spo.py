@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from preference_setup import Setup
 
 from agsm_loss import Bank
-from agsm_loss.integrations.host import adapters_off
+from agsm_loss.integrations.host import Clean, adapters_off
 from agsm_loss.integrations.spo import (
     SPO,
-    Clean,
     Pairs,
     choose_pairs,
     ddim_gaussian,
