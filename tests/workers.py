@@ -3,6 +3,7 @@
 import os
 import socket
 import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -81,3 +82,28 @@ def ddp_plain(rank):
 
 def ddp_checkpointed(rank):
     return _ddp(rank, checkpointing=True)
+
+
+def ddpo(rank):
+    """An epoch of DDPO with AGSM on samples of the rank's own; what is trained, and its average.
+
+    The pipeline lies in the folder that the environment names PIPELINE."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import test_trl_ddpo as one
+
+    folder = Path(os.environ["PIPELINE"])
+    pipe = one.pipeline(folder)
+    trainer = one.AGSMDDPOTrainer(
+        one.config(folder / "run"),
+        one.bright,
+        one.asked,
+        pipe,
+        agsm=one.regularizer(0.5, allow_empty=True),
+        attached=one.soft_tokens(pipe),
+        batch_size=3,
+    )
+    assert trainer.accelerator.num_processes == 2
+    started = [p.detach().clone() for p in trainer.trainable_layers]
+    trainer.train()
+    return started, [p.detach() for p in trainer.trainable_layers], trainer.agsm.ema.shadow

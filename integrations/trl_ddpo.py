@@ -1,0 +1,339 @@
+"""DDPO (arXiv 2305.13301) by trl's own trainer, with AGSM beside the reward.
+
+    trainer = AGSMDDPOTrainer(
+        config, reward, prompts, pipeline,                        # trl's own arguments
+        agsm=lambda denoiser, parameters: AGSMRegularizer(
+            denoiser, EMA(parameters, decay=0.999), AGSMLoss(neg_scale=0.1), weight=0.5
+        ),
+        batches=my_pairs,                                         # or best=0.25: the run's own
+    )
+    trainer.train()
+
+trl shipped DDPO up to 0.23. What AGSM needs of any reward-driven loop is little: the place where a loss
+is made (there `agsm_on(clean, agsm, scheduler)` is added to it), the place behind `optimizer.step()`
+(`agsm.update_ema()`), and clean images with captions, be they data or the loop's own samples.
+
+AGSM's images. From a captioned data set (`batches`) where its pictures are what prompts should give:
+they hold the model to its prompts whatever the reward does. From the run's own best-rewarded samples
+(`best`) where there is no such set, and the reward itself judges alignment: AGSM then takes the reward's
+favourites for true matches of their prompts, and so repeats a reward's mistakes.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from packaging.version import Version
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from agsm_loss import AGSMRegularizer
+from agsm_loss.integrations.attach import AttachedTokens
+from agsm_loss.integrations.host import Clean, agsm_on
+from agsm_loss.integrations.training import PlainDenoiser, TokenDenoiser
+
+
+def _check_trl() -> None:
+    try:
+        found = version("trl")
+    except PackageNotFoundError:
+        found = "none"
+    if found == "none" or not Version("0.20") <= Version(found) < Version("0.24"):
+        raise ImportError(
+            f"trl: expected >=0.20,<0.24, the last with DDPOTrainer, got {found}. "
+            "pip install 'agsm-loss[trl]'"
+        )
+
+
+_check_trl()
+from trl import DDPOConfig, DDPOTrainer
+from trl.models import DDPOStableDiffusionPipeline
+
+WEIGHTS, COMPLETE = "trained.safetensors", "complete"
+
+
+class AGSMDDPOTrainer(DDPOTrainer):
+    """trl's `DDPOTrainer` with λ·AGSM in the loss of its training steps.
+
+    Without `agsm`, or where its weight is 0, the parameters become what trl's trainer makes of them, bit
+    for bit. Beyond AGSM it differs from trl's in three places, all of them outside a single run's steps:
+    checkpoints hold just what is trained, and a resumed run goes on at the epoch, step and averages
+    where it stopped; on several processes gradients are averaged over them (trl's trainer calls the UNet
+    beside its DDP wrapper, so that each process trains a model of its own); a sampling schedule whose
+    last step has no noise is refused (its log-probability is not finite).
+
+    Args:
+        config, reward_function, prompt_function, sd_pipeline, image_samples_hook: trl's.
+        agsm: the module to call and the trained parameters -> the regularizer, made when trl has put its
+            LoRA in. AGSM's gradient reaches all that is trained: trl's LoRA or UNet, and the tokens.
+        batches: number of the micro-step -> what AGSM trains on there (`host.Clean`). A function of the
+            number, so that a resumed run sees what an uninterrupted one sees.
+        best: without `batches`: the share of each epoch's samples, best reward first, that AGSM trains
+            on, noised again at uniform timesteps.
+        batch_size: images of these a micro-step; their prompts compete, so 2 at least.
+        every: run AGSM in one of so many micro-steps, `every` times as heavy: the same gradient in
+            expectation for less time. Must divide the micro-steps of an optimizer step
+            (`train_gradient_accumulation_steps` times the trained timesteps).
+        attached: soft tokens on `sd_pipeline.unet`; they are trained beside what trl trains.
+
+    Raises:
+        ImportError: (at import) trl is missing, or has no DDPO.
+        ValueError: arguments that do not go together, or a schedule that ends in a step without noise.
+    """
+
+    def __init__(
+        self,
+        config: DDPOConfig,
+        reward_function: Callable[..., Any],
+        prompt_function: Callable[[], tuple[str, Any]],
+        sd_pipeline: DDPOStableDiffusionPipeline,
+        image_samples_hook: Callable[..., Any] | None = None,
+        *,
+        agsm: Callable[[nn.Module, list[nn.Parameter]], AGSMRegularizer] | None = None,
+        batches: Callable[[int], Clean] | None = None,
+        best: float = 0.25,
+        batch_size: int = 8,
+        every: int = 1,
+        attached: AttachedTokens | None = None,
+    ) -> None:
+        if not 0 < best <= 1 or batch_size < 2 or every < 1:
+            raise ValueError(
+                "expected best in (0, 1], batch_size of 2 at least and every of 1 at least, got "
+                f"{best}, {batch_size} and {every}."
+            )
+        _check_schedule(sd_pipeline.scheduler, config)
+        self.attached = attached
+        self.agsm: AGSMRegularizer | None = None
+        self.batches = batches
+        self.every = every
+        self._own = _BestSamples(best, batch_size, config.seed)
+        self._metrics: dict[str, list[Tensor]] = {}
+        self._progress = _Progress(self)
+        self._epoch = self.global_step = self._micro_step = 0
+        super().__init__(config, reward_function, prompt_function, sd_pipeline, image_samples_hook)
+        a_step = self.accelerator.gradient_accumulation_steps
+        if a_step % every:
+            raise ValueError(
+                f"every: expected a divisor of the {a_step} micro-steps of an optimizer step, got "
+                f"{every}."
+            )
+        parameters = self._trained()
+        # What is clipped together: trl's own, and the tokens.
+        self.trainable_layers = list(parameters.values())
+        if agsm is not None:
+            module = TokenDenoiser(attached) if attached else PlainDenoiser(sd_pipeline.unet)
+            self.agsm = agsm(module, list(parameters.values()))
+        self._progress.restore()
+
+    def step(self, epoch: int, global_step: int) -> int:
+        """trl's: an epoch of sampling, scoring and training. Returns the next global step."""
+        self._epoch, self.global_step = epoch, global_step
+        before = self.accelerator.project_configuration.iteration
+        done = int(super().step(epoch, global_step))
+        saved = self.accelerator.project_configuration.iteration
+        if saved > before and self.accelerator.is_main_process:
+            folder = Path(self.accelerator.project_dir) / "checkpoints"
+            (folder / f"checkpoint_{saved - 1}" / COMPLETE).touch()
+        return done
+
+    def train(self, epochs: int | None = None) -> None:
+        """All epochs, from where a resumed run stopped."""
+        step = self.global_step
+        for epoch in range(self.first_epoch, self.config.num_epochs if epochs is None else epochs):
+            step = self.step(epoch, step)
+
+    def calculate_loss(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """trl's loss of one micro-step (scalar), with λ·AGSM in it; its KL and clipped share."""
+        loss, kl, clipped = super().calculate_loss(*args, **kwargs)
+        number, self._micro_step = self._micro_step, self._micro_step + 1
+        if self.agsm is None or number % self.every or not self.agsm.weight(self.agsm.step):
+            return loss, kl, clipped
+        clean = self._own.batch(number) if self.batches is None else self.batches(number)
+        with self.autocast():
+            term = agsm_on(clean, self.agsm, self.sd_pipeline.scheduler)
+        for name, value in term.metrics.items():
+            self._metrics.setdefault(name, []).append(value.detach().float())
+        return loss + self.every * term.loss, kl, clipped
+
+    def compute_rewards(self, prompt_image_pairs: Any, is_async: bool = False) -> Any:
+        """trl's; AGSM's own samples are chosen by them."""
+        rewards, metadata = super().compute_rewards(prompt_image_pairs, is_async)
+        if self.agsm is not None and self.batches is None:
+            self._own.choose(torch.cat([reward.flatten() for reward in rewards]))
+        return rewards, metadata
+
+    def _generate_samples(self, iterations: int, batch_size: int) -> Any:
+        samples, pairs = super()._generate_samples(iterations, batch_size)
+        if self.agsm is not None and self.batches is None:
+            self._own.offer(samples, pairs, self.sd_pipeline.scheduler)
+        return samples, pairs
+
+    def _train_batched_samples(self, *args: Any, **kwargs: Any) -> int:
+        self.global_step = int(super()._train_batched_samples(*args, **kwargs))
+        return self.global_step
+
+    def _setup_optimizer(self, trainable_layers_parameters: Any) -> torch.optim.Optimizer:
+        parameters = list(trainable_layers_parameters)
+        if self.attached is not None:
+            self.attached.tokens.to(self.accelerator.device)
+            parameters += self.attached.tokens.parameters()
+        optimizer: torch.optim.Optimizer = super()._setup_optimizer(parameters)
+        optimizer.register_step_post_hook(self._after_step)
+        self.accelerator.register_for_checkpointing(self._progress)
+        if self.accelerator.num_processes > 1:
+            self._exchange_gradients()
+        return optimizer
+
+    def _after_step(self, *_: Any) -> None:
+        """Behind each step that the optimizer takes (none where fp16 overflowed)."""
+        if self.agsm is None:
+            return
+        self.agsm.update_ema()
+        if self._metrics:
+            means = {name: torch.stack(values).mean() for name, values in self._metrics.items()}
+            self._metrics = {}
+            reduced = self.accelerator.reduce(
+                {name: mean.to(self.accelerator.device) for name, mean in means.items()}, "mean"
+            )
+            self.accelerator.log(
+                {name: value.item() for name, value in reduced.items()}, step=self.global_step
+            )
+        self.global_step += 1
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """Every trained parameter by name, the tokens' behind those of the UNet."""
+        unet = self.accelerator.unwrap_model(self.sd_pipeline.unet)
+        named = dict(unet.named_parameters())
+        if self.attached is not None:
+            named |= {f"tokens.{n}": p for n, p in self.attached.tokens.named_parameters()}
+        return {name: p for name, p in named.items() if p.requires_grad}
+
+    def _exchange_gradients(self) -> None:
+        """Gradients are the processes' mean as soon as an optimizer step's last micro-step has them."""
+        import torch.distributed as dist
+        from accelerate.utils import broadcast
+
+        def exchange(parameter: Tensor) -> None:
+            if self.accelerator.sync_gradients and parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.accelerator.num_processes
+
+        for parameter in self._trained().values():
+            broadcast(parameter.data)  # each process has drawn its own
+            parameter.register_post_accumulate_grad_hook(exchange)
+
+    def _save_model_hook(self, models: Any, weights: Any, output_dir: str) -> None:
+        own = {name: p.data.contiguous() for name, p in self._trained().items()}
+        save_file(own, Path(output_dir) / WEIGHTS)
+        weights.clear()
+
+    def _load_model_hook(self, models: Any, input_dir: str) -> None:
+        saved = load_file(Path(input_dir) / WEIGHTS)
+        own = self._trained()
+        if saved.keys() != own.keys():
+            raise ValueError(
+                f"{input_dir}: expected parameters {sorted(own)}, got {sorted(saved)}. Resume with "
+                "the LoRA and the tokens that the run began with."
+            )
+        for name, parameter in own.items():
+            parameter.data.copy_(saved[name])
+        models.clear()
+
+
+class _Progress:
+    """What a checkpoint holds beside weights and optimizer."""
+
+    def __init__(self, trainer: AGSMDDPOTrainer) -> None:
+        self.trainer = trainer
+        self.loaded: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        trainer = self.trainer
+        tracker = getattr(trainer, "stat_tracker", None)
+        rewards = {} if tracker is None else tracker.stats
+        return {
+            "epoch": trainer._epoch + 1,
+            "global_step": trainer.global_step,
+            "micro_step": trainer._micro_step,
+            "agsm": None if trainer.agsm is None else trainer.agsm.state_dict(),
+            "rewards": {str(name): torch.tensor(np.array(kept)) for name, kept in rewards.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.loaded = state  # trl loads before there is a regularizer
+
+    def restore(self) -> None:
+        state, trainer = self.loaded, self.trainer
+        if state is None:
+            return
+        if (state["agsm"] is None) != (trainer.agsm is None):
+            raise ValueError(
+                "agsm: the checkpoint was made with it and this run is without, or so."
+            )
+        if trainer.agsm is not None:
+            trainer.agsm.load_state_dict(state["agsm"])
+        if hasattr(trainer, "stat_tracker"):
+            size = trainer.stat_tracker.buffer_size
+            trainer.stat_tracker.stats = {
+                name: deque(values.numpy(), maxlen=size)
+                for name, values in state["rewards"].items()
+            }
+        trainer.first_epoch = int(state["epoch"])
+        trainer.global_step = int(state["global_step"])
+        trainer._micro_step = int(state["micro_step"])
+
+
+class _BestSamples:
+    """The epoch's samples with the best rewards, as what AGSM trains on."""
+
+    def __init__(self, share: float, batch_size: int, seed: int) -> None:
+        self.share, self.batch_size, self.seed = share, batch_size, seed
+        self.latents = self.embeds = torch.empty(0)
+        self.prompts: list[str] = []
+        self.steps = 1000
+
+    def offer(self, samples: list[dict[str, Tensor]], pairs: list[Any], scheduler: Any) -> None:
+        """Samples as trl keeps them: latents (B, T, *D) and prompts, batch by batch."""
+        self.latents = torch.cat([one["next_latents"][:, -1] for one in samples])
+        self.embeds = torch.cat([one["prompt_embeds"] for one in samples])
+        self.prompts = [prompt for _, prompts, _ in pairs for prompt in prompts]
+        self.steps = scheduler.config.num_train_timesteps
+
+    def choose(self, rewards: Tensor) -> None:
+        """rewards (N,) of what was offered."""
+        number = min(len(rewards), max(self.batch_size, math.ceil(self.share * len(rewards))))
+        kept = (
+            rewards.float().argsort(descending=True, stable=True)[:number].to(self.latents.device)
+        )
+        self.latents, self.embeds = self.latents[kept], self.embeds[kept]
+        self.prompts = [self.prompts[int(i)] for i in kept]
+
+    def batch(self, number: int) -> Clean:
+        """A micro-step's draw of them."""
+        generator = torch.Generator().manual_seed(self.seed * 2**32 + number)
+        rows = torch.randperm(len(self.latents), generator=generator)[: self.batch_size]
+        latents = self.latents[rows.to(self.latents.device)]
+        times = torch.randint(self.steps, (len(rows),), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        return Clean(
+            latents,
+            times.to(latents.device),
+            noise.to(latents),
+            {"prompt_embeds": self.embeds[rows.to(self.embeds.device)]},
+            captions=[self.prompts[int(row)] for row in rows],
+        )
+
+
+def _check_schedule(scheduler: Any, config: DDPOConfig) -> None:
+    scheduler.set_timesteps(config.sample_num_steps)
+    if config.sample_eta <= 0 or int(scheduler.timesteps[-1]) == 0:
+        raise ValueError(
+            "expected sample_eta above 0 and a schedule that ends above timestep 0, got "
+            f"{config.sample_eta} and timesteps {scheduler.timesteps.tolist()}: a step without noise has "
+            "no log-probability. Set the scheduler's steps_offset to 1."
+        )
