@@ -83,7 +83,8 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         for tag in TAGS:
             cells.append(_cell([r["heldout"]["categories"][tag] for r in group], "score"))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", *_differences(plan, by_method), *_mistakes(by_method)]
+    lines += ["", *_preferences(plan, by_method), *_differences(plan, by_method)]
+    lines += _mistakes(by_method)
     lines += [
         "",
         "## Training",
@@ -118,6 +119,32 @@ def _cell(summaries: Sequence[Mapping[str, Any]], key: str) -> str:
         return f"{one[key]:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
     mean, half = spread([one[key] for one in summaries])
     return f"{mean:.3f} ± {half:.3f}"
+
+
+def _preferences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Each method's implicit accuracy on held-out pairs, if the plan asks for it."""
+    if not plan.pairs:
+        return []
+    lines = [
+        "## Preference accuracy",
+        "",
+        (
+            f"Share of {plan.pairs} held-out pairs a seed (the caption's scene and one an edit away, the "
+            "same noise) in which the method, more than the base, denoises the right one better. "
+            "Chance: 0.5."
+        ),
+        "",
+        "| | implicit accuracy |",
+        "| --- | --- |",
+    ]
+    for name in plan.methods:
+        mean, half = spread([one["implicit_accuracy"] for one in by_method[name]])
+        lines.append(f"| {name} | {_told(mean, half)} |")
+    return [*lines, ""]
+
+
+def _told(mean: float, half: float) -> str:
+    return f"{mean:.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}")
 
 
 def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
@@ -183,9 +210,7 @@ def _final_metrics(plan: Plan) -> list[str]:
             logs = [_log(plan, name, seed) for seed in plan.seeds]
             last = [[line[metric] for line in log if metric in line][-1:] for log in logs]
             values = [value for one in last for value in one]
-            mean, half = spread(values) if values else (float("nan"), float("nan"))
-            between = "" if np.isnan(half) else f" ± {half:.3f}"
-            cells.append(f"{mean:.3f}{between}" if values else "")
+            cells.append(_told(*spread(values)) if values else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 

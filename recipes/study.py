@@ -41,6 +41,8 @@ class Plan:
     references: further pipelines (name -> folder) that are scored as they are, e.g. the ceiling.
     panels: title -> a metric of log.jsonl, each drawn as a curve and told at the end of training.
     baselines: methods that the others are compared with, image by image, as with the base.
+    pairs: held-out preference pairs on which each method's implicit accuracy against the untrained
+        model is measured, at `common`'s noise levels; 0: none.
     cfgs: guidance scales of the sweep. per_category, sweep_per_category: held-out and validation
         prompts a category. sampling_steps: of both.
     """
@@ -57,6 +59,7 @@ class Plan:
     sweep_per_category: int = 32
     per_category: int = 100
     sampling_steps: int = 20
+    pairs: int = 0
     title: str = "Soft tokens on the embedded world"
 
 
@@ -136,6 +139,7 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
 
     from evaluate import summarize_with_intervals
     from generate import read_prompts, sample
+    from pairs import implicit_accuracy
     from text_to_image import TextToImage
     from world_eval import verdicts
 
@@ -185,6 +189,13 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         "correct": [int(verdict.correct) for verdict in judged],
         "reasons": [verdict.reason for verdict in judged],
     }
+    if plan.pairs and method in plan.methods:
+        shares = {
+            key: plan.common.get(f"timestep_{key}", at) for key, at in (("low", 0), ("high", 1))
+        }
+        base = TextToImage.load(plan.model, torch.float32)
+        found = implicit_accuracy(model, base, plan.pairs, fold="heldout", seed=seed, **shares)
+        result["implicit_accuracy"] = found
     part = folder / "result.part"
     part.write_text(json.dumps(result) + "\n")
     part.rename(folder / "result.json")

@@ -69,6 +69,7 @@ def test_methods_of_other_recipes_and_after_one_another(flow_base, tmp_path, mon
         methods={"DPO": dpo, "then AGSM": {"after": "DPO", "lr": 0.0}},
         panels={"implicit accuracy": "dpo/accuracy"},
         baselines=["DPO"],
+        pairs=5,
     )
     monkeypatch.setattr(study.subprocess, "call", lambda command, **_: _in_process(command))
     study.main(["--config", str(file), "--jobs", "1"])
@@ -89,6 +90,7 @@ def test_methods_of_other_recipes_and_after_one_another(flow_base, tmp_path, mon
     assert gap < np.abs(images["then AGSM"] - images["base"]).mean()
     text = (tmp_path / "out" / "report.md").read_text()
     assert "## Against DPO, on the same" in text and "| at the end of training | impl" in text
+    assert "| then AGSM | 0." in text.split("## Preference accuracy")[1].split("##")[0]
     row = next(line for line in text.splitlines() if line.startswith("| then AGSM |  |"))
     assert row  # it has no such metric
 
