@@ -9,10 +9,12 @@ them, and the best and the worst become a pair whose likelihoods are compared wi
 
 There is no clean image with a known noise in it for AGSM, so it is given its own (`Clean`):
 latents of a captioned data set, where the prompts' pictures are what the model should learn; or
-the rollout's last states, where there is no such set: choose the best of them, as AGSM learns whatever
-it is shown as a match.
+the rollout's last states, where there is no such set, re-noised. AGSM learns whatever it is shown as
+a match, so take the best of them (`best_rows`, by the preference model's scores of the final
+pictures); the captions of the others may still compete.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
@@ -134,6 +136,24 @@ def choose_pairs(
     best, worst = scores.argmax(1), scores.argmin(1)
     ends = torch.stack([scores.amax(1), scores.amin(1)], 1).softmax(1)
     return best, worst, ends[:, 0] - ends[:, 1] > threshold
+
+
+def best_rows(scores: Float[Tensor, " B"], share: float = 0.5) -> Int[Tensor, " n"]:
+    """The rows of the best ⌈share·B⌉ scores, at least one, in the batch's order.
+
+    A score that is not a number is the worst. Of equal scores the earlier row is taken.
+
+    Raises:
+        ValueError: no score, or a share that is not in (0, 1].
+    """
+    if scores.ndim != 1 or not len(scores) or not 0 < share <= 1:
+        raise ValueError(
+            f"expected scores (B,) of at least one image and share in (0, 1], got "
+            f"{tuple(scores.shape)} and {share}."
+        )
+    number = math.ceil(share * len(scores))
+    order = scores.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
+    return order[:number].sort().values
 
 
 @torch.no_grad()
