@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from agsm_loss.integrations.attach import AttachedTokens, backbone_of
+from agsm_loss.integrations.attach import AttachedTokens, backbone_of, unwrap
 
 
 class TokenDenoiser(nn.Module):
@@ -58,7 +58,8 @@ class PlainDenoiser(nn.Module):
     """A denoiser without soft tokens as the same kind of module: every bank is the same to it.
 
     For a LoRA or full fine-tuning alone. Positives and negatives then share their weights, which the
-    paper's ablation of the banks warns of: start with a small γ⁻.
+    paper's ablation of the banks warns of: start with a small γ⁻. The model may be wrapped already
+    (DDP, torch.compile), as a host's script has it after `accelerator.prepare`.
 
     forward: as `TokenDenoiser`'s.
     """
@@ -66,7 +67,7 @@ class PlainDenoiser(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._backbone = backbone_of(model)
+        self._backbone = backbone_of(unwrap(model))
 
     def forward(
         self,

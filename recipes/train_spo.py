@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from diffusers import DDIMScheduler
 
-    from agsm_loss import Candidates
+    from agsm_loss import Bank, Candidates
     from agsm_loss.integrations.spo import SPO, Clean, Pairs, best_rows, guided, sample_pairs
     from agsm_loss.integrations.training import prediction_type
     from captioned import open_batches
@@ -148,9 +148,17 @@ def main(arguments: list[str] | None = None) -> None:
                 draw = draws(options.seed, index, accelerator.process_index, "agsm")
                 own = clean(batch, of, best, draw)
             out = step(pairs, text, empty, image_conditioning=image, clean=own)
-        anchor = sum(p.sum() * 0.0 for p in student.parameters)  # a rollout without a pair
+            total = out.loss
+            if number == 0:
+                # Other processes may have found pairs, and wait for this one's gradients: zeros,
+                # through a call of the model, by which DDP knows that they will come.
+                times = torch.full((1,), options.sampling_steps, device=latents.device)
+                first = {key: value[:1] for key, value in text.items()}
+                seen = {key: value[:1] for key, value in image.items()}
+                pred = student.denoiser(latents[:1], times, first, Bank.POSITIVE, **seen)
+                total = total + 0.0 * pred.sum()
         metrics |= {**out.metrics, "spo/found": torch.tensor(float(number))}
-        return out.loss + anchor, metrics
+        return total, metrics
 
     train(
         options,
