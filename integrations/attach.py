@@ -22,7 +22,13 @@ from agsm_loss.integrations.flux_tokens import FluxBackbone
 from agsm_loss.integrations.qwen_image_tokens import QwenImageBackbone
 from agsm_loss.integrations.sana_tokens import SanaBackbone
 from agsm_loss.integrations.sd3_tokens import SD3Backbone
-from agsm_loss.integrations.soft_token_hooks import Arguments, Backbone, Call, parameter_names
+from agsm_loss.integrations.soft_token_hooks import (
+    Arguments,
+    Backbone,
+    Call,
+    parameter_names,
+    unwrap,
+)
 from agsm_loss.integrations.unet_tokens import UNetBackbone
 from agsm_loss.soft_tokens import Banks
 
@@ -255,19 +261,6 @@ def backbone_of(model: nn.Module, blocks: Sequence[str] | None = None) -> Backbo
         "architecture subclass agsm_loss.integrations.soft_token_hooks.Backbone and pass an "
         "instance as backbone=."
     )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The denoiser inside torch.compile, DDP and PEFT wrappers."""
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator]
-        else:
-            return model
 
 
 def _as_list(bank: BankLike) -> list[int] | int:

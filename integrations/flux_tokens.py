@@ -13,6 +13,7 @@ from agsm_loss.integrations.soft_token_hooks import (
     JointBackbone,
     patches,
     unpatched,
+    unwrap,
 )
 
 
@@ -47,7 +48,7 @@ class FluxBackbone(JointBackbone):
             timestep=timesteps / 1000,
             img_ids=torch.cartesian_prod(height.new_zeros(1), height, width).to(noisy),
             txt_ids=text.new_zeros(text.shape[1], 3),
-            guidance=image["guidance"] if model.config.guidance_embeds else None,
+            guidance=image["guidance"] if unwrap(model).config.guidance_embeds else None,
             return_dict=False,
         )
         return unpatched(out[0], noisy)

@@ -1,11 +1,12 @@
 """What the hosts' steps share: their output, their reference model, and AGSM's state."""
 
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -54,6 +55,24 @@ def agsm_on(clean: Clean, agsm: AGSMRegularizer, scheduler: Any) -> RegularizerO
         image_ids=clean.image_ids,
         image_conditioning=clean.image_conditioning,
     )
+
+
+def best_rows(scores: Float[Tensor, " B"], share: float = 0.5) -> Int[Tensor, " n"]:
+    """The rows of the best ⌈share·B⌉ scores, at least one, in the batch's order.
+
+    A score that is not a number is the worst. Of equal scores the earlier row is taken.
+
+    Raises:
+        ValueError: no score, or a share that is not in (0, 1].
+    """
+    if scores.ndim != 1 or not len(scores) or not 0 < share <= 1:
+        raise ValueError(
+            f"expected scores (B,) of at least one image and share in (0, 1], got "
+            f"{tuple(scores.shape)} and {share}."
+        )
+    number = math.ceil(share * len(scores))
+    order = scores.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
+    return order[:number].sort().values
 
 
 class Host:

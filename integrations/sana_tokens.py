@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from agsm_loss.integrations.soft_token_hooks import Arguments, CrossBackbone
+from agsm_loss.integrations.soft_token_hooks import Arguments, CrossBackbone, unwrap
 
 
 class SanaBackbone(CrossBackbone):
@@ -32,7 +32,7 @@ class SanaBackbone(CrossBackbone):
             noisy,
             encoder_hidden_states=conditioning["prompt_embeds"],
             encoder_attention_mask=conditioning.get("prompt_attention_mask"),
-            timestep=timesteps * model.config.timestep_scale,
+            timestep=timesteps * unwrap(model).config.timestep_scale,
             return_dict=False,
         )
         return out[0]

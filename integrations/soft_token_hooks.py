@@ -74,6 +74,19 @@ class Arguments:
         return tuple(args), kwargs
 
 
+def unwrap(model: Any) -> Any:
+    """The denoiser inside torch.compile, DDP and PEFT wrappers."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def parameter_names(module: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of `forward`, as the class defines it (wrappers hide it)."""
     return tuple(inspect.signature(type(module).forward).parameters)[1:]

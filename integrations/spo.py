@@ -9,8 +9,9 @@ them, and the best and the worst become a pair whose likelihoods are compared wi
 
 There is no clean image with a known noise in it for AGSM, so it is given its own (`host.Clean`):
 latents of a captioned data set, where the prompts' pictures are what the model should learn; or
-the rollout's last states, where there is no such set: choose the best of them, as AGSM learns whatever
-it is shown as a match.
+the rollout's last states, where there is no such set, re-noised. AGSM learns whatever it is shown as
+a match, so take the best of them (`best_rows`, by the preference model's scores of the final
+pictures); the captions of the others may still compete.
 """
 
 from collections.abc import Callable, Mapping

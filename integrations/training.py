@@ -17,13 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from agsm_loss.integrations.attach import AttachedTokens, backbone_of
+from agsm_loss.integrations.attach import AttachedTokens, backbone_of, unwrap
 
 
 class TokenDenoiser(nn.Module):
     """A denoiser wearing soft tokens as one module: `agsm_loss.Denoiser` for any backbone.
 
-    Wrap this in DDP or `accelerator.prepare`, so that the tokens' gradients are synchronised.
+    Wrap this in DDP or `accelerator.prepare`, so that the tokens' gradients are synchronised. A script
+    that prepares its denoiser itself makes the tokens part of that (`unet.soft_tokens = tokens`, before
+    its optimizer), and gives the prepared one here.
+
+    Args:
+        attached: of `attach_soft_tokens`.
+        model: the attached denoiser as DDP or torch.compile have wrapped it; default: itself.
 
     forward:
         noisy: x_t (N, C, H, W); Flux and Qwen-Image latents are packed here.
@@ -35,9 +41,11 @@ class TokenDenoiser(nn.Module):
         image: add_time_ids (N, 6) for SDXL, guidance (N,) for Flux.
     """
 
-    def __init__(self, attached: AttachedTokens) -> None:
+    def __init__(self, attached: AttachedTokens, model: nn.Module | None = None) -> None:
         super().__init__()
-        self.model = attached.model
+        if model is not None and unwrap(model) is not attached.model:
+            raise ValueError("model: expected the attached denoiser, wrapped, got another one.")
+        self.model = attached.model if model is None else model
         self.tokens = attached.tokens
         self.attached = attached
 
@@ -58,7 +66,8 @@ class PlainDenoiser(nn.Module):
     """A denoiser without soft tokens as the same kind of module: every bank is the same to it.
 
     For a LoRA or full fine-tuning alone. Positives and negatives then share their weights, which the
-    paper's ablation of the banks warns of: start with a small γ⁻.
+    paper's ablation of the banks warns of: start with a small γ⁻. The model may be wrapped already
+    (DDP, torch.compile), as a host's script has it after `accelerator.prepare`.
 
     forward: as `TokenDenoiser`'s.
     """
@@ -66,7 +75,7 @@ class PlainDenoiser(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._backbone = backbone_of(model)
+        self._backbone = backbone_of(unwrap(model))
 
     def forward(
         self,

@@ -19,7 +19,6 @@ they hold the model to its prompts whatever the reward does. From the run's own 
 favourites for true matches of their prompts, and so repeats a reward's mistakes.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 from agsm_loss import AGSMRegularizer
 from agsm_loss.integrations.attach import AttachedTokens
-from agsm_loss.integrations.host import Clean, agsm_on
+from agsm_loss.integrations.host import Clean, agsm_on, best_rows
 from agsm_loss.integrations.training import PlainDenoiser, TokenDenoiser
 
 
@@ -306,10 +305,8 @@ class _BestSamples:
 
     def choose(self, rewards: Tensor) -> None:
         """rewards (N,) of what was offered."""
-        number = min(len(rewards), max(self.batch_size, math.ceil(self.share * len(rewards))))
-        kept = (
-            rewards.float().argsort(descending=True, stable=True)[:number].to(self.latents.device)
-        )
+        share = max(self.share, min(1.0, self.batch_size / len(rewards)))
+        kept = best_rows(rewards.float(), share).to(self.latents.device)
         self.latents, self.embeds = self.latents[kept], self.embeds[kept]
         self.prompts = [self.prompts[int(i)] for i in kept]
 

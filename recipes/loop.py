@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -63,6 +63,9 @@ def start(options: TrainingOptions) -> Accelerator:
         project_config=ProjectConfiguration(
             project_dir=options.output, automatic_checkpoint_naming=True, total_limit=2
         ),
+        # Buffers here are constants. To exchange them would make processes that call the model a
+        # different number of times (rollouts with and without a pair, say) wait for ever.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if options.tracker and not accelerator.log_with:  # accelerate leaves it out without a word
         raise ValueError(

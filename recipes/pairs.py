@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from world.captions import caption
 from world.export import pair_of_scenes
 from world.prompts import scenes
 from world.render import render, to_model
+
+if TYPE_CHECKING:
+    from text_to_image import TextToImage
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,47 @@ def open_pairs(
     if data == "world":
         return WorldPairs(batch_size, hard, seed=where["seed"], rank=where["rank"])
     return TablePairs(open_table(data, split), batch_size, hard, text=text, size=size, **where)
+
+
+@torch.no_grad()
+def implicit_accuracy(
+    tuned: TextToImage,
+    reference: TextToImage,
+    number: int,
+    *,
+    fold: str,
+    seed: int,
+    low: float = 0.0,
+    high: float = 1.0,
+    batch_size: int = 64,
+) -> float:
+    """Share of `number` pairs of the world's fold in which `tuned`, more than `reference`, denoises
+    the winner better than the loser (`diffusion_dpo_loss`'s accuracy, arXiv 2311.12908).
+
+    Each pair has one noise and one timestep, between the shares `low` and `high` of the schedule; the
+    draws are the seed's. Tokens on `tuned` are worn as they are when sampling.
+    """
+    from agsm_loss import Bank
+    from agsm_loss.integrations.diffusion_dpo import diffusion_dpo_loss
+    from agsm_loss.integrations.training import PlainDenoiser, add_noise, regression_target
+
+    generator = torch.Generator().manual_seed(seed)
+    scheduler, right = reference.pipe.scheduler, 0.0
+    for index, first in enumerate(range(0, number, batch_size)):
+        size = min(batch_size, number - first)
+        batch = WorldPairs(size, 0, seed=seed, fold=fold)[index]
+        latents = reference.encode_images(torch.cat([batch.winner, batch.loser]), generator)
+        noise = (
+            torch.randn(latents[:size].shape, generator=generator).repeat(2, 1, 1, 1).to(latents)
+        )
+        timesteps = reference.timesteps(size, "uniform", generator, low, high).repeat(2)
+        target = regression_target(scheduler, latents, noise, timesteps)
+        inputs = (
+            add_noise(scheduler, latents, noise, timesteps),
+            timesteps,
+            reference.encode_prompts(batch.captions * 2),
+            Bank.POSITIVE,
+        )
+        preds = [PlainDenoiser(model.denoiser)(*inputs) for model in (tuned, reference)]
+        right += size * diffusion_dpo_loss(*preds, target).accuracy.item()
+    return right / number

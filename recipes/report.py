@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         for tag in TAGS:
             cells.append(_cell([r["heldout"]["categories"][tag] for r in group], "score"))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", *_differences(plan, by_method), "", *_mistakes(by_method)]
+    lines += ["", *_preferences(plan, by_method), *_differences(plan, by_method)]
+    lines += _mistakes(by_method)
     lines += [
         "",
         "## Training",
@@ -95,6 +96,7 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
             f"scores at CFG {plan.common.get('eval_cfg', 3.0):g} as training goes on."
         ),
         "",
+        *_final_metrics(plan),
         "## Pictures",
         "",
         (
@@ -119,33 +121,61 @@ def _cell(summaries: Sequence[Mapping[str, Any]], key: str) -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
-    """Against the base, image by image on the same noise."""
-    tags = np.array([row["tag"] for row in rows("heldout", plan.per_category)])
+def _preferences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Each method's implicit accuracy on held-out pairs, if the plan asks for it."""
+    if not plan.pairs:
+        return []
     lines = [
-        "## Against the base, on the same prompts and noise",
+        "## Preference accuracy",
         "",
         (
-            "Mean of the differences ± half of its 95 % interval over images (the draw of the training "
-            "seed is not in it)."
+            f"Share of {plan.pairs} held-out pairs a seed (the caption's scene and one an edit away, the "
+            "same noise) in which the method, more than the base, denoises the right one better. "
+            "Chance: 0.5."
         ),
         "",
-        "| | overall | counting | counting, as a ratio |",
-        "| --- | --- | --- | --- |",
+        "| | implicit accuracy |",
+        "| --- | --- |",
     ]
+    for name in plan.methods:
+        mean, half = spread([one["implicit_accuracy"] for one in by_method[name]])
+        lines.append(f"| {name} | {_told(mean, half)} |")
+    return [*lines, ""]
+
+
+def _told(mean: float, half: float) -> str:
+    return f"{mean:.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}")
+
+
+def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Against the base and the plan's baselines, image by image on the same noise."""
+    tags = np.array([row["tag"] for row in rows("heldout", plan.per_category)])
     right = {name: np.concatenate([r["correct"] for r in g]) for name, g in by_method.items()}
-    every = np.tile(tags, len(plan.seeds))
-    counting = every == "counting"
-    for name in by_method:
-        if name == BASE:
-            continue
-        # Categories have equal numbers, so the mean over images is the mean of the categories.
-        all_mean, all_half = paired(right[name], right[BASE])
-        mean, half = paired(right[name][counting], right[BASE][counting])
-        ratio = right[name][counting].mean() / max(right[BASE][counting].mean(), 1e-9)
-        lines.append(
-            f"| {name} | {all_mean:+.3f} ± {all_half:.3f} | {mean:+.3f} ± {half:.3f} | {ratio:.2f} |"
-        )
+    counting = np.tile(tags, len(plan.seeds)) == "counting"
+    lines = []
+    for baseline in (BASE, *plan.baselines):
+        lines += [
+            f"## Against {'the base' if baseline == BASE else baseline}, on the same prompts and noise",
+            "",
+            (
+                "Mean of the differences ± half of its 95 % interval over images (the draw of the "
+                "training seed is not in it)."
+            ),
+            "",
+            "| | overall | counting | counting, as a ratio |",
+            "| --- | --- | --- | --- |",
+        ]
+        for name in by_method:
+            if name in (BASE, baseline):
+                continue
+            # Categories have equal numbers, so the mean over images is the mean of the categories.
+            all_mean, all_half = paired(right[name], right[baseline])
+            mean, half = paired(right[name][counting], right[baseline][counting])
+            ratio = right[name][counting].mean() / max(right[baseline][counting].mean(), 1e-9)
+            lines.append(
+                f"| {name} | {all_mean:+.3f} ± {all_half:.3f} | {mean:+.3f} ± {half:.3f} | {ratio:.2f} |"
+            )
+        lines.append("")
     return lines
 
 
@@ -166,26 +196,52 @@ def _mistakes(by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
+def _final_metrics(plan: Plan) -> list[str]:
+    """The plan's panels as a table: the last value in the log, over the seeds."""
+    if not plan.panels:
+        return []
+    lines = [
+        "| at the end of training | " + " | ".join(plan.panels) + " |",
+        "| --- |" + " --- |" * len(plan.panels),
+    ]
+    for name in plan.methods:
+        cells = []
+        for metric in plan.panels.values():
+            logs = [_log(plan, name, seed) for seed in plan.seeds]
+            last = [[line[metric] for line in log if metric in line][-1:] for log in logs]
+            values = [value for one in last for value in one]
+            cells.append(_told(*spread(values)) if values else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _log(plan: Plan, method: str, seed: int) -> list[dict[str, Any]]:
+    text = (folder_of(plan, method, seed) / "train" / "log.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def curves(plan: Plan, path: Path) -> None:
-    """Loss and validation scores against steps: mean over seeds, band from least to most."""
+    """Loss, validation scores and the plan's own panels against steps: mean over seeds, band from
+    least to most."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = (
-        ("training loss", lambda line: line.get("loss")),
+    panels: list[tuple[str, Callable[[dict[str, Any]], float | None]]] = [
+        ("training loss", _logged("loss")),
         ("validation: overall", lambda line: _score(line, "overall")),
         ("validation: counting", lambda line: _score(line, "counting", "score")),
         ("validation: share with too many", lambda line: _score(line, "counting", "over")),
-    )
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+        *((title, _logged(metric)) for title, metric in plan.panels.items()),
+    ]
+    number = len(panels)
+    figure, axes = plt.subplots(1, number, figsize=(4 * number, 3.6), layout="constrained")
     for axis, (title, read) in zip(axes, panels, strict=True):
         for name in plan.methods:
             by_step: dict[int, list[float]] = {}
             for seed in plan.seeds:
-                log = folder_of(plan, name, seed) / "train" / "log.jsonl"
-                for line in map(json.loads, log.read_text().splitlines()):
+                for line in _log(plan, name, seed):
                     value = read(line)
                     if value is not None:
                         by_step.setdefault(line["step"], []).append(value)
@@ -196,10 +252,15 @@ def curves(plan: Plan, path: Path) -> None:
             axis.fill_between(steps, least, most, alpha=0.15, color=drawn.get_color())
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
-    axes[-1].legend(fontsize=8)
+    if axes[0].dataLim.y0 > 0:  # a policy gradient's loss has either sign
+        axes[0].set_yscale("log")
+    axes[3].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _logged(metric: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda line: line.get(metric)
 
 
 def _score(line: Mapping[str, Any], name: str, key: str | None = None) -> float | None:

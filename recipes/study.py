@@ -1,10 +1,10 @@
-"""Compares ways of training soft tokens on one model: trains, sweeps the guidance scale, reports.
+"""Compares ways of post-training one model: trains, sweeps the guidance scale, reports.
 
     python recipes/study.py --config recipes/configs/demo.yaml          the main job, `make demo`
     python recipes/study.py --config recipes/configs/study_flow.yaml    the study of the README
 
-Every method is trained from the same seeds on the world's train prompts (`train_agsm.py`; the base
-is not trained), gets the guidance scale at which it scores best on the validation prompts, and is
+Every method is trained from the same seeds on the world's train prompts, by `train_agsm.py` or by the
+recipe that it names (the base is not trained), gets the guidance scale at which it scores best on the validation prompts, and is
 then scored once on held-out prompts, all on the same noise. Each (method, seed) is a process of
 its own; what is done is kept, so a stopped study goes on. Writes report.md, report.html, curves.png,
 images.png and results.json under `output`.
@@ -13,26 +13,36 @@ images.png and results.json under `output`.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 BASE = "base"
+RECIPE, AFTER = "recipe", "after"
 
 
 @dataclass(frozen=True)
 class Plan:
     """A study's YAML file.
 
-    methods: name -> options of train_agsm.py over those of `common`; the untrained base is always
-        there, under the name "base".
+    methods: name -> options of its recipe over those of `common`, and beside them
+        recipe: the script that trains it, without its ending (default train_agsm);
+        after: a method before it, whose LoRA (of the same seed) is merged into the model first; the
+        method before trains no tokens, and is itself after none.
+        The untrained base is always there, under the name "base".
     references: further pipelines (name -> folder) that are scored as they are, e.g. the ceiling.
+    panels: title -> a metric of log.jsonl, each drawn as a curve and told at the end of training.
+    baselines: methods that the others are compared with, image by image, as with the base.
+    pairs: held-out preference pairs on which each method's implicit accuracy against the untrained
+        model is measured, at `common`'s noise levels; 0: none.
     cfgs: guidance scales of the sweep. per_category, sweep_per_category: held-out and validation
         prompts a category. sampling_steps: of both.
     """
@@ -42,19 +52,20 @@ class Plan:
     methods: dict[str, dict[str, Any]]
     common: dict[str, Any] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
+    panels: dict[str, str] = field(default_factory=dict)
+    baselines: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     cfgs: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
     sweep_per_category: int = 32
     per_category: int = 100
     sampling_steps: int = 20
+    pairs: int = 0
     title: str = "Soft tokens on the embedded world"
 
 
 def read_plan(file: Path, output: str | None = None) -> Plan:
     """The plan of a YAML file; unknown keys are errors, also inside its methods."""
     import yaml
-
-    from train_agsm import Options
 
     values = yaml.safe_load(file.read_text())
     if not isinstance(values, dict):
@@ -63,15 +74,55 @@ def read_plan(file: Path, output: str | None = None) -> Plan:
     missing = sorted({"model", "output", "methods"} - set(values))
     if missing:
         raise ValueError(f"{file}: {missing} missing")
-    known = [one.name for one in fields(Options)]
-    for name, options in (*values["methods"].items(), ("common", values.get("common", {}))):
-        _refuse_unknown(f"{file}: {name}", options, known)
+    for name, options in values["methods"].items():
+        known = [one.name for one in fields(recipe_of(f"{file}: {name}", options).Options)]
+        _refuse_unknown(f"{file}: {name}", options, [*known, RECIPE, AFTER])
+        _refuse_unknown(f"{file}: common, for {name}", values.get("common", {}), known)
+    _check_order(file, values)
+    _refuse_unknown(f"{file}: baselines", values.get("baselines", []), list(values["methods"]))
     if BASE in values["methods"] or BASE in values.get("references", {}):
         raise ValueError(f"{file}: {BASE!r} is the name of the untrained model")
     return Plan(**{**values, "output": output or values["output"]})
 
 
-def _refuse_unknown(where: str, values: dict[str, Any], known: list[str]) -> None:
+def recipe_of(where: str, options: dict[str, Any]) -> Any:
+    """The module of a method's recipe: its `Options` (of `StudentOptions`) and `main` are used.
+
+    where: what an error's text begins with.
+    """
+    from student import StudentOptions
+
+    name = options.get(RECIPE, "train_agsm")
+    known = sorted(file.stem for file in Path(__file__).parent.glob("train_*.py"))
+    if name not in known:
+        raise ValueError(f"{where}: {RECIPE}: expected one of {known}, got {name!r}")
+    module = importlib.import_module(name)
+    if not issubclass(module.Options, StudentOptions):
+        raise ValueError(f"{where}: {RECIPE}: {name} does not train on a given pipeline")
+    return module
+
+
+def _check_order(file: Path, values: dict[str, Any]) -> None:
+    """A method comes after one that stands before it, is a LoRA alone, and is after none itself."""
+    methods, common = values["methods"], values.get("common", {})
+    for place, (name, options) in enumerate(methods.items()):
+        if AFTER not in options:
+            continue
+        before = options[AFTER]
+        if before not in list(methods)[:place] or AFTER in methods[before]:
+            raise ValueError(
+                f"{file}: {name}: {AFTER}: expected a method that stands before it and is after none, "
+                f"got {before!r}"
+            )
+        chosen = {**common, **methods[before]}
+        if not chosen.get("lora_rank") or chosen.get("num_tokens") != 0:
+            raise ValueError(
+                f"{file}: {name}: {AFTER}: expected a method with lora_rank and num_tokens: 0, as "
+                f"tokens cannot be merged, got {before!r}"
+            )
+
+
+def _refuse_unknown(where: str, values: Collection[str], known: list[str]) -> None:
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"{where}: unknown keys {unknown}; expected keys among {known}")
@@ -86,9 +137,9 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    import train_agsm
     from evaluate import summarize_with_intervals
     from generate import read_prompts, sample
+    from pairs import implicit_accuracy
     from text_to_image import TextToImage
     from world_eval import verdicts
 
@@ -99,11 +150,16 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
     if method in plan.methods:
         options = {**plan.common, **plan.methods[method], "seed": seed, "model": plan.model}
         options |= {"output": str(folder / "train"), "threads": torch.get_num_threads()}
+        recipe, before = recipe_of(method, options), options.pop(AFTER, None)
+        options.pop(RECIPE, None)
+        if before is not None:
+            options["merge_lora"] = str(folder_of(plan, before, seed) / "train" / "lora")
+            model.merge_lora(options["merge_lora"])
         began = time.time()
-        train_agsm.main(["--resume", *_flags(options)])
+        recipe.main(["--resume", *_flags(options)])
         seconds = time.time() - began
-        lora = folder / "train" / "lora"
-        model.load_extras(str(folder / "train" / "tokens"), str(lora) if lora.exists() else "")
+        extras = (folder / "train" / part for part in ("tokens", "lora"))
+        model.load_extras(*(str(part) if part.exists() else "" for part in extras))
 
     def score(prompts: str, cfg: float, key: str) -> tuple[Any, Any]:
         rows = read_prompts(prompts)
@@ -133,6 +189,13 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         "correct": [int(verdict.correct) for verdict in judged],
         "reasons": [verdict.reason for verdict in judged],
     }
+    if plan.pairs and method in plan.methods:
+        shares = {
+            key: plan.common.get(f"timestep_{key}", at) for key, at in (("low", 0), ("high", 1))
+        }
+        base = TextToImage.load(plan.model, torch.float32)
+        found = implicit_accuracy(model, base, plan.pairs, fold="heldout", seed=seed, **shares)
+        result["implicit_accuracy"] = found
     part = folder / "result.part"
     part.write_text(json.dumps(result) + "\n")
     part.rename(folder / "result.json")
@@ -160,9 +223,13 @@ def run_all(config: Path, plan: Plan, jobs: int) -> None:
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     todo = [one for one in jobs_of(plan) if not (folder_of(plan, *one) / "result.json").exists()]
+    started: dict[tuple[str, int], Future[None]] = {}
 
     def run(one: tuple[str, int]) -> None:
         method, seed = one
+        before = plan.methods.get(method, {}).get(AFTER), seed
+        if before in started:  # it was started earlier, so this ends
+            started[before].result()
         folder = folder_of(plan, method, seed)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, __file__, "--config", str(config), "--output", plan.output]
@@ -188,7 +255,9 @@ def run_all(config: Path, plan: Plan, jobs: int) -> None:
 
     print(f"{len(todo)} of {len(jobs_of(plan))} runs to do, {jobs} at a time", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        for done in [pool.submit(run, one) for one in todo]:
+        for one in todo:
+            started[one] = pool.submit(run, one)
+        for done in started.values():
             done.result()
 
 

@@ -6,7 +6,8 @@
 Every batch's captions are sampled by the model itself; `--preference` scores the pictures that its next
 states lead to: "detector" (the embedded world's) or a CLIP model such as PickScore. For eps- and
 v-prediction: Stable Diffusion and SDXL. AGSM trains on `--agsm-images data` (the batch's own, where the
-data set's pictures are what the model should learn) or `rollout` (those just sampled).
+data set's pictures are what the model should learn) or `rollout` (those just sampled: the share
+`--agsm-best` of them with the best scores, beside which every caption of the batch competes).
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ class Options(StudentOptions):
     clip: float = option(0.1, "of the likelihood ratios")
     agsm_weight: float = option(0.0, "lambda: so much AGSM beside the host's loss; 0: the host")
     agsm_images: str = option("data", "what AGSM trains on", ("data", "rollout"))
+    agsm_best: float = option(
+        0.5, "share of a rollout's images that AGSM trains on, by their score"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from diffusers import DDIMScheduler
 
-    from agsm_loss.integrations.host import Clean
+    from agsm_loss import Bank, Candidates
+    from agsm_loss.integrations.host import Clean, best_rows
     from agsm_loss.integrations.spo import SPO, Pairs, guided, sample_pairs
     from agsm_loss.integrations.training import prediction_type
     from captioned import open_batches
@@ -86,16 +91,20 @@ def main(arguments: list[str] | None = None) -> None:
         **data_settings(options, accelerator),
     )
 
-    def clean(batch: Batch, latents: Any, generator: Any) -> Clean:
-        """AGSM's own batch, noised as the options say."""
-        pool, candidates = competitors(batch, options.num_negatives - hard, generator)
+    def clean(batch: Batch, latents: Any, kept: Any, generator: Any) -> Clean:
+        """AGSM's own batch, noised as the options say: images `kept`, captions of the whole batch."""
+        pool, every = competitors(batch, options.num_negatives - hard, generator)
+        candidates = Candidates(
+            every.index[kept], every.positives[kept], every.mask[kept], every.pool_size
+        )
+        latents = latents[kept.to(latents.device)]
         return Clean(
             latents,
             student.timesteps(len(latents), generator),
             torch.randn(latents.shape, generator=generator).to(latents),
             model.encode_prompts(pool),
             candidates=candidates,
-            image_conditioning=model.image_conditioning(batch.pixels),
+            image_conditioning=model.image_conditioning(batch.pixels[kept]),
         )
 
     def loss(batch: Batch, index: int) -> Any:
@@ -109,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
             pixels = model.decode_latents(clean_latents)
             return preference(pixels, [batch.captions[int(row)] for row in rows])
 
+        metrics: dict[str, Any] = {}
         with accelerator.autocast():
             rollout = sample_pairs(
                 guided(
@@ -129,14 +139,27 @@ def main(arguments: list[str] | None = None) -> None:
             pairs = Pairs(*(part[kept.to(part.device)] for part in rollout.pairs))
             own = None
             if agsm is not None:
-                of = latents if options.agsm_images == "data" else rollout.last
+                of, best = latents, torch.arange(len(latents))
+                if options.agsm_images == "rollout":
+                    of = rollout.last
+                    scores = preference(model.decode_latents(of), batch.captions)
+                    best = best_rows(scores, options.agsm_best).cpu()
+                    metrics["agsm/images_score"] = scores[best.to(scores.device)].float().mean()
                 # Draws of its own: the host's are what they are without AGSM.
-                own = clean(
-                    batch, of, draws(options.seed, index, accelerator.process_index, "agsm")
-                )
+                draw = draws(options.seed, index, accelerator.process_index, "agsm")
+                own = clean(batch, of, best, draw)
             out = step(pairs, text, empty, image_conditioning=image, clean=own)
-        anchor = sum(p.sum() * 0.0 for p in student.parameters)  # a rollout without a pair
-        return out.loss + anchor, {**out.metrics, "spo/found": torch.tensor(float(number))}
+            total = out.loss
+            if number == 0:
+                # Other processes may have found pairs, and wait for this one's gradients: zeros,
+                # through a call of the model, by which DDP knows that they will come.
+                times = torch.full((1,), options.sampling_steps, device=latents.device)
+                first = {key: value[:1] for key, value in text.items()}
+                seen = {key: value[:1] for key, value in image.items()}
+                pred = student.denoiser(latents[:1], times, first, Bank.POSITIVE, **seen)
+                total = total + 0.0 * pred.sum()
+        metrics |= {**out.metrics, "spo/found": torch.tensor(float(number))}
+        return total, metrics
 
     train(
         options,

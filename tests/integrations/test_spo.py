@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from preference_setup import Setup
 
 from agsm_loss import Bank
-from agsm_loss.integrations.host import Clean, adapters_off
+from agsm_loss.integrations.host import Clean, adapters_off, best_rows
 from agsm_loss.integrations.spo import (
     SPO,
     Pairs,
@@ -104,6 +104,23 @@ def test_pairs_are_the_ends_where_they_differ_enough():
     difference = math.tanh((3 - 1) / 2)  # softmax of two numbers
     assert choose_pairs(scores[:1], difference - 1e-6)[2].item()
     assert not choose_pairs(scores[:1], difference + 1e-6)[2].item()
+
+
+def test_the_best_rows_are_the_share_with_the_best_scores():
+    scores = torch.tensor([0.3, math.nan, 2.0, 0.3, -1.0])
+    assert best_rows(scores, 0.4).tolist() == [0, 2]
+    assert best_rows(scores, 0.41).tolist() == [0, 2, 3]
+    assert best_rows(scores, 0.01).tolist() == [2]
+    assert best_rows(scores, 1.0).tolist() == [0, 1, 2, 3, 4]
+    assert best_rows(scores[:1]).tolist() == [0]
+
+
+@pytest.mark.unchecked_shapes
+def test_best_rows_of_nothing_or_by_no_share_are_refused():
+    scores = torch.zeros(3)
+    for wrong, share in ((scores[:0], 0.5), (scores, 0.0), (scores, 1.1), (scores[None], 0.5)):
+        with pytest.raises(ValueError, match=r"share in \(0, 1\]"):
+            best_rows(wrong, share)
 
 
 def rollout(score, batch=3, **settings):

@@ -81,6 +81,34 @@ def test_a_plain_denoiser_is_the_model_without_tokens(name):
     assert not any(key.startswith("_backbone") for key in plain.state_dict())
 
 
+class Wrapped(torch.nn.parallel.DistributedDataParallel):
+    """As DDP holds a model, without processes: nothing but `module` and the call is passed on."""
+
+    def __init__(self, module):
+        torch.nn.Module.__init__(self)
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        self.calls = getattr(self, "calls", 0) + 1
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_denoiser_calls_the_model_as_the_host_has_wrapped_it(name):
+    made, bare = denoiser_of(name)
+    noisy, t, cond, image = batch_for(name)
+    wrapped = Wrapped(made.model)
+    bank = torch.tensor([0, 1, 0])
+    worn = TokenDenoiser(bare.attached, wrapped)(noisy, t, cond, bank, **image)
+    assert torch.equal(worn, bare(noisy, t, cond, bank, **image))
+    off = bare(noisy, t, cond, Bank.OFF, **image)
+    with bare.attached.using(Bank.OFF):
+        assert torch.equal(PlainDenoiser(wrapped)(noisy, t, cond, bank, **image), off)
+    assert wrapped.calls == 2 and not torch.equal(worn, off)
+    with pytest.raises(ValueError, match="expected the attached denoiser"):
+        TokenDenoiser(bare.attached, torch.nn.Linear(1, 1))
+
+
 def test_flux_and_qwen_latents_are_packed_as_their_pipelines_do():
     from diffusers import FluxPipeline, QwenImagePipeline
 

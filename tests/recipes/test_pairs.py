@@ -9,7 +9,8 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from pairs import TablePairs, WorldPairs, open_pairs
+from pairs import TablePairs, WorldPairs, implicit_accuracy, open_pairs
+from text_to_image import TextToImage
 from world.detect import detect
 from world.export import preferences
 from world.prompts import rows as prompt_rows
@@ -104,3 +105,33 @@ def test_the_worlds_export_reads_back(tmp_path):
         "world", 2, 0, split="train", text="caption", size=24, seed=0, rank=0, processes=1
     )
     assert isinstance(world, WorldPairs)
+
+
+def test_implicit_accuracy_of_models_made_worse_on_one_of_each_pair(flow_base):
+    base = TextToImage.load(str(flow_base), torch.float32)
+    tuned = TextToImage.load(str(flow_base), torch.float32)
+    settings = {"fold": "heldout", "seed": 3, "low": 0.3, "high": 0.9, "batch_size": 4}
+
+    def accuracy():
+        return implicit_accuracy(tuned, base, 6, **settings)
+
+    assert accuracy() == 0  # a model equal to its reference prefers nothing
+    forward = tuned.denoiser.forward
+
+    def worse(first):  # on the winners, or on the losers, behind them in a batch
+        def call(*args, **kwargs):
+            pred = forward(*args, **kwargs)[0].clone()
+            half = len(pred) // 2
+            pred[:half] += 5.0 * first
+            pred[half:] += 5.0 * (not first)
+            return (pred,)
+
+        return call
+
+    for first, expected in ((False, 1.0), (True, 0.0)):
+        tuned.denoiser.forward = worse(first)
+        assert accuracy() == expected
+    tuned.denoiser.forward = forward
+    torch.nn.init.normal_(tuned.denoiser.proj_out.weight)
+    drawn = accuracy()
+    assert 0 < drawn < 1 and accuracy() == drawn

@@ -1,6 +1,7 @@
 """A study: plans, what a run leaves behind, going on, intervals, the report."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -60,6 +61,62 @@ def test_a_study_from_plan_to_report(flow_base, tmp_path, monkeypatch):
         study.main(["--config", str(file), "--jobs", "2"])
 
 
+def test_methods_of_other_recipes_and_after_one_another(flow_base, tmp_path, monkeypatch):
+    dpo = {"recipe": "train_dpo", "lora_rank": 1, "num_tokens": 0, "lr": 0.05, "beta": 50.0}
+    file = plan_file(
+        tmp_path,
+        flow_base,
+        methods={"DPO": dpo, "then AGSM": {"after": "DPO", "lr": 0.0}},
+        panels={"implicit accuracy": "dpo/accuracy"},
+        baselines=["DPO"],
+        pairs=5,
+    )
+    monkeypatch.setattr(study.subprocess, "call", lambda command, **_: _in_process(command))
+    study.main(["--config", str(file), "--jobs", "1"])
+    plan = study.read_plan(file)
+    chosen = json.loads(
+        (study.folder_of(plan, "then AGSM", 1) / "train" / "options.json").read_text()
+    )
+    lora = study.folder_of(plan, "DPO", 1) / "train" / "lora"
+    assert (
+        chosen["merge_lora"] == str(lora) and (lora / "pytorch_lora_weights.safetensors").exists()
+    )
+    images = {}
+    for method in ("base", "DPO", "then AGSM"):
+        with np.load(study.folder_of(plan, method, 1) / "images.npz") as saved:
+            images[method] = saved["images"].astype(float)
+    # A rate of 0 leaves the tokens as drawn: small, so the pictures are those of the merged model.
+    gap = np.abs(images["then AGSM"] - images["DPO"]).mean()
+    assert gap < np.abs(images["then AGSM"] - images["base"]).mean()
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "## Against DPO, on the same" in text and "| at the end of training | impl" in text
+    assert "| then AGSM | 0." in text.split("## Preference accuracy")[1].split("##")[0]
+    row = next(line for line in text.splitlines() if line.startswith("| then AGSM |  |"))
+    assert row  # it has no such metric
+
+
+def test_a_method_waits_for_the_one_it_comes_after(flow_base, tmp_path, monkeypatch):
+    dpo = {"recipe": "train_dpo", "lora_rank": 1, "num_tokens": 0}
+    file = plan_file(tmp_path, flow_base, methods={"DPO": dpo, "then AGSM": {"after": "DPO"}})
+    plan, ended = study.read_plan(file), []
+
+    def call(command, **_):
+        method, seed = command[command.index("--only") + 1], int(command[-1])
+        if method == "DPO":
+            time.sleep(0.2)
+        if method == "then AGSM":
+            assert ("DPO", seed) in ended
+        summary = {"overall": 0.5, "categories": {"counting": {"score": 0.5}}}
+        result = {"method": method, "seed": seed, "cfg": 1.0, "heldout": summary}
+        (study.folder_of(plan, method, seed) / "result.json").write_text(json.dumps(result))
+        ended.append((method, seed))
+        return 0
+
+    monkeypatch.setattr(study.subprocess, "call", call)
+    study.run_all(file, plan, 4)
+    assert set(ended) == set(study.jobs_of(plan))
+
+
 def _in_process(command):
     study.main(command[2:])
     return 0
@@ -72,6 +129,13 @@ def _in_process(command):
         ({"methods": {"AGSM": {"lrate": 1}}}, "AGSM: unknown keys .'lrate'"),
         ({"common": {"lrate": 1}}, "common"),
         ({"methods": {"base": {}}}, "untrained"),
+        ({"methods": {"D": {"recipe": "train_foo"}}}, "D: recipe: expected one of"),
+        ({"methods": {"D": {"recipe": "train_base"}}}, "does not train on a given pipeline"),
+        ({"methods": {"D": {"beta": 5.0}}}, "D: unknown keys .'beta'"),
+        ({"common": {"beta": 5.0}}, "common, for AGSM: unknown keys .'beta'"),
+        ({"methods": {"A": {"after": "D"}, "D": {}}}, "stands before it"),
+        ({"methods": {"A": {}, "B": {"after": "A"}}}, "lora_rank and num_tokens: 0"),
+        ({"baselines": ["D"]}, "baselines: unknown keys"),
     ],
 )
 def test_a_wrong_plan_is_named(tmp_path, changes, named):

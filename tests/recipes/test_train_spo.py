@@ -72,6 +72,43 @@ def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_pa
     assert host[0]["spo/loss"] == both[0]["spo/loss"] and "agsm/loss" not in host[0]
 
 
+@pytest.mark.parametrize(("share", "kept"), [(0.5, 2), (0.1, 1), (1.0, 3)])
+def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, monkeypatch):
+    """Of three images; a single one still has the others' captions to compete with."""
+    from agsm_loss.integrations import spo
+
+    scored, taken = [], []
+
+    def scores(pixels, prompts):
+        scored.append((pixels, varied(pixels, prompts)))
+        return scored[-1][1]
+
+    make = spo.Clean
+
+    def seen(*args, **kwargs):
+        taken.append((args, kwargs))
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(rewards, "detector", scores)
+    monkeypatch.setattr(spo, "Clean", seen)
+    flags = ["--agsm-weight", "1", "--agsm-images", "rollout", "--agsm-best", str(share)]
+    train(epsilon_base, tmp_path / "run", *flags, "--steps", "1", "--num-negatives", "1")
+    pixels, values = scored[-1]  # of the last states, after the candidates'
+    assert len(values) == 3 and len(taken) == 1
+    rows = values.argsort(descending=True)[:kept].sort().values
+    (latents, timesteps, noise, _), given = taken[0]
+    assert latents.shape == noise.shape and len(latents) == len(timesteps) == kept
+    alike = torch.nn.functional.cosine_similarity(
+        latents.flatten(1).unsqueeze(1), pixels.flatten(1).unsqueeze(0), dim=2
+    )
+    assert alike.argmax(1).tolist() == rows.tolist()
+    candidates = given["candidates"]
+    assert candidates.pool_size == 3 and candidates.index[:, 0].tolist() == rows.tolist()
+    assert candidates.mask.all() and candidates.index.shape == (kept, 2)
+    last = log(tmp_path / "run")[-1]
+    assert last["agsm/images_score"] == pytest.approx(values[rows].mean().item(), rel=1e-5)
+
+
 def test_steps_without_a_pair_are_survived(epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "detector", lambda pixels, prompts: torch.zeros(len(pixels)))
     train(epsilon_base, tmp_path / "run", "--threshold", "0.3")

@@ -1,0 +1,42 @@
+"""Preference recipes on two processes: they neither hang nor drift apart."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+FEW = ["--batch-size", "2", "--log-every", "1", "--eval-every", "9", "--eval-per-category", "1",
+       "--eval-steps", "1", "--no-eval-at-start", "--num-tokens", "1", "--lora-rank", "1",
+       "--num-negatives", "1", "--threads", "1", "--lr", "0.01"]  # fmt: skip
+SPO = ["--sampling-steps", "3", "--first-step", "1", "--candidates", "2", "--threshold", "0"]
+
+
+def launch(model, folder, recipe, found, flags):
+    script = Path(__file__).with_name("two_processes.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", str(script), recipe, found, str(folder), "--model", str(model), *FEW, *flags]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (torch.load(folder / f"rank_{rank}.pt") for rank in (0, 1))
+    assert first and all(torch.equal(*pair) for pair in zip(first, second, strict=True))
+    lines = (folder / "run" / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_spo_where_one_process_or_none_finds_a_pair(epsilon_base, tmp_path):
+    log = launch(epsilon_base, tmp_path, "train_spo", "b1nb", ["--steps", "4", *SPO])
+    # The log is the first process's; the gradients are both's.
+    assert [line["spo/pairs"] for line in log] == [2, 0, 0, 2]
+    assert log[0]["grad_norm"] > 0 and log[1]["grad_norm"] > 0 and log[2]["grad_norm"] == 0
+
+
+def test_dpo_with_agsm(flow_base, tmp_path):
+    flags = ["--steps", "2", "--agsm-weight", "1", "--beta", "50", "--chunk-size", "3"]
+    log = launch(flow_base, tmp_path, "train_dpo", "", flags)
+    assert all(line["grad_norm"] > 0 and line["agsm/loss"] > 0 for line in log)
