@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def _check_trl() -> None:
 
 _check_trl()
 from trl import DDPOConfig, DDPOTrainer
-from trl.models import DDPOStableDiffusionPipeline
+from trl.models import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline
 
 WEIGHTS, COMPLETE = "trained.safetensors", "complete"
 
@@ -132,13 +133,24 @@ class AGSMDDPOTrainer(DDPOTrainer):
     def step(self, epoch: int, global_step: int) -> int:
         """trl's: an epoch of sampling, scoring and training. Returns the next global step."""
         self._epoch, self.global_step = epoch, global_step
-        before = self.accelerator.project_configuration.iteration
+        before = self.accelerator.save_iteration
         done = int(super().step(epoch, global_step))
-        saved = self.accelerator.project_configuration.iteration
-        if saved > before and self.accelerator.is_main_process:
-            folder = Path(self.accelerator.project_dir) / "checkpoints"
-            (folder / f"checkpoint_{saved - 1}" / COMPLETE).touch()
+        if self.accelerator.save_iteration > before:
+            self._mark_complete()
         return done
+
+    def save_checkpoint(self) -> None:
+        """A checkpoint between two epochs, where trl's own `save_freq` makes none."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.accelerator.save_state()
+            self._mark_complete()
+        self.accelerator.wait_for_everyone()
+
+    def _mark_complete(self) -> None:
+        """A run can be killed while it writes one."""
+        folder = Path(self.accelerator.project_dir) / "checkpoints"
+        (folder / f"checkpoint_{self.accelerator.save_iteration - 1}" / COMPLETE).touch()
 
     def train(self, epochs: int | None = None) -> None:
         """All epochs, from where a resumed run stopped."""
@@ -242,6 +254,44 @@ class AGSMDDPOTrainer(DDPOTrainer):
         for name, parameter in own.items():
             parameter.data.copy_(saved[name])
         models.clear()
+
+
+class LoadedPipeline(DefaultDDPOStableDiffusionPipeline):
+    """For the trainer: a Stable Diffusion pipeline that is loaded already, adapters and tokens and all.
+
+    trl's own class loads one from a folder and puts a LoRA of rank 4 on it.
+
+    Args:
+        pipe: what is to be trained of its UNet has `requires_grad`; its scheduler becomes DDIM's, and
+            its safety checker goes, as with trl.
+        full: all of the UNet is trained (trl then runs it in autocast).
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline, *, full: bool = False) -> None:
+        self.sd_pipeline = pipe
+        self.use_lora = not full
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.safety_checker = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """trl's sampling. Without guidance only the prompts' embeddings are run.
+
+        diffusers' `_encode_prompt` puts the negative ones before them even then.
+        """
+        if kwargs.get("guidance_scale", 7.5) > 1 or kwargs.get("prompt_embeds") is None:
+            return super().__call__(*args, **kwargs)
+        self.sd_pipeline._encode_prompt = lambda *_, prompt_embeds, **__: prompt_embeds
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            del self.sd_pipeline._encode_prompt
+
+    def get_trainable_layers(self) -> nn.Module:
+        for parameter in self.sd_pipeline.unet.parameters():
+            if parameter.requires_grad:  # fp16's gradients could not be unscaled
+                parameter.data = parameter.data.float()
+        unet: nn.Module = self.sd_pipeline.unet
+        return unet
 
 
 class _Progress:

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from options import TrainingOptions
+from options import RunOptions, TrainingOptions
 
 WEIGHTS, COMPLETE = "trainable.safetensors", "complete"
 
@@ -111,7 +111,7 @@ def train(
     log = output / "log.jsonl"
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
-        _truncate(log, done)
+        truncate_log(log, done)
         (output / "options.json").write_text(json.dumps(vars(options), indent=1) + "\n")
     if options.tracker:
         accelerator.init_trackers("agsm-loss", config=vars(options))
@@ -127,7 +127,7 @@ def train(
     means = _Means()
     began = time.time()
     if hooks.validate_first and done == 0 and accelerator.is_main_process:
-        _append(log, {"step": 0, "seconds": 0.0, "scores": hooks.validate(0)})
+        append_line(log, {"step": 0, "seconds": 0.0, "scores": hooks.validate(0)})
     accelerator.wait_for_everyone()
     bar = tqdm(
         initial=done,
@@ -168,7 +168,7 @@ def train(
             accelerator.wait_for_everyone()
         if entry and accelerator.is_main_process:
             line = {"step": done, "seconds": round(time.time() - began, 1), **entry}
-            _append(log, line)
+            append_line(log, line)
             if options.tracker:
                 accelerator.log(_flat(entry), step=done)
         if done % options.save_every == 0 or done == options.steps:
@@ -249,32 +249,42 @@ def _save(accelerator: Accelerator) -> None:
 
 def _resume(options: TrainingOptions, accelerator: Accelerator, schedule: Any) -> int:
     """Loads the last checkpoint, if there is one; returns the optimizer steps already done."""
+    saved = last_checkpoint(options, accelerator)
+    if saved is None:
+        return 0
+    accelerator.load_state(str(saved))
+    accelerator.project_configuration.iteration = _number(saved) + 1
+    return int(schedule.last_epoch)
+
+
+def last_checkpoint(options: RunOptions, state: Accelerator | PartialState) -> Path | None:
+    """The last whole checkpoint under `options.output`; those a killed run left half are removed.
+
+    Raises:
+        ValueError: there is a run and `options.resume` is off.
+    """
     found = sorted(Path(options.output).glob("checkpoints/checkpoint_*"), key=_number)
     if found and not options.resume:
         raise ValueError(f"{options.output} holds a run; add --resume or choose another --output")
     saved = [folder for folder in found if (folder / COMPLETE).exists()]
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    state.wait_for_everyone()
+    if state.is_main_process:
         for folder in set(found) - set(saved):
             shutil.rmtree(folder)
-    accelerator.wait_for_everyone()
-    if not saved:
-        return 0
-    accelerator.load_state(str(saved[-1]))
-    accelerator.project_configuration.iteration = _number(saved[-1]) + 1
-    return int(schedule.last_epoch)
+    state.wait_for_everyone()
+    return saved[-1] if saved else None
 
 
 def _number(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("_", 1)[1])
 
 
-def _append(log: Path, line: Mapping[str, Any]) -> None:
+def append_line(log: Path, line: Mapping[str, Any]) -> None:
     with log.open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def _truncate(log: Path, step: int) -> None:
+def truncate_log(log: Path, step: int) -> None:
     """Drops the log's lines beyond the step that a run resumes from."""
     lines = log.read_text().splitlines() if log.exists() else []
     kept = [line for line in lines if json.loads(line)["step"] <= step]

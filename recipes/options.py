@@ -23,16 +23,11 @@ def option(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
-    """What every training recipe shares (`loop.train`)."""
+class RunOptions:
+    """What every recipe that trains has, whoever's loop it runs in."""
 
     output: str = option("runs/train", "folder for the log, sheets, checkpoints and the result")
-    steps: int = option(1000, "optimizer steps")
-    batch_size: int = option(16, "images a process and micro-step")
-    accumulate: int = option(1, "micro-steps an optimizer step")
     lr: float = option(1e-3, "peak learning rate")
-    warmup: int = option(0, "steps to the peak")
-    decay: int = option(0, "last steps, over which the rate falls to zero linearly")
     weight_decay: float = option(1e-4, "AdamW's")
     beta2: float = option(0.999, "AdamW's second beta")
     max_grad_norm: float = option(1.0, "gradients are clipped to it; 0 for no clipping")
@@ -40,12 +35,23 @@ class TrainingOptions:
     mixed_precision: str = option("no", "of the forward passes", ("no", "bf16", "fp16"))
     compile: bool = option(False, "torch.compile the denoiser")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice")
+    resume: bool = option(False, "go on from the last checkpoint under output, if there is one")
+    tracker: str = option("", "accelerate's: tensorboard, wandb, trackio, ...; log.jsonl always")
+
+
+@dataclass(frozen=True)
+class TrainingOptions(RunOptions):
+    """What every recipe on the shared loop has (`loop.train`)."""
+
+    steps: int = option(1000, "optimizer steps")
+    batch_size: int = option(16, "images a process and micro-step")
+    accumulate: int = option(1, "micro-steps an optimizer step")
+    warmup: int = option(0, "steps to the peak")
+    decay: int = option(0, "last steps, over which the rate falls to zero linearly")
     workers: int = option(0, "processes that prepare batches ahead")
     log_every: int = option(50, "steps")
     eval_every: int = option(1000, "steps")
     save_every: int = option(500, "steps")
-    resume: bool = option(False, "go on from the last checkpoint under output, if there is one")
-    tracker: str = option("", "accelerate's: tensorboard, wandb, trackio, ...; log.jsonl always")
 
 
 def parse(kind: type[Chosen], doc: str | None, arguments: list[str] | None = None) -> Chosen:

@@ -1,12 +1,15 @@
 """Scores of images against their prompts, for preference models and rewards.
 
-score = load("detector")                        the embedded world's exact detector
-score = load("yuvalkirstain/PickScore_v1")      a CLIP-like preference model, by transformers
-score(pixels, prompts)                          (N, 3, H, W) in [-1, 1] -> (N,), larger is better
+score = load("detector")                       the embedded world's exact detector
+score = load("jpeg_incompressibility")         DDPO's (arXiv 2305.13301), or ..._compressibility
+score = load("redness")                        an easy one to over-optimise
+score = load("yuvalkirstain/PickScore_v1")     a CLIP-like preference model, by transformers
+score(pixels, prompts)                         (N, 3, H, W) in [-1, 1] -> (N,), larger is better
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -15,11 +18,13 @@ import torch
 from torch import Tensor
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]
+SCORES = ("detector", "jpeg_compressibility", "jpeg_incompressibility", "redness")
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Score:
-    """ "detector", or a folder or hub id of a CLIP model with its processor."""
-    return detector if name == "detector" else PreferenceModel(name, device)
+    """One of `SCORES` by name, or a folder or hub id of a CLIP model with its processor."""
+    own: dict[str, Score] = {name: globals()[name] for name in SCORES}
+    return own[name] if name in own else PreferenceModel(name, device)
 
 
 def detector(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -41,6 +46,29 @@ def detector(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         assert verdict.found is not None
         scores.append(float(verdict.correct) - abs(verdict.found - verdict.expected))
     return torch.tensor(scores)
+
+
+def jpeg_incompressibility(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Kilobytes of each picture as a JPEG of quality 95, as in DDPO."""
+    from PIL import Image
+
+    sizes = []
+    for image in to_uint8(pixels).permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, format="JPEG", quality=95)
+        sizes.append(file.tell() / 1000)
+    return torch.tensor(sizes)
+
+
+def jpeg_compressibility(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The negative of it."""
+    return -jpeg_incompressibility(pixels, prompts)
+
+
+def redness(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Mean of red less the mean of green and blue, in [-1, 1]; the prompts have no say."""
+    red, green, blue = ((pixels.float().clamp(-1, 1) + 1) / 2).mean((2, 3)).unbind(1)
+    return (red - (green + blue) / 2).cpu()
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -16,19 +16,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from options import TrainingOptions, option
+from options import RunOptions, TrainingOptions, option
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+    from torch import Tensor
 
     from agsm_loss import AGSMRegularizer, Candidates
+    from agsm_loss.integrations.host import Clean
+    from captioned import Batch
     from text_to_image import TextToImage
 
 
 @dataclass(frozen=True)
-class StudentOptions(TrainingOptions):
-    """Options of every recipe that trains on a pipeline."""
+class ModelOptions(RunOptions):
+    """Which pipeline, what of it is trained, and how that is validated."""
 
     model: str = option("recipes/models/flow", "pipeline folder or hub id")
     merge_lora: str = option("", "LoRA folder that is merged into the denoiser before training")
@@ -38,6 +41,18 @@ class StudentOptions(TrainingOptions):
     time_buckets: int = option(100, "time tokens; 0 for none")
     lora_rank: int = option(0, "a LoRA on the denoiser's attention; 0 for none")
     full: bool = option(False, "train all of the denoiser")
+    gradient_checkpointing: bool = option(False, "of the denoiser")
+    prompts: str = option("", "file of validation prompts (lines, or GenEval's jsonl)")
+    eval_per_category: int = option(32, "validation prompts a category of the world")
+    eval_steps: int = option(20, "sampling steps")
+    eval_cfg: float = option(3.0, "guidance scale")
+    eval_at_start: bool = option(True, "validate before the first step as well")
+
+
+@dataclass(frozen=True)
+class AGSMOptions:
+    """AGSM's own, and what it trains on."""
+
     pos_scale: float = option(1.0, "gamma+ of AGSM")
     neg_scale: float = option(0.1, "gamma- of AGSM")
     temperature: float = option(0.1, "T of AGSM's Plackett-Luce weights")
@@ -55,34 +70,54 @@ class StudentOptions(TrainingOptions):
     timestep_density: str = option("uniform", "of training", ("uniform", "logit_normal"))
     timestep_low: float = option(0.0, "share of the schedule (0: clean) where training begins")
     timestep_high: float = option(1.0, "share of the schedule (1: pure noise) where it ends")
-    gradient_checkpointing: bool = option(False, "of the denoiser")
-    prompts: str = option("", "file of validation prompts (lines, or GenEval's jsonl)")
-    eval_per_category: int = option(32, "validation prompts a category of the world")
-    eval_steps: int = option(20, "sampling steps")
-    eval_cfg: float = option(3.0, "guidance scale")
-    eval_at_start: bool = option(True, "validate before the first step as well")
+
+
+@dataclass(frozen=True)
+class PostTrainingOptions(ModelOptions, AGSMOptions):
+    """Options of every recipe that trains on a pipeline and may have AGSM in it."""
+
+
+@dataclass(frozen=True)
+class StudentOptions(TrainingOptions, PostTrainingOptions):
+    """The same of those on the shared loop."""
 
 
 @dataclass
 class Student:
     """A pipeline in training.
 
-    denoiser: the module to call, prepared by accelerate; `agsm_loss.Denoiser`.
+    denoiser: the module to call, `agsm_loss.Denoiser`; prepared by accelerate after `build`.
     parameters: what is trained.
     reference: makes a context in which the denoiser, with `Bank.OFF`, is the model as it was given.
     """
 
-    options: StudentOptions
+    options: PostTrainingOptions
     model: TextToImage
     attached: Any
     denoiser: Any
-    optimizer: torch.optim.Optimizer
     parameters: list[torch.nn.Parameter]
     reference: Callable[[], AbstractContextManager[Any]]
+    optimizer: Any = None
 
     @classmethod
     def build(cls, options: StudentOptions, accelerator: Accelerator) -> Student:
-        """Loads the pipeline and prepares what the options train of it."""
+        """Loads the pipeline and prepares what the options train of it, with its optimizer."""
+        import torch
+
+        student = cls.load(options, accelerator.device)
+        optimizer = torch.optim.AdamW(
+            student.parameters,
+            lr=options.lr,
+            betas=(0.9, options.beta2),
+            weight_decay=options.weight_decay,
+        )
+        prepared = accelerator.prepare(student.denoiser, optimizer)
+        student.denoiser, student.optimizer = prepared
+        return student
+
+    @classmethod
+    def load(cls, options: PostTrainingOptions, device: torch.device) -> Student:
+        """Loads the pipeline, with the LoRA and the tokens that the options ask for."""
         import torch
 
         from agsm_loss import EMA
@@ -96,7 +131,7 @@ class Student:
             raise ValueError("nothing to train: expected --num-tokens, --lora-rank or --full")
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         held = torch.float32 if options.full else dtype[options.mixed_precision]
-        model = TextToImage.load(options.model, held, device=accelerator.device)
+        model = TextToImage.load(options.model, held, device=device)
         if options.merge_lora:
             model.merge_lora(options.merge_lora)
         if options.full:
@@ -114,14 +149,7 @@ class Student:
             reference: Any = EMA(parameters, decay=1.0).applied
         else:
             reference = partial(adapters_off, model.denoiser) if options.lora_rank else nullcontext
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=options.lr,
-            betas=(0.9, options.beta2),
-            weight_decay=options.weight_decay,
-        )
-        denoiser, optimizer = accelerator.prepare(module, optimizer)
-        return cls(options, model, attached, denoiser, optimizer, parameters, reference)
+        return cls(options, model, attached, module, parameters, reference)
 
     def agsm(self, weight: float | Callable[[int], float] = 1.0) -> AGSMRegularizer:
         """AGSM over the denoiser, as the options say, with λ = weight."""
@@ -152,6 +180,35 @@ class Student:
             generator,
             options.timestep_low,
             options.timestep_high,
+        )
+
+    def clean(
+        self, batch: Batch, latents: Tensor, generator: torch.Generator, kept: Tensor | None = None
+    ) -> Clean:
+        """What AGSM trains on beside an on-policy host, noised as the options say.
+
+        latents: clean, of the batch's images or of the host's samples for its captions. kept: the rows
+        that are trained on (all of them by default); the other rows' captions still compete.
+        """
+        import torch
+
+        from agsm_loss import Candidates
+        from agsm_loss.integrations.host import Clean
+
+        in_batch = self.options.num_negatives - hard_per_image(self.options)
+        pool, every = competitors(batch, in_batch, generator)
+        kept = torch.arange(len(latents)) if kept is None else kept
+        candidates = Candidates(
+            every.index[kept], every.positives[kept], every.mask[kept], every.pool_size
+        )
+        latents = latents[kept.to(latents.device)]
+        return Clean(
+            latents,
+            self.timesteps(len(latents), generator),
+            torch.randn(latents.shape, generator=generator).to(latents),
+            self.model.encode_prompts(pool),
+            candidates=candidates,
+            image_conditioning=self.model.image_conditioning(batch.pixels[kept]),
         )
 
     def validate(self, step: int) -> dict[str, Any]:
@@ -200,7 +257,7 @@ class Student:
             self.model.pipe.save_pretrained(output / "pipeline")
 
 
-def data_settings(options: StudentOptions, accelerator: Accelerator) -> dict[str, Any]:
+def data_settings(options: PostTrainingOptions, accelerator: Accelerator) -> dict[str, Any]:
     """What `open_batches` and `open_pairs` take beside the data, the batch size and the edits."""
     return {
         "split": options.split,
@@ -233,13 +290,13 @@ def competitors(
     return [str(text) for text in caption_pool(batch.captions, batch.hard)], candidates
 
 
-def hard_per_image(options: StudentOptions) -> int:
+def hard_per_image(options: AGSMOptions) -> int:
     """How many of an image's other captions are edited ones."""
     number = options.num_negatives
     return {"in_batch": 0, "hard": number, "mixed": -(-number // 2)}[options.negatives]
 
 
-def _attach(options: StudentOptions, model: TextToImage) -> Any:
+def _attach(options: ModelOptions, model: TextToImage) -> Any:
     """New soft tokens on the pipeline's denoiser, in float32."""
     from agsm_loss.integrations.attach import attach_soft_tokens, backbone_of, make_soft_tokens
     from agsm_loss.integrations.unet_tokens import bos_embedding

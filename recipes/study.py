@@ -86,18 +86,18 @@ def read_plan(file: Path, output: str | None = None) -> Plan:
 
 
 def recipe_of(where: str, options: dict[str, Any]) -> Any:
-    """The module of a method's recipe: its `Options` (of `StudentOptions`) and `main` are used.
+    """The module of a method's recipe: its `Options` (of `PostTrainingOptions`) and `main` are used.
 
     where: what an error's text begins with.
     """
-    from student import StudentOptions
+    from student import PostTrainingOptions
 
     name = options.get(RECIPE, "train_agsm")
     known = sorted(file.stem for file in Path(__file__).parent.glob("train_*.py"))
     if name not in known:
         raise ValueError(f"{where}: {RECIPE}: expected one of {known}, got {name!r}")
     module = importlib.import_module(name)
-    if not issubclass(module.Options, StudentOptions):
+    if not issubclass(module.Options, PostTrainingOptions):
         raise ValueError(f"{where}: {RECIPE}: {name} does not train on a given pipeline")
     return module
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from options import option, parse
-from student import Student, StudentOptions, competitors, data_settings, hard_per_image
+from student import Student, StudentOptions, data_settings, hard_per_image
 
 if TYPE_CHECKING:
     from captioned import Batch
@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from diffusers import DDIMScheduler
 
-    from agsm_loss import Bank, Candidates
-    from agsm_loss.integrations.host import Clean, best_rows
+    from agsm_loss import Bank
+    from agsm_loss.integrations.host import best_rows
     from agsm_loss.integrations.spo import SPO, Pairs, guided, sample_pairs
     from agsm_loss.integrations.training import prediction_type
     from captioned import open_batches
@@ -90,22 +90,6 @@ def main(arguments: list[str] | None = None) -> None:
         image=options.image_column,
         **data_settings(options, accelerator),
     )
-
-    def clean(batch: Batch, latents: Any, kept: Any, generator: Any) -> Clean:
-        """AGSM's own batch, noised as the options say: images `kept`, captions of the whole batch."""
-        pool, every = competitors(batch, options.num_negatives - hard, generator)
-        candidates = Candidates(
-            every.index[kept], every.positives[kept], every.mask[kept], every.pool_size
-        )
-        latents = latents[kept.to(latents.device)]
-        return Clean(
-            latents,
-            student.timesteps(len(latents), generator),
-            torch.randn(latents.shape, generator=generator).to(latents),
-            model.encode_prompts(pool),
-            candidates=candidates,
-            image_conditioning=model.image_conditioning(batch.pixels[kept]),
-        )
 
     def loss(batch: Batch, index: int) -> Any:
         generator = draws(options.seed, index, accelerator.process_index)
@@ -147,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
                     metrics["agsm/images_score"] = scores[best.to(scores.device)].float().mean()
                 # Draws of its own: the host's are what they are without AGSM.
                 draw = draws(options.seed, index, accelerator.process_index, "agsm")
-                own = clean(batch, of, best, draw)
+                own = student.clean(batch, of, draw, best)
             out = step(pairs, text, empty, image_conditioning=image, clean=own)
             total = out.loss
             if number == 0:
