@@ -75,6 +75,14 @@ def best_rows(scores: Float[Tensor, " B"], share: float = 0.5) -> Int[Tensor, " 
     return order[:number].sort().values
 
 
+def mean_log_prob(x: Float[Tensor, "N *D"], mean: Tensor, std: Tensor) -> Float[Tensor, " N"]:
+    """log N(x; mean, std²), averaged over the dimensions of each sample, as SPO and DDPO have it."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    mean, std, x = mean.to(dtype), std.to(dtype), x.to(dtype)
+    log_prob = torch.distributions.Normal(mean, std.expand_as(mean), validate_args=False)
+    return log_prob.log_prob(x).flatten(1).mean(1)
+
+
 class Host:
     """A step that may have AGSM in it."""
 

@@ -26,7 +26,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from agsm_loss import AGSMRegularizer, Bank, Denoiser
-from agsm_loss.integrations.host import Clean, Host, StepOutput, agsm_on, bank_of
+from agsm_loss.integrations.host import (
+    Clean,
+    Host,
+    StepOutput,
+    agsm_on,
+    bank_of,
+    mean_log_prob,
+)
 from agsm_loss.integrations.training import (
     clean_and_noise,
     ddim_sigma,
@@ -73,14 +80,6 @@ def ddim_gaussian(
     std = eta * ddim_sigma(scheduler, timesteps, previous, x_t)
     clean, noise = clean_and_noise(scheduler, x_t, pred, timesteps)
     return alpha_0 * clean + (sigma_0**2 - std**2).clamp(min=0).sqrt() * noise, std
-
-
-def mean_log_prob(x: Float[Tensor, "N *D"], mean: Tensor, std: Tensor) -> Float[Tensor, " N"]:
-    """log N(x; mean, std²), averaged over the dimensions of each sample, as SPO has it."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    mean, std, x = mean.to(dtype), std.to(dtype), x.to(dtype)
-    log_prob = torch.distributions.Normal(mean, std.expand_as(mean), validate_args=False)
-    return log_prob.log_prob(x).flatten(1).mean(1)
 
 
 def spo_loss(

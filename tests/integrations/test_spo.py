@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from preference_setup import Setup
 
 from agsm_loss import Bank
-from agsm_loss.integrations.host import Clean, adapters_off, best_rows
+from agsm_loss.integrations.host import Clean, adapters_off, best_rows, mean_log_prob
 from agsm_loss.integrations.spo import (
     SPO,
     Pairs,
     choose_pairs,
     ddim_gaussian,
     guided,
-    mean_log_prob,
     sample_pairs,
     spo_loss,
 )

@@ -1,0 +1,134 @@
+"""Flow-GRPO: the SDE's marginals and likelihoods, advantages, the clipped loss, and AGSM in its step."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from preference_setup import Setup
+
+from agsm_loss import Bank
+from agsm_loss.integrations.flow_grpo import (
+    FlowGRPO,
+    clipped_policy_loss,
+    group_advantages,
+    sample_sde,
+    sde_gaussian,
+)
+from agsm_loss.integrations.host import Clean, agsm_on, bank_of
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 0.7, 1.5])
+def test_the_sde_has_the_marginals_of_the_flow(noise_level):
+    """For x_0 ~ N(0, 4) the velocity is known, every step is linear, and the variance ends at 4."""
+    steps, variance = 4000, torch.tensor(1.0).double()
+    sigmas = torch.linspace(1, 0, steps + 1).double()
+    for i in range(steps):
+        sigma, following = sigmas[i : i + 1], sigmas[i + 1 : i + 2]
+        x = torch.ones(1, 1).double()
+        total = 4 * (1 - sigma) ** 2 + sigma**2
+        velocity = ((sigma - 4 * (1 - sigma)) / total) * x
+        mean, std = sde_gaussian(velocity, x, sigma, following, noise_level, largest=0.999)
+        variance = mean.squeeze() ** 2 * variance + std.squeeze() ** 2
+    assert variance.item() == pytest.approx(4.0, rel=0.02)
+
+
+def test_the_mean_and_deviation_are_the_papers():
+    pred, x = torch.randn(2, 3, 4).double()
+    sigma, following = (
+        torch.tensor([0.9, 0.5, 0.99]).double(),
+        torch.tensor([0.8, 0.4, 0.9]).double(),
+    )
+    mean, std = sde_gaussian(pred, x, sigma, following, 0.7)
+    for row in range(3):
+        t, dt = float(sigma[row]), float(following[row] - sigma[row])
+        s = 0.7 * (t / (1 - min(t, 0.96))) ** 0.5
+        expected = x[row] + (pred[row] + s**2 / (2 * t) * (x[row] + (1 - t) * pred[row])) * dt
+        torch.testing.assert_close(mean[row], expected)
+        assert std[row].item() == pytest.approx(s * (-dt) ** 0.5)
+
+
+def rollout(setup, scheduler, seed=0):
+    text = setup.conditioning
+    own = bank_of(Bank.POSITIVE, len(setup.noise))
+    return sample_sde(
+        lambda x, t: setup.denoiser(x, t, text, own),
+        scheduler,
+        setup.noise,
+        num_steps=4,
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def test_what_was_sampled_has_ratio_one_and_the_gradient_of_the_likelihoods():
+    setup, scheduler = Setup("sd3"), FlowMatchEulerDiscreteScheduler()
+    trajectory = rollout(setup, scheduler)
+    assert trajectory.states.shape == (5, 3, 4, 8, 8)
+    assert torch.equal(trajectory.last, trajectory.states[4])
+    advantages = torch.tensor([1.0, -0.5, 0.25]).double()
+    out = FlowGRPO(setup.denoiser, scheduler)(trajectory, advantages, setup.conditioning)
+    assert out.metrics["grpo/approx_kl"] < 1e-20
+    assert out.loss.item() == pytest.approx(-advantages.mean().item())
+    grads = torch.autograd.grad(out.loss, setup.trained)
+    expected = 0.0
+    for step in range(3):  # REINFORCE: the ratio's gradient at 1 is the log-likelihood's
+        sigma, below = trajectory.sigmas[step : step + 2]
+        x, following = trajectory.states[step : step + 2]
+        pred = setup.denoiser(
+            x, (sigma * 1000).expand(3), setup.conditioning, bank_of(Bank.POSITIVE, 3)
+        )
+        mean, std = sde_gaussian(pred, x, sigma.expand(3), below.expand(3))
+        log_prob = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(following)
+        expected = expected - (advantages * log_prob.flatten(1).mean(1)).mean() / 3
+    for one, other in zip(grads, torch.autograd.grad(expected, setup.trained), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_agsm_is_added_and_absent_without_it():
+    setup, scheduler = Setup("sd3"), FlowMatchEulerDiscreteScheduler()
+    trajectory, advantages = rollout(setup, scheduler), torch.ones(3).double()
+    clean = Clean(
+        setup.winner,
+        torch.tensor([300.0, 700.0, 950.0]),
+        setup.noise,
+        setup.conditioning,
+        captions=setup.captions,
+    )
+    plain = FlowGRPO(setup.denoiser, scheduler)
+    agsm = setup.agsm(weight=0.5)
+    both = FlowGRPO(setup.denoiser, scheduler, agsm=agsm)
+    given = trajectory, advantages, setup.conditioning
+    term = agsm_on(clean, setup.agsm(weight=0.5), scheduler)
+    total = both(*given, clean=clean)
+    torch.testing.assert_close(total.loss, plain(*given).loss + term.loss)
+    assert term.loss > 0 and "agsm/win_rate" in total.metrics
+    with pytest.raises(ValueError, match="clean"):
+        both(*given)
+    both.after_step()
+    assert agsm.ema.num_updates == 1
+
+
+def test_advantages_are_standardised_within_a_prompt():
+    found = group_advantages(torch.tensor([1.0, 3.0, 10.0, 10.0]), 2)
+    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, 0.0, 0.0]))
+    for wrong in ((torch.ones(3), 2), (torch.ones(4), 1), (torch.ones(2, 2), 2)):
+        with pytest.raises((ValueError, TypeError), match=r"groups|rewards"):
+            group_advantages(*wrong)
+
+
+def test_a_ratio_that_has_left_the_range_the_right_way_has_no_gradient():
+    log_prob = torch.tensor([0.5, 0.5, -0.5, -0.5], requires_grad=True)
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    clipped_policy_loss(log_prob, torch.zeros(4), advantages, 0.1).backward()
+    assert (log_prob.grad != 0).tolist() == [False, True, True, False]
+
+
+def test_what_has_no_likelihood_is_refused():
+    setup, scheduler = Setup("sd3"), FlowMatchEulerDiscreteScheduler()
+    trajectory = rollout(setup, scheduler)
+    step = FlowGRPO(setup.denoiser, scheduler)
+    with pytest.raises(ValueError, match="no likelihood"):
+        step(trajectory, torch.ones(3), setup.conditioning, torch.tensor([3]))
+    for given in ((DDIMScheduler(), 4, 0.7), (scheduler, 1, 0.7), (scheduler, 4, 0.0)):
+        with pytest.raises(ValueError, match="flow-matching"):
+            sample_sde(
+                lambda x, t: x, given[0], setup.noise, num_steps=given[1], noise_level=given[2]
+            )

@@ -1,0 +1,123 @@
+"""train_ddpo.py and train_flow_grpo.py: resume, the log, either kind of image, rewards, refusals."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rewards
+import train_ddpo
+import train_flow_grpo
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:DDPOTrainer is deprecated"),
+    pytest.mark.filterwarnings("ignore:.*_encode_prompt.* is deprecated"),
+]
+FEW = ["--lora-rank", "2", "--num-tokens", "2", "--eval-per-category", "1", "--eval-steps", "2",
+       "--sampling-steps", "3", "--num-negatives", "2", "--reward", "redness", "--lr", "0.01",
+       "--no-eval-at-start"]  # fmt: skip
+DDPO = ["--epochs", "3", "--sampling-batch", "4", "--sampling-batches", "1", "--train-batch", "2",
+        "--accumulate", "2", "--agsm-batch", "3", "--eval-every", "3", "--save-every", "1"]  # fmt: skip
+
+
+def train(recipe, model, folder, *flags):
+    recipe.main(["--model", str(model), "--output", str(folder), *FEW, *flags])
+    return {
+        f"{part}/{name}": value
+        for part in ("tokens", "lora")
+        for file in (folder / part).glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("images", ["data", "best"])
+def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path, monkeypatch):
+    flags = [*DDPO, "--agsm-weight", "0.5", "--negatives", "mixed", "--agsm-images", images,
+             "--agsm-every", "3", "--per-prompt", "--guidance-scale", "1"]  # fmt: skip
+    whole = train(train_ddpo, epsilon_base, tmp_path / "whole", *flags)
+    lines = log(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert all({"reward_mean", "loss", "agsm/loss"} <= line.keys() for line in lines[:3])
+    assert lines[3]["scores"]["n"] == 6 and lines[0]["agsm/loss"] > 0
+    calls, redness = [], rewards.redness
+
+    def killing(pixels, prompts):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return redness(pixels, prompts)
+
+    monkeypatch.setattr(rewards, "redness", killing)
+    with pytest.raises(KeyboardInterrupt):
+        train(train_ddpo, epsilon_base, tmp_path / "cut", *flags)
+    monkeypatch.setattr(rewards, "redness", redness)
+    with pytest.raises(ValueError, match="--resume"):
+        train(train_ddpo, epsilon_base, tmp_path / "cut", *flags)
+    resumed = train(train_ddpo, epsilon_base, tmp_path / "cut", *flags, "--resume")
+    assert whole.keys() == resumed.keys() and any(name.startswith("lora/") for name in whole)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert log(tmp_path / "cut") == lines
+
+
+def test_with_guidance_and_all_of_the_model_it_trains_too(epsilon_base, tmp_path):
+    flags = [*DDPO, "--epochs", "1", "--lora-rank", "0", "--full", "--guidance-scale", "2"]
+    train(train_ddpo, epsilon_base, tmp_path, *flags)
+    assert (tmp_path / "pipeline" / "unet").is_dir() and log(tmp_path)[-1]["scores"]["n"] == 6
+
+
+def test_prompts_come_from_a_file(epsilon_base, tmp_path, monkeypatch):
+    seen, redness = set(), rewards.redness
+
+    def watching(pixels, prompts):
+        seen.update(prompts)
+        return redness(pixels, prompts)
+
+    monkeypatch.setattr(rewards, "redness", watching)
+    (tmp_path / "prompts.txt").write_text("a red circle\n\ntwo blue squares\n")
+    flags = [*DDPO, "--epochs", "2", "--sampling-prompts", str(tmp_path / "prompts.txt")]
+    train(train_ddpo, epsilon_base, tmp_path / "run", *flags)
+    assert seen == {"a red circle", "two blue squares"}
+
+
+def test_a_flow_is_sent_to_its_own_recipe(flow_base, tmp_path):
+    with pytest.raises(ValueError, match=r"train_flow_grpo"):
+        train(train_ddpo, flow_base, tmp_path, *DDPO)
+
+
+def test_flow_grpo_resumes_and_has_agsm_in_it(flow_base, tmp_path, monkeypatch):
+    flags = ["--steps", "3", "--batch-size", "2", "--group", "2", "--train-steps", "2",
+             "--log-every", "1", "--eval-every", "3", "--save-every", "1", "--agsm-weight", "0.5",
+             "--negatives", "hard"]  # fmt: skip
+    whole = train(train_flow_grpo, flow_base, tmp_path / "whole", *flags)
+    assert all(line["agsm/loss"] > 0 and "reward_mean" in line for line in log(tmp_path / "whole"))
+    calls, redness = [], rewards.redness
+
+    def killing(pixels, prompts):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return redness(pixels, prompts)
+
+    monkeypatch.setattr(rewards, "redness", killing)
+    with pytest.raises(KeyboardInterrupt):
+        train(train_flow_grpo, flow_base, tmp_path / "cut", *flags)
+    monkeypatch.setattr(rewards, "redness", redness)
+    resumed = train(train_flow_grpo, flow_base, tmp_path / "cut", *flags, "--resume")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_rewards_of_hand_made_pictures():
+    red = torch.tensor([1.0, -1.0, -1.0]).reshape(1, 3, 1, 1).expand(1, 3, 24, 24)
+    grey = torch.zeros(1, 3, 24, 24)
+    noisy = torch.rand(1, 3, 24, 24) * 2 - 1
+    prompts = ["a", "b", "c"]
+    pictures = torch.cat([red, grey, noisy])
+    assert rewards.load("redness")(pictures, prompts)[:2].tolist() == pytest.approx([1.0, 0.0])
+    sizes = rewards.load("jpeg_incompressibility")(pictures, prompts)
+    assert sizes[2] > 1.5 * sizes[0] and sizes[0] > 0.3
+    assert torch.equal(rewards.load("jpeg_compressibility")(pictures, prompts), -sizes)
