@@ -70,6 +70,7 @@ def test_methods_of_other_recipes_and_after_one_another(flow_base, tmp_path, mon
         panels={"implicit accuracy": "dpo/accuracy"},
         baselines=["DPO"],
         pairs=5,
+        cfgs=[2.0],
     )
     monkeypatch.setattr(study.subprocess, "call", lambda command, **_: _in_process(command))
     study.main(["--config", str(file), "--jobs", "1"])
@@ -88,7 +89,10 @@ def test_methods_of_other_recipes_and_after_one_another(flow_base, tmp_path, mon
     # A rate of 0 leaves the tokens as drawn: small, so the pictures are those of the merged model.
     gap = np.abs(images["then AGSM"] - images["DPO"]).mean()
     assert gap < np.abs(images["then AGSM"] - images["base"]).mean()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all(one["cfg"] == 2.0 and one["sweep"] == {} for one in results)  # none to choose from
     text = (tmp_path / "out" / "report.md").read_text()
+    assert "All at guidance scale (CFG) 2." in text
     assert "## Against DPO, on the same" in text and "| at the end of training | impl" in text
     assert "| then AGSM | 0." in text.split("## Preference accuracy")[1].split("##")[0]
     row = next(line for line in text.splitlines() if line.startswith("| then AGSM |  |"))
