@@ -151,10 +151,29 @@ def test_a_wrong_plan_is_named(tmp_path, changes, named):
 
 
 def test_shipped_plans_are_read(recipes):
-    files = [*(recipes / "configs").glob("study_*.yaml"), recipes / "configs" / "demo.yaml"]
-    for file in files:
-        plan = study.read_plan(file)
+    for name in ("study_flow", "study_epsilon", "demo"):
+        plan = study.read_plan(recipes / "configs" / f"{name}.yaml")
         assert {"SoftREPA", "AGSM"} <= set(plan.methods)
+
+
+@pytest.mark.parametrize(
+    ("host", "base"), [("dpo", "flow"), ("inpo", "epsilon"), ("spo", "epsilon")]
+)
+def test_plans_and_configs_of_the_hosts_say_the_same(host, base, recipes):
+    from options import parse
+
+    plan = study.read_plan(recipes / "configs" / f"study_{host}.yaml")
+    alone, joint, after = plan.methods.values()
+    assert alone["recipe"] == joint["recipe"] == f"train_{host}" and after["after"] in plan.methods
+    options = study.recipe_of("", joint).Options
+    config = recipes / "configs" / f"{host}_{base}.yaml"
+    own = vars(parse(options, None, ["--config", str(config)]))
+    flags = study._flags({**plan.common, **joint, "model": plan.model, "output": own["output"]})
+    place = flags.index("--recipe")
+    of_plan = vars(parse(options, None, flags[:place] + flags[place + 2 :]))
+    assert {**own, "eval_at_start": True} == {**of_plan, "eval_at_start": True}
+    assert joint["agsm_weight"] > 0 and alone.get("agsm_weight", 0) == 0
+    assert all(alone[key] == joint[key] for key in alone if key != "num_tokens")
 
 
 def test_intervals_over_seeds_and_over_pairs():
