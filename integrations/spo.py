@@ -271,6 +271,9 @@ class SPO(Host):
     ) -> StepOutput:
         """One step. Without a pair (nothing passed the threshold) SPO's loss is a constant 0.
 
+        Where DDP's processes find pairs for themselves, one without any and without AGSM has run
+        nothing with a gradient, and the others wait for it: call the model once (`train_spo.py`).
+
         Args:
             pairs: of `sample_pairs`.
             conditioning, unconditional: the rollout's encoded prompts and empty prompts, a row an

@@ -62,14 +62,19 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         if several
         else "score [95 % interval: Wilson's; overall: the six put together]"
     )
+    chosen = (
+        f"Each at the guidance scale (CFG) that was best on {plan.sweep_per_category} validation "
+        f"prompts a category, of {plan.cfgs}."
+        if len(plan.cfgs) > 1
+        else f"All at guidance scale (CFG) {plan.cfgs[0]:g}."
+    )
     lines = [
         f"# {plan.title}",
         "",
         (
             f"Model: `{plan.model}`. Seeds {plan.seeds}, {plan.per_category} held-out prompts a category, "
-            f"{plan.sampling_steps} sampling steps, the same noise for every method. Each at the "
-            f"guidance scale (CFG) that was best on {plan.sweep_per_category} validation prompts a "
-            f"category, of {plan.cfgs}. Cells: {interval}. Different held-out prompts: "
+            f"{plan.sampling_steps} sampling steps, the same noise for every method. {chosen} "
+            f"Cells: {interval}. Different held-out prompts: "
             + ", ".join(f"{tag.replace('_', ' ')} {len(specs(tag, 'heldout'))}" for tag in TAGS)
             + "; each is drawn many times, and no interval has the choice of prompts in it."
         ),

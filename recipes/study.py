@@ -43,7 +43,7 @@ class Plan:
     baselines: methods that the others are compared with, image by image, as with the base.
     pairs: held-out preference pairs on which each method's implicit accuracy against the untrained
         model is measured, at `common`'s noise levels; 0: none.
-    cfgs: guidance scales of the sweep. per_category, sweep_per_category: held-out and validation
+    cfgs: guidance scales of the sweep; a single one is taken as it is. per_category, sweep_per_category: held-out and validation
         prompts a category. sampling_steps: of both.
     """
 
@@ -173,10 +173,10 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         return images, verdicts(images, rows)
 
     sweep = {}
-    for cfg in plan.cfgs:
+    for cfg in plan.cfgs if len(plan.cfgs) > 1 else ():
         _, judged = score(f"world:validation:{plan.sweep_per_category}", cfg, "sweep")
         sweep[str(cfg)] = summarize_with_intervals(judged)
-    best = max(plan.cfgs, key=lambda cfg: sweep[str(cfg)]["overall"])
+    best = max(plan.cfgs, key=lambda cfg: sweep[str(cfg)]["overall"] if sweep else 0.0)
     images, judged = score(f"world:heldout:{plan.per_category}", best, "heldout")
     np.savez_compressed(folder / "images.npz", images=images)
     result = {

@@ -70,6 +70,7 @@ def test_methods_of_other_recipes_and_after_one_another(flow_base, tmp_path, mon
         panels={"implicit accuracy": "dpo/accuracy"},
         baselines=["DPO"],
         pairs=5,
+        cfgs=[2.0],
     )
     monkeypatch.setattr(study.subprocess, "call", lambda command, **_: _in_process(command))
     study.main(["--config", str(file), "--jobs", "1"])
@@ -88,7 +89,10 @@ def test_methods_of_other_recipes_and_after_one_another(flow_base, tmp_path, mon
     # A rate of 0 leaves the tokens as drawn: small, so the pictures are those of the merged model.
     gap = np.abs(images["then AGSM"] - images["DPO"]).mean()
     assert gap < np.abs(images["then AGSM"] - images["base"]).mean()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert all(one["cfg"] == 2.0 and one["sweep"] == {} for one in results)  # none to choose from
     text = (tmp_path / "out" / "report.md").read_text()
+    assert "All at guidance scale (CFG) 2." in text
     assert "## Against DPO, on the same" in text and "| at the end of training | impl" in text
     assert "| then AGSM | 0." in text.split("## Preference accuracy")[1].split("##")[0]
     row = next(line for line in text.splitlines() if line.startswith("| then AGSM |  |"))
@@ -147,10 +151,29 @@ def test_a_wrong_plan_is_named(tmp_path, changes, named):
 
 
 def test_shipped_plans_are_read(recipes):
-    files = [*(recipes / "configs").glob("study_*.yaml"), recipes / "configs" / "demo.yaml"]
-    for file in files:
-        plan = study.read_plan(file)
+    for name in ("study_flow", "study_epsilon", "demo"):
+        plan = study.read_plan(recipes / "configs" / f"{name}.yaml")
         assert {"SoftREPA", "AGSM"} <= set(plan.methods)
+
+
+@pytest.mark.parametrize(
+    ("host", "base"), [("dpo", "flow"), ("inpo", "epsilon"), ("spo", "epsilon")]
+)
+def test_plans_and_configs_of_the_hosts_say_the_same(host, base, recipes):
+    from options import parse
+
+    plan = study.read_plan(recipes / "configs" / f"study_{host}.yaml")
+    alone, joint, after = plan.methods.values()
+    assert alone["recipe"] == joint["recipe"] == f"train_{host}" and after["after"] in plan.methods
+    options = study.recipe_of("", joint).Options
+    config = recipes / "configs" / f"{host}_{base}.yaml"
+    own = vars(parse(options, None, ["--config", str(config)]))
+    flags = study._flags({**plan.common, **joint, "model": plan.model, "output": own["output"]})
+    place = flags.index("--recipe")
+    of_plan = vars(parse(options, None, flags[:place] + flags[place + 2 :]))
+    assert {**own, "eval_at_start": True} == {**of_plan, "eval_at_start": True}
+    assert joint["agsm_weight"] > 0 and alone.get("agsm_weight", 0) == 0
+    assert all(alone[key] == joint[key] for key in alone if key != "num_tokens")
 
 
 def test_intervals_over_seeds_and_over_pairs():

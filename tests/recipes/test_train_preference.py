@@ -158,7 +158,7 @@ def test_shipped_configs_parse(recipes):
     from options import parse
 
     configs = recipes / "configs"
-    files = [*sorted(configs.glob("dpo_*.yaml")), *sorted(configs.glob("inpo_*.yaml"))]
+    files = [*sorted(configs.glob("dpo_sd*.yaml")), *sorted(configs.glob("inpo_sd*.yaml"))]
     assert len(files) == 4
     for file in files:
         options = parse(RECIPES[file.stem.split("_")[0]].Options, "", ["--config", str(file)])

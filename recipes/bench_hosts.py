@@ -1,0 +1,158 @@
+"""Time and memory of a step of DPO, InPO and SPO, alone and with AGSM in it.
+
+    python recipes/bench_hosts.py
+
+A LoRA of rank 8 on a narrower SD1.5 UNet (77 tokens of text, 32x32 latents), with soft tokens where
+there is AGSM; forward, backward, optimizer and EMA on four pairs. All variants of a host take turns
+in one run: time is the median over rounds, against the host's own of the same round; memory is what
+the peak resident set of a fresh process grows by in its first two steps (Linux). DPO and InPO give AGSM
+their prediction on the winner; "winner again" runs it a second time. SPO's rollout, which is the same
+with and without AGSM, is not timed.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from peft import LoraConfig
+
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
+from agsm_loss.integrations.diffusion_dpo import DiffusionDPO
+from agsm_loss.integrations.host import Host, adapters_off
+from agsm_loss.integrations.inpo import InPO
+from agsm_loss.integrations.spo import SPO, Clean, Pairs
+from agsm_loss.integrations.training import PlainDenoiser, TokenDenoiser
+from bench_backbones import NARROW_UNET, SD15, timed
+from bench_loss import resident_mib
+
+BATCH = 4
+
+
+class Again(AGSMRegularizer):
+    """AGSM that does not take the host's prediction."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **{**kwargs, "pred": None})
+
+
+# name -> settings of the regularizer; None: the host alone
+VARIANTS: dict[str, Any] = {
+    "alone": None,
+    "K = 2": {"num_negatives": 1},
+    "K = 4": {"num_negatives": 3},
+    "K = 4, winner again": {"num_negatives": 3, "kind": Again},
+    "K = 4, 4 samples a pass": {"num_negatives": 3, "chunk_size": 4},
+    "K = 4, trained on 1 negative": {"num_negatives": 3, "train_negatives": 1},
+}
+HOSTS: dict[str, Callable[..., Host]] = {
+    "DPO": DiffusionDPO,
+    "InPO": partial(InPO, num_steps=4),
+    "SPO": partial(SPO, guidance_scale=5.0),
+}
+
+
+def make(host: str, variant: str) -> Callable[[], None]:
+    """One training step of the host, on inputs that are the same for every variant."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(**SD15 | NARROW_UNET).requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    settings = VARIANTS[variant]
+    if settings is None:
+        denoiser: Any = PlainDenoiser(unet)
+    else:
+        denoiser = TokenDenoiser(attach_soft_tokens(unet, make_soft_tokens(unet)))
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    agsm = None
+    if settings is not None:
+        settings = dict(settings)
+        kind = settings.pop("kind", AGSMRegularizer)
+        agsm = kind(denoiser, EMA(trained), AGSMLoss(neg_scale=0.1), **settings)
+    step = HOSTS[host](denoiser, scheduler, reference=partial(adapters_off, unet), agsm=agsm)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    winner, loser, noise, other = torch.randn(4, BATCH, 4, 32, 32)
+    times = torch.tensor([201, 401, 601, 801])
+    text, empty = ({"prompt_embeds": torch.randn(BATCH, 77, 768)} for _ in range(2))
+    captions = ["a", "b", "c", "d"]
+
+    def run() -> None:
+        if host == "DPO":
+            out = step(winner, loser, text, times, noise, captions=captions)
+        elif host == "InPO":
+            out = step(winner, loser, text, 601, captions=captions)
+        else:
+            pairs = Pairs(noise, winner, loser, times, times - 50, torch.arange(BATCH))
+            clean = Clean(other, times, noise, text, captions=captions) if agsm else None
+            out = step(pairs, text, empty, clean=clean)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        step.after_step()
+
+    return run
+
+
+def variants_of(host: str) -> list[str]:
+    """SPO has no prediction that AGSM could take."""
+    return [name for name in VARIANTS if host != "SPO" or "again" not in name]
+
+
+def child(host: str, variant: str) -> None:
+    """Peak growth in MiB of two steps, in this fresh process."""
+    run = make(host, variant)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    before = resident_mib("VmRSS")
+    for _ in range(2):
+        run()
+    print(resident_mib("VmHWM") - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--child", nargs=2, metavar=("HOST", "VARIANT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(*args.child)
+        return
+    print(f"{torch.get_num_threads()} threads, {args.rounds} rounds in turns; (quartiles)")
+    for host in HOSTS:
+        names = variants_of(host)
+        steps = {name: make(host, name) for name in names}
+        for run in steps.values():
+            run()
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(args.rounds):
+            for name in names:
+                times[name].append(timed(steps[name]))
+        del steps
+        memory = {}
+        for name in names:
+            command = [sys.executable, __file__, "--child", host, name]
+            # Freed blocks go back to the system at once: the peak is the tensors', not a reserve.
+            settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+            memory[name] = float(subprocess.check_output(command, env=settings))
+        for name in names:
+            ratios = [a / b for a, b in zip(times[name], times["alone"], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            told = f"{middle:.2f} ({low:.2f}-{high:.2f})" if name != "alone" else "1"
+            print(
+                f"{host:4} {name:28} {statistics.median(times[name]):6.2f} s  time {told:18} "
+                f"peak +{memory[name]:5.0f} MiB, {memory[name] / memory['alone']:.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
