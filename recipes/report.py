@@ -46,10 +46,21 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return float(array.mean()), float(half)
 
 
-def paired(one: Floats, other: Floats) -> tuple[float, float]:
-    """Mean of one - other over the same images, and half of its 95 % interval (normal)."""
+def paired(one: Floats, other: Floats, prompts: npt.NDArray[Any]) -> tuple[float, float]:
+    """Mean of one - other over the same images, and half of its 95 % interval over prompts.
+
+    Images of one prompt are right or wrong together, so prompts are what was drawn: the cluster-robust
+    standard error of a mean, with Student's t (Cameron & Miller 2015, section II). One prompt: nan.
+    """
+    from scipy.stats import t
+
     gaps = one - other
-    return float(gaps.mean()), float(1.96 * gaps.std(ddof=1) / len(gaps) ** 0.5)
+    _, cluster = np.unique(prompts, return_inverse=True)
+    sums = np.bincount(cluster, gaps - gaps.mean())
+    if len(sums) < 2:
+        return float(gaps.mean()), float("nan")
+    error = (len(sums) / (len(sums) - 1) * (sums**2).sum()) ** 0.5 / len(gaps)
+    return float(gaps.mean()), float(t.ppf(0.975, len(sums) - 1) * error)
 
 
 def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: float) -> str:
@@ -76,7 +87,7 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
             f"{plan.sampling_steps} sampling steps, the same noise for every method. {chosen} "
             f"Cells: {interval}. Different held-out prompts: "
             + ", ".join(f"{tag.replace('_', ' ')} {len(specs(tag, 'heldout'))}" for tag in TAGS)
-            + "; each is drawn many times, and no interval has the choice of prompts in it."
+            + "; each is drawn many times, and the intervals of this table leave that out."
         ),
         "",
         "| | CFG | overall | " + " | ".join(tag.replace("_", " ") for tag in TAGS) + " |",
@@ -154,17 +165,18 @@ def _told(mean: float, half: float) -> str:
 
 def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """Against the base and the plan's baselines, image by image on the same noise."""
-    tags = np.array([row["tag"] for row in rows("heldout", plan.per_category)])
+    asked = rows("heldout", plan.per_category)
+    prompts = np.tile([row["prompt"] for row in asked], len(plan.seeds))
     right = {name: np.concatenate([r["correct"] for r in g]) for name, g in by_method.items()}
-    counting = np.tile(tags, len(plan.seeds)) == "counting"
+    counting = np.tile([row["tag"] == "counting" for row in asked], len(plan.seeds))
     lines = []
     for baseline in (BASE, *plan.baselines):
         lines += [
             f"## Against {'the base' if baseline == BASE else baseline}, on the same prompts and noise",
             "",
             (
-                "Mean of the differences ± half of its 95 % interval over images (the draw of the "
-                "training seed is not in it)."
+                "Mean of the differences ± half of its 95 % interval over prompts (clusters of images; "
+                "the draw of the training seed is not in it)."
             ),
             "",
             "| | overall | counting | counting, as a ratio |",
@@ -174,8 +186,8 @@ def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> l
             if name in (BASE, baseline):
                 continue
             # Categories have equal numbers, so the mean over images is the mean of the categories.
-            all_mean, all_half = paired(right[name], right[baseline])
-            mean, half = paired(right[name][counting], right[baseline][counting])
+            all_mean, all_half = paired(right[name], right[baseline], prompts)
+            mean, half = paired(right[name][counting], right[baseline][counting], prompts[counting])
             ratio = right[name][counting].mean() / max(right[baseline][counting].mean(), 1e-9)
             lines.append(
                 f"| {name} | {all_mean:+.3f} ± {all_half:.3f} | {mean:+.3f} ± {half:.3f} | {ratio:.2f} |"

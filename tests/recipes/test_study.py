@@ -182,5 +182,15 @@ def test_intervals_over_seeds_and_over_pairs():
     assert np.isnan(report.spread([1.0])[1])
     rng = np.random.default_rng(0)
     noise = rng.normal(size=400)
-    mean, half = report.paired(noise + 0.5, noise + 0.5 + 0.01 * rng.normal(size=400))
+    apart = np.arange(400)
+    mean, half = report.paired(noise + 0.5, noise + 0.5 + 0.01 * rng.normal(size=400), apart)
     assert abs(mean) < 2 * half and half < 0.002  # what both share cancels
+
+
+def test_images_of_one_prompt_count_as_one_draw():
+    gaps = np.array([0.0, 1.0, 0.5, -1.0])
+    mean, half = report.paired(gaps, np.zeros(4), np.arange(4))
+    many, same = report.paired(np.repeat(gaps, 25), np.zeros(100), np.repeat(np.arange(4), 25))
+    assert (mean, half) == pytest.approx((many, same))
+    assert half == pytest.approx(3.182446 * gaps.std(ddof=1) / 2, rel=1e-5)
+    assert np.isnan(report.paired(gaps, np.zeros(4), np.zeros(4))[1])
