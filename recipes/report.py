@@ -113,6 +113,7 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         ),
         "",
         *_final_metrics(plan),
+        *_frontier_table(plan),
         "## Pictures",
         "",
         (
@@ -232,6 +233,41 @@ def _final_metrics(plan: Plan) -> list[str]:
     return [*lines, ""]
 
 
+def frontier(plan: Plan, method: str) -> list[tuple[int, float, float]]:
+    """(step, the frontier's metric since the validation before, overall score) of each validation.
+
+    Means over the seeds.
+    """
+    points: dict[int, list[tuple[float, float]]] = {}
+    for seed in plan.seeds:
+        since: list[float] = []
+        for line in _log(plan, method, seed):
+            since += [line[plan.frontier]] if plan.frontier in line else []
+            score = _score(line, "overall")
+            if score is not None and since:
+                points.setdefault(line["step"], []).append((float(np.mean(since)), score))
+                since = []
+    means = {step: np.mean(pairs, axis=0) for step, pairs in sorted(points.items())}
+    return [(step, float(x), float(y)) for step, (x, y) in means.items()]
+
+
+def _frontier_table(plan: Plan) -> list[str]:
+    if not plan.frontier:
+        return []
+    lines = [
+        f"Validation score (overall) beside {plan.frontier}, its mean since the validation before:",
+        "",
+    ]
+    by_method = {name: frontier(plan, name) for name in plan.methods}
+    steps = sorted({step for points in by_method.values() for step, _, _ in points})
+    lines += ["| | " + " | ".join(f"step {step}" for step in steps) + " |"]
+    lines += ["| --- |" + " --- |" * len(steps)]
+    for name, points in by_method.items():
+        at = {step: f"{y:.3f} at {x:.3f}" for step, x, y in points}
+        lines.append(f"| {name} | " + " | ".join(at.get(step, "") for step in steps) + " |")
+    return [*lines, ""]
+
+
 def _log(plan: Plan, method: str, seed: int) -> list[dict[str, Any]]:
     text = (folder_of(plan, method, seed) / "train" / "log.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
@@ -252,9 +288,9 @@ def curves(plan: Plan, path: Path) -> None:
         ("validation: share with too many", lambda line: _score(line, "counting", "over")),
         *((title, _logged(metric)) for title, metric in plan.panels.items()),
     ]
-    number = len(panels)
+    number = len(panels) + bool(plan.frontier)
     figure, axes = plt.subplots(1, number, figsize=(4 * number, 3.6), layout="constrained")
-    for axis, (title, read) in zip(axes, panels, strict=True):
+    for axis, (title, read) in zip(axes, panels, strict=False):
         for name in plan.methods:
             by_step: dict[int, list[float]] = {}
             for seed in plan.seeds:
@@ -269,6 +305,12 @@ def curves(plan: Plan, path: Path) -> None:
             axis.fill_between(steps, least, most, alpha=0.15, color=drawn.get_color())
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
+    if plan.frontier:
+        for name in plan.methods:
+            points = frontier(plan, name)
+            axes[-1].plot([x for _, x, _ in points], [y for _, _, y in points], "o-", label=name)
+        axes[-1].set(title=f"validation: overall, against {plan.frontier}", xlabel=plan.frontier)
+        axes[-1].grid(alpha=0.3)
     if axes[0].dataLim.y0 > 0:  # a policy gradient's loss has either sign
         axes[0].set_yscale("log")
     axes[3].legend(fontsize=8)

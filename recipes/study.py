@@ -40,6 +40,7 @@ class Plan:
         The untrained base is always there, under the name "base".
     references: further pipelines (name -> folder) that are scored as they are, e.g. the ceiling.
     panels: title -> a metric of log.jsonl, each drawn as a curve and told at the end of training.
+    frontier: a metric of log.jsonl against which the validation's overall score is drawn and told.
     baselines: methods that the others are compared with, image by image, as with the base.
     pairs: held-out preference pairs on which each method's implicit accuracy against the untrained
         model is measured, at `common`'s noise levels; 0: none.
@@ -53,6 +54,7 @@ class Plan:
     common: dict[str, Any] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
     panels: dict[str, str] = field(default_factory=dict)
+    frontier: str = ""
     baselines: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     cfgs: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])

@@ -194,3 +194,21 @@ def test_images_of_one_prompt_count_as_one_draw():
     assert (mean, half) == pytest.approx((many, same))
     assert half == pytest.approx(3.182446 * gaps.std(ddof=1) / 2, rel=1e-5)
     assert np.isnan(report.paired(gaps, np.zeros(4), np.zeros(4))[1])
+
+
+def test_a_frontier_sets_scores_beside_what_was_logged_before_them(tmp_path):
+    plan = study.Plan("m", str(tmp_path), {"A": {}}, seeds=[0, 1], frontier="reward_mean")
+    for seed, shift in ((0, 0.0), (1, 1.0)):
+        folder = study.folder_of(plan, "A", seed) / "train"
+        folder.mkdir(parents=True)
+        lines = [
+            {"step": 0, "scores": {"overall": 0.9}},  # nothing was logged before it
+            {"step": 1, "reward_mean": 1.0 + shift},
+            {"step": 2, "reward_mean": 3.0 + shift},
+            {"step": 2, "scores": {"overall": 0.5}},
+            {"step": 3, "reward_mean": 7.0 + shift},
+            {"step": 3, "scores": {"overall": 0.3}},
+        ]
+        (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report.frontier(plan, "A") == [(2, 2.5, 0.5), (3, 7.5, 0.3)]
+    assert "| A | 0.500 at 2.500 | 0.300 at 7.500 |" in report._frontier_table(plan)
