@@ -68,12 +68,17 @@ def start(options: TrainingOptions) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if options.tracker and not accelerator.log_with:  # accelerate leaves it out without a word
-        raise ValueError(
-            f"tracker: expected one that is installed, got {options.tracker!r}. "
-            f"pip install {options.tracker}, or leave it out: log.jsonl is always written."
-        )
+        raise missing_tracker(options.tracker)
     set_seed(options.seed)
     return accelerator
+
+
+def missing_tracker(name: str) -> ValueError:
+    """The error for a tracker that accelerate does not know or find."""
+    return ValueError(
+        f"tracker: expected one that is installed, got {name!r}. pip install {name}, or leave it out: "
+        "log.jsonl is always written."
+    )
 
 
 def draws(*key: Any) -> torch.Generator:
@@ -170,7 +175,7 @@ def train(
             line = {"step": done, "seconds": round(time.time() - began, 1), **entry}
             append_line(log, line)
             if options.tracker:
-                accelerator.log(_flat(entry), step=done)
+                accelerator.log(flat(entry), step=done)
         if done % options.save_every == 0 or done == options.steps:
             _save(accelerator)
     bar.close()
@@ -291,12 +296,12 @@ def truncate_log(log: Path, step: int) -> None:
     log.write_text("".join(line + "\n" for line in kept))
 
 
-def _flat(entry: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def flat(entry: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Nested numbers as tracker names: {"scores": {"overall": 1}} -> {"scores/overall": 1}."""
-    flat: dict[str, float] = {}
+    found: dict[str, float] = {}
     for name, value in entry.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}/")
+            found |= flat(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)):
-            flat[prefix + name] = value
-    return flat
+            found[prefix + name] = value
+    return found

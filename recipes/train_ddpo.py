@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         (output / "options.json").write_text(json.dumps(vars(options), indent=1) + "\n")
-    tracker = JsonLines(log)
+    tracker = JsonLines(log, extra_tracker(options) if state.is_main_process else None)
     schedule = as_schedule(options.agsm_weight)
     if options.agsm_warmup:
         schedule = linear_warmup(schedule, options.agsm_warmup)
@@ -148,7 +148,7 @@ def trl_config(options: Options, tracker: GeneralTracker, resumed: Path | None) 
 
     return DDPOConfig(
         seed=options.seed,
-        log_with=[tracker, options.tracker] if options.tracker else [tracker],
+        log_with=[tracker],
         tracker_project_name="agsm-loss",
         project_kwargs={
             "project_dir": options.output,
@@ -240,15 +240,41 @@ def data_batches(options: Options, student: Student, state: Any) -> Callable[[in
     return clean
 
 
+def extra_tracker(options: Options) -> GeneralTracker | None:
+    """The tracker that was asked for beside log.jsonl."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+
+    from loop import missing_tracker
+
+    if not options.tracker:
+        return None
+    if options.tracker not in LOGGER_TYPE_TO_CLASS or not filter_trackers(
+        [options.tracker], options.output
+    ):
+        raise missing_tracker(options.tracker)
+    kind: Any = LOGGER_TYPE_TO_CLASS[options.tracker]
+    where = {"logging_dir": options.output} if kind.requires_logging_directory else {}
+    tracker: GeneralTracker = kind("agsm-loss", **where)
+    if hasattr(tracker, "start"):  # newer accelerate's
+        tracker.start()
+    tracker.store_init_configuration(vars(options))
+    return tracker
+
+
 class JsonLines(GeneralTracker):
-    """accelerate's tracker to log.jsonl: a line for all that is logged at a step."""
+    """accelerate's tracker to log.jsonl: a line for all that is logged at a step.
+
+    extra: another tracker, which is given the same scalars (trl logs tensors, arrays and a nested config,
+    which not all trackers take).
+    """
 
     name = "jsonl"
     requires_logging_directory = False
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, extra: GeneralTracker | None = None) -> None:
         super().__init__()
         self.file = file
+        self.extra = extra
         self.step = 0
         self.line: dict[str, Any] = {}
         self.last: dict[str, float] = {}
@@ -267,14 +293,18 @@ class JsonLines(GeneralTracker):
         self.step = self.step if step is None else step
         scalars = {name: value.item() if hasattr(value, "item") else value
                    for name, value in values.items() if getattr(value, "ndim", 0) == 0}  # fmt: skip
-        self.line |= {str(name): value for name, value in scalars.items()}
+        self.line |= scalars
+        if self.extra is not None:
+            self.extra.log(scalars, step=self.step)
 
     def write(self, values: Mapping[str, Any], step: int) -> None:
         """A line of its own."""
-        from loop import append_line
+        from loop import append_line, flat
 
         self.flush()
         append_line(self.file, {"step": step, **values})
+        if self.extra is not None:
+            self.extra.log(flat(values), step=step)
 
     def flush(self) -> None:
         """What has been logged so far is written."""
@@ -292,6 +322,8 @@ class JsonLines(GeneralTracker):
 
     def finish(self) -> None:
         self.flush()
+        if self.extra is not None:
+            self.extra.finish()
 
 
 if __name__ == "__main__":

@@ -65,8 +65,10 @@ def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path
 
 
 def test_with_guidance_and_all_of_the_model_it_trains_too(epsilon_base, tmp_path):
-    flags = [*DDPO, "--epochs", "1", "--lora-rank", "0", "--full", "--guidance-scale", "2"]
+    flags = [*DDPO, "--epochs", "1", "--lora-rank", "0", "--full", "--guidance-scale", "2",
+             "--tracker", "tensorboard"]  # fmt: skip
     train(train_ddpo, epsilon_base, tmp_path, *flags)
+    assert list(tmp_path.rglob("events.out.tfevents*"))
     assert (tmp_path / "pipeline" / "unet").is_dir() and log(tmp_path)[-1]["scores"]["n"] == 6
 
 
