@@ -42,7 +42,7 @@ def run_preference(
     import torch
 
     from agsm_loss.schedule import as_schedule, linear_warmup
-    from loop import Hooks, draws, start, train
+    from loop import draws, start
     from pairs import open_pairs
 
     accelerator = start(options)
@@ -88,18 +88,4 @@ def run_preference(
             )
         return out.loss, out.metrics
 
-    train(
-        options,
-        accelerator,
-        student.denoiser,
-        student.optimizer,
-        batches,
-        Hooks(
-            loss,
-            student.validate,
-            student.save,
-            step.after_step,
-            (step,),
-            options.eval_at_start,
-        ),
-    )
+    student.train(accelerator, batches, loss, step)

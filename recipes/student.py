@@ -241,6 +241,34 @@ class Student:
         )
         return {} if judged is None else summarize_with_intervals(judged)
 
+    def train(
+        self, accelerator: Accelerator, batches: Any, loss: Callable[..., Any], step: Any
+    ) -> None:
+        """Runs the shared loop (`loop.train`), with this student's validation and saving.
+
+        step: the host or objective, whose `after_step` follows each optimizer step and whose state a
+        checkpoint holds.
+        """
+        from loop import Hooks, train
+
+        options = self.options
+        assert isinstance(options, StudentOptions)
+        train(
+            options,
+            accelerator,
+            self.denoiser,
+            self.optimizer,
+            batches,
+            Hooks(
+                loss,
+                self.validate,
+                self.save,
+                step.after_step,
+                (step,),
+                options.eval_at_start,
+            ),
+        )
+
     def save(self) -> None:
         """What was trained, under `options.output`."""
         from agsm_loss.integrations.pretrained import SavedTokens

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(Options, __doc__, arguments)
 
     from captioned import open_batches
-    from loop import Hooks, draws, start, train
+    from loop import draws, start
 
     accelerator = start(options)
     student = Student.build(options, accelerator)
@@ -112,21 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
         with accelerator.autocast():
             return objective(inputs)
 
-    train(
-        options,
-        accelerator,
-        student.denoiser,
-        student.optimizer,
-        batches,
-        Hooks(
-            loss,
-            student.validate,
-            student.save,
-            objective.after_step,
-            (objective,),
-            options.eval_at_start,
-        ),
-    )
+    student.train(accelerator, batches, loss, objective)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.flow_grpo import FlowGRPO, group_advantages, sample_sde
     from agsm_loss.integrations.host import bank_of
     from captioned import open_batches
-    from loop import Hooks, draws, start, train
+    from loop import draws, start
     from rewards import load
 
     accelerator = start(options)
@@ -102,21 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         return out.loss, {**out.metrics, "reward_mean": rewards.mean()}
 
-    train(
-        options,
-        accelerator,
-        student.denoiser,
-        student.optimizer,
-        batches,
-        Hooks(
-            loss,
-            student.validate,
-            student.save,
-            step.after_step,
-            (step,),
-            options.eval_at_start,
-        ),
-    )
+    student.train(accelerator, batches, loss, step)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.spo import SPO, Pairs, guided, sample_pairs
     from agsm_loss.integrations.training import prediction_type
     from captioned import open_batches
-    from loop import Hooks, draws, start, train
+    from loop import draws, start
     from rewards import load
 
     accelerator = start(options)
@@ -145,21 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         metrics |= {**out.metrics, "spo/found": torch.tensor(float(number))}
         return total, metrics
 
-    train(
-        options,
-        accelerator,
-        student.denoiser,
-        student.optimizer,
-        batches,
-        Hooks(
-            loss,
-            student.validate,
-            student.save,
-            step.after_step,
-            (step,),
-            options.eval_at_start,
-        ),
-    )
+    student.train(accelerator, batches, loss, step)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """The soft-token recipe: every objective, resume, other data, two processes, and what it refuses."""
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from recipe_runs import log
 from safetensors.torch import load_file
 
 import train_agsm
@@ -21,11 +21,6 @@ FEW = ["--steps", "4", "--batch-size", "4", "--log-every", "1", "--eval-every", 
 def train(model, folder, *flags):
     train_agsm.main(["--model", str(model), "--output", str(folder), *FEW, *flags])
     return load_file(folder / "tokens" / "model.safetensors")
-
-
-def log(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
 def test_a_killed_run_resumes_to_the_same_tokens(any_base, tmp_path, monkeypatch):

@@ -1,11 +1,10 @@
 """The base-model script: options, one step's data, resume, and the pipelines it saves."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from recipe_runs import log
 from safetensors.torch import load_file
 
 import train_base
@@ -21,14 +20,6 @@ SMALL = ["--layers", "1", "--steps", "4", "--batch-size", "4", "--warmup", "1",
          "--eval-steps", "2", "--save-every", "2"]  # fmt: skip
 KINDS = {"flow": StableDiffusion3Pipeline, "epsilon": StableDiffusionPipeline}
 WIDTHS = {"flow": "32", "epsilon": "8"}
-
-
-def log(folder):
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
-    for entry in entries:
-        del entry["seconds"]
-    return entries
 
 
 def weights(folder):

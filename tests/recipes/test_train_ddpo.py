@@ -1,10 +1,8 @@
 """train_ddpo.py and train_flow_grpo.py: resume, the log, either kind of image, rewards, refusals."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from recipe_runs import killing, log, trained
 
 import rewards
 import train_ddpo
@@ -23,16 +21,7 @@ DDPO = ["--epochs", "3", "--sampling-batch", "4", "--sampling-batches", "1", "--
 
 def train(recipe, model, folder, *flags):
     recipe.main(["--model", str(model), "--output", str(folder), *FEW, *flags])
-    return {
-        f"{part}/{name}": value
-        for part in ("tokens", "lora")
-        for file in (folder / part).glob("*.safetensors")
-        for name, value in load_file(file).items()
-    }
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return trained(folder)
 
 
 @pytest.mark.parametrize("images", ["data", "best"])
@@ -44,15 +33,8 @@ def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all({"reward_mean", "loss", "agsm/loss"} <= line.keys() for line in lines[:3])
     assert lines[3]["scores"]["n"] == 6 and lines[0]["agsm/loss"] > 0
-    calls, redness = [], rewards.redness
-
-    def killing(pixels, prompts):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return redness(pixels, prompts)
-
-    monkeypatch.setattr(rewards, "redness", killing)
+    redness = rewards.redness
+    monkeypatch.setattr(rewards, "redness", killing(redness, 3))
     with pytest.raises(KeyboardInterrupt):
         train(train_ddpo, epsilon_base, tmp_path / "cut", *flags)
     monkeypatch.setattr(rewards, "redness", redness)
@@ -97,15 +79,8 @@ def test_flow_grpo_resumes_and_has_agsm_in_it(flow_base, tmp_path, monkeypatch):
              "--negatives", "hard"]  # fmt: skip
     whole = train(train_flow_grpo, flow_base, tmp_path / "whole", *flags)
     assert all(line["agsm/loss"] > 0 and "reward_mean" in line for line in log(tmp_path / "whole"))
-    calls, redness = [], rewards.redness
-
-    def killing(pixels, prompts):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return redness(pixels, prompts)
-
-    monkeypatch.setattr(rewards, "redness", killing)
+    redness = rewards.redness
+    monkeypatch.setattr(rewards, "redness", killing(redness, 3))
     with pytest.raises(KeyboardInterrupt):
         train(train_flow_grpo, flow_base, tmp_path / "cut", *flags)
     monkeypatch.setattr(rewards, "redness", redness)

@@ -1,9 +1,8 @@
 """train_dpo.py and train_inpo.py: resume, the host alone, LoRA, full fine-tuning, tables."""
 
-import json
-
 import pytest
 import torch
+from recipe_runs import log
 from safetensors.torch import load_file
 
 import preference
@@ -27,11 +26,6 @@ def train(recipe, model, folder, *flags):
     ):
         found |= {f"{file.parent.name}/{name}": value for name, value in load_file(file).items()}
     return found
-
-
-def log(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
 def same(one, other):

@@ -1,11 +1,9 @@
 """train_spo.py and the scores it asks: resume, AGSM on either kind of image, refusals."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from recipe_runs import killing, log, trained
 
 import rewards
 import train_spo
@@ -21,16 +19,7 @@ FEW = ["--steps", "3", "--batch-size", "3", "--log-every", "1", "--eval-every", 
 
 def train(model, folder, *flags):
     train_spo.main(["--model", str(model), "--output", str(folder), *FEW, *flags])
-    return {
-        f"{part}/{name}": value
-        for part in ("tokens", "lora")
-        for file in (folder / part).glob("*.safetensors")
-        for name, value in load_file(file).items()
-    }
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return trained(folder)
 
 
 def varied(pixels, prompts):
@@ -47,15 +36,8 @@ def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path
     assert last["spo/pairs"] > 0 and last["spo/found"] == 2 * 3 and last["agsm/loss"] > 0
     moved = train(epsilon_base, tmp_path / "still", *flags, "--lr", "0")
     assert any(not torch.equal(whole[k], moved[k]) for k in whole if k.startswith("lora/"))
-    calls = []
-
-    def killing(pixels, prompts):
-        calls.append(1)
-        if len(calls) == 5:  # of two scored states a step: in the third
-            raise KeyboardInterrupt
-        return varied(pixels, prompts)
-
-    monkeypatch.setattr(rewards, "detector", killing)
+    # of two scored states a step: in the third
+    monkeypatch.setattr(rewards, "detector", killing(varied, 5))
     with pytest.raises(KeyboardInterrupt):
         train(epsilon_base, tmp_path / "cut", *flags)
     monkeypatch.setattr(rewards, "detector", varied)
@@ -75,7 +57,7 @@ def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_pa
 @pytest.mark.parametrize(("share", "kept"), [(0.5, 2), (0.1, 1), (1.0, 3)])
 def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, monkeypatch):
     """Of three images; a single one still has the others' captions to compete with."""
-    from agsm_loss.integrations import spo
+    from agsm_loss.integrations import host
 
     scored, taken = [], []
 
@@ -83,14 +65,14 @@ def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, m
         scored.append((pixels, varied(pixels, prompts)))
         return scored[-1][1]
 
-    make = spo.Clean
+    make = host.Clean
 
     def seen(*args, **kwargs):
         taken.append((args, kwargs))
         return make(*args, **kwargs)
 
     monkeypatch.setattr(rewards, "detector", scores)
-    monkeypatch.setattr(spo, "Clean", seen)
+    monkeypatch.setattr(host, "Clean", seen)
     flags = ["--agsm-weight", "1", "--agsm-images", "rollout", "--agsm-best", str(share)]
     train(epsilon_base, tmp_path / "run", *flags, "--steps", "1", "--num-negatives", "1")
     pixels, values = scored[-1]  # of the last states, after the candidates'
