@@ -60,8 +60,8 @@ HOSTS: dict[str, Callable[..., Host]] = {
 }
 
 
-def make(host: str, variant: str) -> Callable[[], None]:
-    """One training step of the host, on inputs that are the same for every variant."""
+def make(host: str, variant: str) -> Callable[[], float]:
+    """One training step of the host, on inputs that are the same for every variant -> its loss."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet").requires_grad_(False)
     unet.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
@@ -85,7 +85,7 @@ def make(host: str, variant: str) -> Callable[[], None]:
     text, empty = ({"prompt_embeds": torch.randn(BATCH, 16, width)} for _ in range(2))
     captions = list(range(BATCH))
 
-    def run() -> None:
+    def run() -> float:
         if host == "DPO":
             out = step(winner, loser, text, times, noise, captions=captions)
         elif host == "InPO":
@@ -98,6 +98,7 @@ def make(host: str, variant: str) -> Callable[[], None]:
         out.loss.backward()
         optimizer.step()
         step.after_step()
+        return float(out.loss)
 
     return run
 
