@@ -109,7 +109,7 @@ def overhead(name: str, model: Any, inputs: dict[str, Any], rounds: int) -> None
     )
 
 
-def timed(run: Callable[[], None]) -> float:
+def timed(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

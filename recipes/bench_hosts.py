@@ -2,8 +2,8 @@
 
     python recipes/bench_hosts.py
 
-A LoRA of rank 8 on a narrower SD1.5 UNet (77 tokens of text, 32x32 latents), with soft tokens where
-there is AGSM; forward, backward, optimizer and EMA on four pairs. All variants of a host take turns
+A LoRA of rank 8 on the embedded world's UNet (recipes/models/epsilon, 3.5 M parameters, 16 tokens of
+text), with soft tokens where there is AGSM; forward, backward, optimizer and EMA on eight pairs. All variants of a host take turns
 in one run: time is the median over rounds, against the host's own of the same round; memory is what
 the peak resident set of a fresh process grows by in its first two steps (Linux). DPO and InPO give AGSM
 their prediction on the winner; "winner again" runs it a second time. SPO's rollout, which is the same
@@ -31,10 +31,11 @@ from agsm_loss.integrations.host import Host, adapters_off
 from agsm_loss.integrations.inpo import InPO
 from agsm_loss.integrations.spo import SPO, Clean, Pairs
 from agsm_loss.integrations.training import PlainDenoiser, TokenDenoiser
-from bench_backbones import NARROW_UNET, SD15, timed
+from bench_backbones import timed
 from bench_loss import resident_mib
 
-BATCH = 4
+BATCH = 8
+MODEL = Path(__file__).parent / "models" / "epsilon"
 
 
 class Again(AGSMRegularizer):
@@ -50,8 +51,7 @@ VARIANTS: dict[str, Any] = {
     "K = 2": {"num_negatives": 1},
     "K = 4": {"num_negatives": 3},
     "K = 4, winner again": {"num_negatives": 3, "kind": Again},
-    "K = 4, 4 samples a pass": {"num_negatives": 3, "chunk_size": 4},
-    "K = 4, trained on 1 negative": {"num_negatives": 3, "train_negatives": 1},
+    "K = 4, 8 samples a pass": {"num_negatives": 3, "chunk_size": 8},
 }
 HOSTS: dict[str, Callable[..., Host]] = {
     "DPO": DiffusionDPO,
@@ -60,10 +60,10 @@ HOSTS: dict[str, Callable[..., Host]] = {
 }
 
 
-def make(host: str, variant: str) -> Callable[[], None]:
-    """One training step of the host, on inputs that are the same for every variant."""
+def make(host: str, variant: str) -> Callable[[], float]:
+    """One training step of the host, on inputs that are the same for every variant -> its loss."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(**SD15 | NARROW_UNET).requires_grad_(False)
+    unet = UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet").requires_grad_(False)
     unet.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
     settings = VARIANTS[variant]
@@ -79,12 +79,13 @@ def make(host: str, variant: str) -> Callable[[], None]:
         agsm = kind(denoiser, EMA(trained), AGSMLoss(neg_scale=0.1), **settings)
     step = HOSTS[host](denoiser, scheduler, reference=partial(adapters_off, unet), agsm=agsm)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    winner, loser, noise, other = torch.randn(4, BATCH, 4, 32, 32)
-    times = torch.tensor([201, 401, 601, 801])
-    text, empty = ({"prompt_embeds": torch.randn(BATCH, 77, 768)} for _ in range(2))
-    captions = ["a", "b", "c", "d"]
+    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+    winner, loser, noise, other = torch.randn(4, BATCH, unet.config.in_channels, side, side)
+    times = torch.arange(1, 1 + BATCH) * 100
+    text, empty = ({"prompt_embeds": torch.randn(BATCH, 16, width)} for _ in range(2))
+    captions = list(range(BATCH))
 
-    def run() -> None:
+    def run() -> float:
         if host == "DPO":
             out = step(winner, loser, text, times, noise, captions=captions)
         elif host == "InPO":
@@ -97,6 +98,7 @@ def make(host: str, variant: str) -> Callable[[], None]:
         out.loss.backward()
         optimizer.step()
         step.after_step()
+        return float(out.loss)
 
     return run
 
