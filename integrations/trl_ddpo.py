@@ -21,6 +21,7 @@ favourites for true matches of their prompts, and so repeats a reward's mistakes
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,8 @@ class AGSMDDPOTrainer(DDPOTrainer):
         self._metrics: dict[str, list[Tensor]] = {}
         self._progress = _Progress(self)
         self._epoch = self.global_step = self._micro_step = 0
+        self._save_freq = config.save_freq
+        config = replace(config, save_freq=2**62)  # saving is done here
         super().__init__(config, reward_function, prompt_function, sd_pipeline, image_samples_hook)
         a_step = self.accelerator.gradient_accumulation_steps
         if a_step % every:
@@ -133,24 +136,22 @@ class AGSMDDPOTrainer(DDPOTrainer):
     def step(self, epoch: int, global_step: int) -> int:
         """trl's: an epoch of sampling, scoring and training. Returns the next global step."""
         self._epoch, self.global_step = epoch, global_step
-        before = self.accelerator.save_iteration
         done = int(super().step(epoch, global_step))
-        if self.accelerator.save_iteration > before:
-            self._mark_complete()
+        if epoch != 0 and epoch % self._save_freq == 0:
+            self.save_checkpoint()
         return done
 
     def save_checkpoint(self) -> None:
-        """A checkpoint between two epochs, where trl's own `save_freq` makes none."""
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.accelerator.save_state()
-            self._mark_complete()
-        self.accelerator.wait_for_everyone()
+        """A checkpoint between two epochs; to be called on every process.
 
-    def _mark_complete(self) -> None:
-        """A run can be killed while it writes one."""
-        folder = Path(self.accelerator.project_dir) / "checkpoints"
-        (folder / f"checkpoint_{self.accelerator.save_iteration - 1}" / COMPLETE).touch()
+        trl's `save_freq` comes to this too: trl itself saves on the first process alone, where the others
+        then wait for another thing.
+        """
+        self.accelerator.save_state()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:  # a run can be killed while it writes one
+            folder = Path(self.accelerator.project_dir) / "checkpoints"
+            (folder / f"checkpoint_{self.accelerator.save_iteration - 1}" / COMPLETE).touch()
 
     def train(self, epochs: int | None = None) -> None:
         """All epochs, from where a resumed run stopped."""
@@ -239,8 +240,9 @@ class AGSMDDPOTrainer(DDPOTrainer):
             parameter.register_post_accumulate_grad_hook(exchange)
 
     def _save_model_hook(self, models: Any, weights: Any, output_dir: str) -> None:
-        own = {name: p.data.contiguous() for name, p in self._trained().items()}
-        save_file(own, Path(output_dir) / WEIGHTS)
+        if self.accelerator.is_main_process:
+            own = {name: p.data.contiguous() for name, p in self._trained().items()}
+            save_file(own, Path(output_dir) / WEIGHTS)
         weights.clear()
 
     def _load_model_hook(self, models: Any, input_dir: str) -> None:

@@ -70,6 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     import torch
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
     from tqdm.auto import tqdm
 
     from agsm_loss.integrations.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
@@ -78,7 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    state = PartialState()  # trl's parts log before they have made their own
+    # trl's parts log before they have made their own state.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     output = Path(options.output)
     torch.manual_seed(options.seed)
     student = Student.load(options, state.device)

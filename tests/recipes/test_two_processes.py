@@ -1,4 +1,4 @@
-"""Preference recipes on two processes: they neither hang nor drift apart."""
+"""Recipes on two processes: they neither hang nor drift apart."""
 
 import json
 import os
@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-FEW = ["--batch-size", "2", "--log-every", "1", "--eval-every", "9", "--eval-per-category", "1",
-       "--eval-steps", "1", "--no-eval-at-start", "--num-tokens", "1", "--lora-rank", "1",
-       "--num-negatives", "1", "--threads", "1", "--lr", "0.01"]  # fmt: skip
+FEW = ["--eval-every", "9", "--eval-per-category", "1", "--eval-steps", "1", "--no-eval-at-start",
+       "--num-tokens", "1", "--lora-rank", "1", "--num-negatives", "1", "--threads", "1",
+       "--lr", "0.01"]  # fmt: skip
+LOOP = ["--batch-size", "2", "--log-every", "1"]
 SPO = ["--sampling-steps", "3", "--first-step", "1", "--candidates", "2", "--threshold", "0"]
 
 
@@ -30,13 +31,21 @@ def launch(model, folder, recipe, found, flags):
 
 
 def test_spo_where_one_process_or_none_finds_a_pair(epsilon_base, tmp_path):
-    log = launch(epsilon_base, tmp_path, "train_spo", "b1nb", ["--steps", "4", *SPO])
+    log = launch(epsilon_base, tmp_path, "train_spo", "b1nb", [*LOOP, "--steps", "4", *SPO])
     # The log is the first process's; the gradients are both's.
     assert [line["spo/pairs"] for line in log] == [2, 0, 0, 2]
     assert log[0]["grad_norm"] > 0 and log[1]["grad_norm"] > 0 and log[2]["grad_norm"] == 0
 
 
 def test_dpo_with_agsm(flow_base, tmp_path):
-    flags = ["--steps", "2", "--agsm-weight", "1", "--beta", "50", "--chunk-size", "3"]
+    flags = [*LOOP, "--steps", "2", "--agsm-weight", "1", "--beta", "50", "--chunk-size", "3"]
     log = launch(flow_base, tmp_path, "train_dpo", "", flags)
     assert all(line["grad_norm"] > 0 and line["agsm/loss"] > 0 for line in log)
+
+
+def test_ddpo_with_agsm(epsilon_base, tmp_path):
+    flags = ["--epochs", "2", "--reward", "redness", "--sampling-batch", "4", "--sampling-batches",
+             "1", "--train-batch", "4", "--sampling-steps", "3", "--agsm-weight", "1",
+             "--agsm-batch", "2"]  # fmt: skip
+    log = launch(epsilon_base, tmp_path, "train_ddpo", "", flags)
+    assert [line["step"] for line in log] == [0, 1, 2] and log[1]["agsm/loss"] > 0

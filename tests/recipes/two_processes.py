@@ -1,4 +1,4 @@
-"""Run by torchrun in the tests: a preference recipe whose processes find different pairs.
+"""Run by torchrun in the tests: a recipe, whose processes may find different pairs.
 
     two_processes.py RECIPE FOUND FOLDER flags...
 
@@ -30,14 +30,14 @@ def main():
         bright = 100 * pixels.mean((1, 2, 3))
         return bright if kind == "b" or (kind == "1" and rank == 1) else 0 * bright
 
-    build = Student.build
+    load = Student.load
 
     def kept(*arguments):
-        built.append(build(*arguments))
+        built.append(load(*arguments))
         return built[0]
 
     rewards.detector = score
-    Student.build = kept
+    Student.load = kept
     importlib.import_module(recipe).main(["--output", f"{folder}/run", *flags])
     assert len(scored) == len(found), (scored, found)
     torch.save([p.detach() for p in built[0].parameters], f"{folder}/rank_{rank}.pt")
