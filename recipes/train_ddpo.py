@@ -104,11 +104,18 @@ def main(arguments: list[str] | None = None) -> None:
         if options.agsm_images == "data":
             own["batches"] = data_batches(options, student, state)
     pipeline = LoadedPipeline(student.model.pipe, full=options.full)
+    due = {"sheet": False}
+
+    def show(data: Any, step: int, _: Any) -> None:
+        if due["sheet"] and state.is_main_process:
+            samples_sheet(data, output / "sheets" / f"samples_{step:06d}.png")
+
     trainer = AGSMDDPOTrainer(
         trl_config(options, tracker, resumed),
         trl_reward(options, state.device),
         prompts_of(options),
         pipeline,
+        show,
         attached=student.attached,
         best=options.agsm_best,
         batch_size=options.agsm_batch,
@@ -131,10 +138,11 @@ def main(arguments: list[str] | None = None) -> None:
     done = range(trainer.first_epoch, options.epochs)
     bar = tqdm(done, initial=trainer.first_epoch, total=options.epochs, disable=not main_process)
     for epoch in bar:
+        last = epoch + 1 == options.epochs
+        due["sheet"] = last or (epoch + 1) % options.eval_every == 0
         step = trainer.step(epoch, step)
         bar.set_postfix({name: f"{value:.3f}" for name, value in tracker.shown().items()})
-        last = epoch + 1 == options.epochs
-        if last or (epoch + 1) % options.eval_every == 0:
+        if due["sheet"]:
             validate()
         if last or (epoch + 1) % options.save_every == 0:
             tracker.flush()
@@ -142,6 +150,23 @@ def main(arguments: list[str] | None = None) -> None:
     if main_process:
         student.save()
     trainer.accelerator.end_training()
+
+
+def samples_sheet(data: Any, path: Path, most: int = 32) -> None:
+    """What an epoch sampled, with its rewards; as trl's hook is given it."""
+    import torch
+
+    from rewards import to_uint8
+    from world_eval import sheet
+
+    images = torch.cat([images for images, *_ in data])[:most]
+    told = [
+        {"prompt": f"{float(reward):.3f} {prompt}"}
+        for _, prompts, _, rewards, _ in data
+        for prompt, reward in zip(prompts, rewards, strict=True)
+    ]
+    shown = to_uint8(2 * images.float() - 1).permute(0, 2, 3, 1).cpu().numpy()
+    sheet(shown, told[:most], None, path, side=96)
 
 
 def trl_config(options: Options, tracker: GeneralTracker, resumed: Path | None) -> Any:

@@ -33,6 +33,8 @@ def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert all({"reward_mean", "loss", "agsm/loss"} <= line.keys() for line in lines[:3])
     assert lines[3]["scores"]["n"] == 6 and lines[0]["agsm/loss"] > 0
+    sheets = {file.name for file in (tmp_path / "whole" / "sheets").glob("*.png")}
+    assert sheets == {"samples_000002.png", "000003.png"}
     redness = rewards.redness
     monkeypatch.setattr(rewards, "redness", killing(redness, 3))
     with pytest.raises(KeyboardInterrupt):
