@@ -240,9 +240,12 @@ def curves(plan: Plan, path: Path) -> None:
         ("validation: share with too many", lambda line: _score(line, "counting", "over")),
         *((title, _logged(metric)) for title, metric in plan.panels.items()),
     ]
-    number = len(panels)
-    figure, axes = plt.subplots(1, number, figsize=(4 * number, 3.6), layout="constrained")
-    for axis, (title, read) in zip(axes, panels, strict=True):
+    height = -(-len(panels) // 4)
+    figure, grid = plt.subplots(height, 4, figsize=(16, 3.6 * height), layout="constrained")
+    axes = grid.flatten()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, read) in zip(axes, panels, strict=False):
         for name in plan.methods:
             by_step: dict[int, list[float]] = {}
             for seed in plan.seeds:
