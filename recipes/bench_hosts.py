@@ -98,7 +98,7 @@ def make(host: str, variant: str) -> Callable[[], float]:
         out.loss.backward()
         optimizer.step()
         step.after_step()
-        return float(out.loss)
+        return float(out.loss.detach())
 
     return run
 

@@ -289,7 +289,11 @@ def curves(plan: Plan, path: Path) -> None:
         *((title, _logged(metric)) for title, metric in plan.panels.items()),
     ]
     number = len(panels) + bool(plan.frontier)
-    figure, axes = plt.subplots(1, number, figsize=(4 * number, 3.6), layout="constrained")
+    height = -(-number // 4)
+    figure, grid = plt.subplots(height, 4, figsize=(16, 3.6 * height), layout="constrained")
+    axes = grid.flatten()
+    for axis in axes[number:]:
+        axis.set_axis_off()
     for axis, (title, read) in zip(axes, panels, strict=False):
         for name in plan.methods:
             by_step: dict[int, list[float]] = {}
@@ -306,11 +310,12 @@ def curves(plan: Plan, path: Path) -> None:
         axis.set(title=title, xlabel="optimizer step")
         axis.grid(alpha=0.3)
     if plan.frontier:
+        axis = axes[number - 1]
         for name in plan.methods:
             points = frontier(plan, name)
-            axes[-1].plot([x for _, x, _ in points], [y for _, _, y in points], "o-", label=name)
-        axes[-1].set(title=f"validation: overall, against {plan.frontier}", xlabel=plan.frontier)
-        axes[-1].grid(alpha=0.3)
+            axis.plot([x for _, x, _ in points], [y for _, _, y in points], "o-", label=name)
+        axis.set(title=f"validation: overall, against {plan.frontier}", xlabel=plan.frontier)
+        axis.grid(alpha=0.3)
     if axes[0].dataLim.y0 > 0:  # a policy gradient's loss has either sign
         axes[0].set_yscale("log")
     axes[3].legend(fontsize=8)
