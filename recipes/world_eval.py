@@ -37,12 +37,15 @@ def sheet(
     height = width = side
     cell_width, cell_height = width + 8, height + 52
     lines = -(-len(images) // columns)
-    top_margin = 16 if titles else 0
+    headings = [textwrap.wrap(title, width=side // 6) for title in titles]
+    top_margin = 4 + 12 * max(map(len, headings)) if headings else 0
     size = (columns * cell_width, lines * cell_height + top_margin)
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
-    for column, title in enumerate(titles):
-        draw.text((column * cell_width + 4, 2), title, fill="black")
+    for column, heading in enumerate(headings):
+        draw.multiline_text(
+            (column * cell_width + 4, 2), "\n".join(heading), fill="black", spacing=1
+        )
     for index, (image, row) in enumerate(zip(images, rows, strict=True)):
         left, top = index % columns * cell_width + 4, index // columns * cell_height + 2
         top += top_margin
