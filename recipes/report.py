@@ -304,7 +304,8 @@ def curves(plan: Plan, path: Path) -> None:
                         by_step.setdefault(line["step"], []).append(value)
             steps = sorted(by_step)
             values = [by_step[step] for step in steps]
-            (drawn,) = axis.plot(steps, [np.mean(v) for v in values], label=name)
+            middle = [np.mean(v) for v in values]
+            (drawn,) = axis.plot(steps, middle, marker=".", label=name)
             least, most = [min(v) for v in values], [max(v) for v in values]
             axis.fill_between(steps, least, most, alpha=0.15, color=drawn.get_color())
         axis.set(title=title, xlabel="optimizer step")
