@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     due = {"sheet": False}
 
     def show(data: Any, step: int, _: Any) -> None:
-        if due["sheet"] and state.is_main_process:
+        if due["sheet"]:
             samples_sheet(data, output / "sheets" / f"samples_{step:06d}.png")
 
     trainer = AGSMDDPOTrainer(
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
         trl_reward(options, state.device),
         prompts_of(options),
         pipeline,
-        show,
+        show if state.is_main_process else None,  # trl's call asks for a tracker: only there
         attached=student.attached,
         best=options.agsm_best,
         batch_size=options.agsm_batch,

@@ -146,7 +146,7 @@ def test_batches_can_be_prepared_by_workers(tmp_path):
 
 
 def test_a_tracker_gets_nested_scores_by_name():
-    flat = loop._flat({"loss": 1.0, "scores": {"overall": 0.5, "reasons": {"extra": 2}}, "x": "y"})
+    flat = loop.flat({"loss": 1.0, "scores": {"overall": 0.5, "reasons": {"extra": 2}}, "x": "y"})
     assert flat == {"loss": 1.0, "scores/overall": 0.5, "scores/reasons/extra": 2}
 
 
