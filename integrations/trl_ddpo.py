@@ -323,8 +323,10 @@ class _Progress:
         if state is None:
             return
         if (state["agsm"] is None) != (trainer.agsm is None):
+            had, has = (one is not None for one in (state["agsm"], trainer.agsm))
             raise ValueError(
-                "agsm: the checkpoint was made with it and this run is without, or so."
+                f"agsm: expected {'one' if had else 'none'}, as the checkpoint has, got "
+                f"{'one' if has else 'none'}. Resume with what the run began with."
             )
         if trainer.agsm is not None:
             trainer.agsm.load_state_dict(state["agsm"])

@@ -167,6 +167,7 @@ class Student:
             EMA(self.parameters, decay=options.ema_decay),
             loss,
             weight=weight,
+            num_negatives=self.options.num_negatives,
             chunk_size=options.chunk_size or None,
             allow_empty=True,
         )

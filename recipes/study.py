@@ -4,8 +4,8 @@
     python recipes/study.py --config recipes/configs/study_flow.yaml    the study of the README
 
 Every method is trained from the same seeds on the world's train prompts, by `train_agsm.py` or by the
-recipe that it names (the base is not trained), gets the guidance scale at which it scores best on the validation prompts, and is
-then scored once on held-out prompts, all on the same noise. Each (method, seed) is a process of
+recipe that it names (the base is not trained), gets the guidance scale at which it scores best on the
+validation prompts, and is then scored once on held-out prompts, all on the same noise. Each (method, seed) is a process of
 its own; what is done is kept, so a stopped study goes on. Writes report.md, report.html, curves.png,
 images.png and results.json under `output`.
 """
@@ -44,8 +44,8 @@ class Plan:
     baselines: methods that the others are compared with, image by image, as with the base.
     pairs: held-out preference pairs on which each method's implicit accuracy against the untrained
         model is measured, at `common`'s noise levels; 0: none.
-    cfgs: guidance scales of the sweep; a single one is taken as it is. per_category, sweep_per_category: held-out and validation
-        prompts a category. sampling_steps: of both.
+    cfgs: guidance scales of the sweep; a single one is taken as it is. per_category,
+        sweep_per_category: held-out and validation prompts a category. sampling_steps: of both.
     """
 
     model: str

@@ -77,6 +77,13 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.schedule import as_schedule, linear_warmup
     from loop import last_checkpoint, truncate_log
 
+    own_samples = options.agsm_weight and options.agsm_images == "best"
+    range_ = (options.timestep_density, options.timestep_low, options.timestep_high)
+    if own_samples and (options.negatives != "in_batch" or range_ != ("uniform", 0.0, 1.0)):
+        raise ValueError(
+            "agsm_images: best has in-batch negatives and uniform timesteps only; expected negatives "
+            f"in_batch and the defaults of timestep_*, got {options.negatives} and {range_}."
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
     # trl's parts log before they have made their own state.

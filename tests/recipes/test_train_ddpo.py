@@ -26,7 +26,8 @@ def train(recipe, model, folder, *flags):
 
 @pytest.mark.parametrize("images", ["data", "best"])
 def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path, monkeypatch):
-    flags = [*DDPO, "--agsm-weight", "0.5", "--negatives", "mixed", "--agsm-images", images,
+    negatives = {"data": "mixed", "best": "in_batch"}[images]
+    flags = [*DDPO, "--agsm-weight", "0.5", "--negatives", negatives, "--agsm-images", images,
              "--agsm-every", "3", "--per-prompt", "--guidance-scale", "1"]  # fmt: skip
     whole = train(train_ddpo, epsilon_base, tmp_path / "whole", *flags)
     lines = log(tmp_path / "whole")
@@ -54,6 +55,13 @@ def test_with_guidance_and_all_of_the_model_it_trains_too(epsilon_base, tmp_path
     train(train_ddpo, epsilon_base, tmp_path, *flags)
     assert list(tmp_path.rglob("events.out.tfevents*"))
     assert (tmp_path / "pipeline" / "unet").is_dir() and log(tmp_path)[-1]["scores"]["n"] == 6
+
+
+@pytest.mark.parametrize("flags", [["--negatives", "hard"], ["--timestep-low", "0.5"]])
+def test_what_its_own_samples_cannot_follow_is_refused(flags, epsilon_base, tmp_path):
+    flags = [*DDPO, "--agsm-weight", "1", "--agsm-images", "best", *flags]
+    with pytest.raises(ValueError, match=r"agsm_images"):
+        train(train_ddpo, epsilon_base, tmp_path, *flags)
 
 
 def test_prompts_come_from_a_file(epsilon_base, tmp_path, monkeypatch):
