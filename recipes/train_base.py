@@ -47,7 +47,9 @@ class Options(TrainingOptions):
     batch_size: int = option(64, "images a process and step")
     warmup: int = option(200, "steps to the peak")
     decay: int = option(1500, "last steps, over which the rate falls to zero linearly")
-    weight_decay: float = option(0.01, "AdamW's")
+    lr: float = option(1e-2, "Muon's peak learning rate, for the matrices of the blocks")
+    adamw_lr: float = option(1e-3, "AdamW's, for what is left")
+    weight_decay: float = option(0.01, "of both")
     beta2: float = option(0.99, "AdamW's second beta")
     ema_decay: float = option(0.999, "of the weights that are scored and saved")
     drop_caption: float = option(0.1, "share of empty captions, for classifier-free guidance")
@@ -159,13 +161,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     from loop import Hooks, draws, start, train
     from model_card import write_card
+    from muon import MuonAdamW
     from world_models import LATENT_SCALE
 
     accelerator = start(options)
-    bare: Any = build(options)
-    optimizer = torch.optim.AdamW(
-        bare.parameters(),
+    bare: Any = build(options).to(memory_format=torch.channels_last)  # a quarter faster on a CPU
+    optimizer = MuonAdamW(
+        bare,
         lr=options.lr,
+        adamw_lr=options.adamw_lr,
         betas=(0.9, options.beta2),
         weight_decay=options.weight_decay,
     )
@@ -220,7 +224,8 @@ def _save(model: Any, folder: Path) -> None:
 
     import torch
 
-    copy.deepcopy(model).to(torch.float16).pipeline().to(torch.float16).save_pretrained(folder)
+    saved = copy.deepcopy(model).to(torch.float16, memory_format=torch.contiguous_format)
+    saved.pipeline().to(torch.float16).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from world.captions import vocabulary
 from world.scene import IMAGE_SIDE
 
 LATENT_SCALE = 2.0
+SIGMA_LOGIT = 1.2  # mean of logit(sigma) in training: captions decide at sigma > 0.7
 SILENT_WORDS = 3  # of the T5 that says nothing
 MAX_TOKENS = 12  # the longest caption is 8 words, plus BOS and EOS
 T5_LENGTHS = (1, 16, 256)  # lengths of the silent T5's zero tokens, see FlowBase
@@ -196,7 +197,8 @@ class FlowBase(nn.Module):
         draw = torch.multinomial(torch.tensor(T5_CHANCES), 1, generator=generator)
         text, pooled = self.encode(captions, T5_LENGTHS[int(draw)])
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        sigma = torch.sigmoid(torch.randn(len(latents), generator=generator) + 0.5).to(latents)
+        normal = torch.randn(len(latents), generator=generator)
+        sigma = torch.sigmoid(normal + SIGMA_LOGIT).to(latents)
         s = sigma[:, None, None, None]
         prediction = self.denoiser(
             hidden_states=(1 - s) * latents + s * noise,

@@ -80,7 +80,7 @@ def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
     assert image.size == (24, 24)
 
     train_base.main([*arguments, "--steps", "1", "--init-from", str(whole / "pipeline"),
-                     "--lr", "0", "--output", str(tmp_path / "more")])  # fmt: skip
+                     "--lr", "0", "--adamw-lr", "0", "--output", str(tmp_path / "more")])  # fmt: skip
     again = weights(tmp_path / "more")
     assert all(torch.equal(one[name], again[name]) for name in one)
 
