@@ -82,6 +82,14 @@ class StudentOptions(TrainingOptions, PostTrainingOptions):
     """The same of those on the shared loop."""
 
 
+@dataclass(frozen=True)
+class OnPolicyOptions(StudentOptions):
+    """The same of hosts that sample for themselves; the data set gives the captions, and AGSM's images."""
+
+    image_column: str = option("image", "of the data set")
+    agsm_weight: float = option(0.0, "lambda: so much AGSM beside the host's loss; 0: the host")
+
+
 @dataclass
 class Student:
     """A pipeline in training.
@@ -272,6 +280,8 @@ class Student:
 
     def save(self) -> None:
         """What was trained, under `options.output`."""
+        import torch
+
         from agsm_loss.integrations.pretrained import SavedTokens
 
         output = Path(self.options.output)
@@ -283,6 +293,7 @@ class Student:
         if self.options.lora_rank:
             self.model.denoiser.save_lora_adapter(output / "lora")
         if self.options.full:
+            self.model.denoiser.to(memory_format=torch.contiguous_format)  # as safetensors wants it
             self.model.pipe.save_pretrained(output / "pipeline")
 
 
@@ -296,6 +307,19 @@ def data_settings(options: PostTrainingOptions, accelerator: Accelerator) -> dic
         "rank": accelerator.process_index,
         "processes": accelerator.num_processes,
     }
+
+
+def on_policy_batches(options: OnPolicyOptions, accelerator: Accelerator) -> Any:
+    """The captions that are sampled, with AGSM's images and, where it is on, its edited captions."""
+    from captioned import open_batches
+
+    return open_batches(
+        options.data,
+        options.batch_size,
+        hard_per_image(options) if options.agsm_weight else 0,
+        image=options.image_column,
+        **data_settings(options, accelerator),
+    )
 
 
 def competitors(

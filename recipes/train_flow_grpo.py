@@ -12,25 +12,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from options import option, parse
-from student import Student, StudentOptions, data_settings, hard_per_image
+from student import OnPolicyOptions, Student, on_policy_batches
 
 if TYPE_CHECKING:
     from captioned import Batch
 
 
 @dataclass(frozen=True)
-class Options(StudentOptions):
+class Options(OnPolicyOptions):
     """Every option, its default and its meaning."""
 
     output: str = option("runs/flow_grpo", "folder for what is trained, log, sheets, checkpoints")
-    image_column: str = option("image", "of the data set")
     reward: str = option("detector", "as of train_ddpo.py")
     group: int = option(4, "pictures of each caption, whose rewards are compared")
     sampling_steps: int = option(10, "of a trajectory")
     train_steps: int = option(4, "of them, drawn at random, that are trained on")
     noise_level: float = option(0.7, "a of the SDE")
     clip_range: float = option(1e-4, "of the likelihood ratios")
-    agsm_weight: float = option(0.0, "lambda: so much AGSM beside the host's loss; 0: the host")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,7 +40,6 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss import Bank
     from agsm_loss.integrations.flow_grpo import FlowGRPO, group_advantages, sample_sde
     from agsm_loss.integrations.host import bank_of
-    from captioned import open_batches
     from loop import draws, start
     from rewards import load
 
@@ -59,14 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         agsm=agsm,
         autocast=accelerator.autocast,
     )
-    hard = hard_per_image(options) if agsm is not None else 0
-    batches = open_batches(
-        options.data,
-        options.batch_size,
-        hard,
-        image=options.image_column,
-        **data_settings(options, accelerator),
-    )
+    batches = on_policy_batches(options, accelerator)
 
     def loss(batch: Batch, index: int) -> Any:
         generator = draws(options.seed, index, accelerator.process_index)

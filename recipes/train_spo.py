@@ -16,19 +16,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from options import option, parse
-from student import Student, StudentOptions, data_settings, hard_per_image
+from student import OnPolicyOptions, Student, on_policy_batches
 
 if TYPE_CHECKING:
     from captioned import Batch
 
 
 @dataclass(frozen=True)
-class Options(StudentOptions):
+class Options(OnPolicyOptions):
     """Every option, its default and its meaning."""
 
     output: str = option("runs/spo", "folder for what is trained, log, sheets and checkpoints")
     model: str = option("recipes/models/epsilon", "pipeline folder or hub id")
-    image_column: str = option("image", "of the data set")
     preference: str = option("detector", "detector, or a CLIP model's folder or hub id")
     sampling_steps: int = option(20, "DDIM steps of a rollout")
     first_step: int = option(4, "of a rollout, from which on pairs are drawn")
@@ -39,7 +38,6 @@ class Options(StudentOptions):
     max_pairs: int = option(16, "pairs of a rollout that are trained on, drawn at random")
     beta: float = option(10.0, "beta of SPO")
     clip: float = option(0.1, "of the likelihood ratios")
-    agsm_weight: float = option(0.0, "lambda: so much AGSM beside the host's loss; 0: the host")
     agsm_images: str = option("data", "what AGSM trains on", ("data", "rollout"))
     agsm_best: float = option(
         0.5, "share of a rollout's images that AGSM trains on, by their score"
@@ -57,7 +55,6 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.host import best_rows
     from agsm_loss.integrations.spo import SPO, Pairs, guided, sample_pairs
     from agsm_loss.integrations.training import prediction_type
-    from captioned import open_batches
     from loop import draws, start
     from rewards import load
 
@@ -82,14 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         agsm=agsm,
     )
     preference = load(options.preference, accelerator.device)
-    hard = hard_per_image(options) if agsm is not None else 0
-    batches = open_batches(
-        options.data,
-        options.batch_size,
-        hard,
-        image=options.image_column,
-        **data_settings(options, accelerator),
-    )
+    batches = on_policy_batches(options, accelerator)
 
     def loss(batch: Batch, index: int) -> Any:
         generator = draws(options.seed, index, accelerator.process_index)
