@@ -34,9 +34,8 @@ image = pipe("three red circles", guidance_scale=1.5{arguments}).images[0]
     {command}
 
 Seed {seed}, {steps:,} steps of {batch_size} images{start}, rendered on the fly from all of the
-world's prompts (`recipes/world`), Muon at {lr:g} (AdamW at {adamw_lr:g} for
-what is no matrix of a block), the last {decay:,} steps falling to zero; saved are the EMA weights
-(decay {ema_decay}).
+world's prompts (`recipes/world`), {optimizer} at {lr:g}, the last {decay:,} steps falling to zero; saved are
+the EMA weights (decay {ema_decay}).
 
 Captions: {corruption}. {drop:.0%} are left empty for classifier-free guidance.
 
@@ -78,6 +77,7 @@ def write_card(
         start=f", from the weights of `{options['init_from']}`" if options["init_from"] else "",
         corruption=_captions(options),
         drop=options["drop_caption"],
+        optimizer={"adamw": "AdamW", "muon": "Muon with AdamW"}[options["optimizer"]],
         n=last["n"],
         table="\n".join(rows),
         **{
@@ -87,7 +87,6 @@ def write_card(
                 "steps",
                 "batch_size",
                 "lr",
-                "adamw_lr",
                 "decay",
                 "ema_decay",
                 "eval_steps",

@@ -47,9 +47,13 @@ class Options(TrainingOptions):
     batch_size: int = option(64, "images a process and step")
     warmup: int = option(200, "steps to the peak")
     decay: int = option(1500, "last steps, over which the rate falls to zero linearly")
-    lr: float = option(1e-2, "Muon's peak learning rate, for the matrices of the blocks")
-    adamw_lr: float = option(1e-3, "AdamW's, for what is left")
-    weight_decay: float = option(0.01, "of both")
+    optimizer: str = option(
+        "muon", "muon: for the matrices of the blocks, AdamW for the rest", ("muon", "adamw")
+    )
+    lr: float = option(1e-2, "the optimizer's peak learning rate")
+    adamw_lr: float = option(1e-3, "of what Muon leaves to AdamW")
+    sigma_logit: float = option(1.2, "flow: mean of logit(sigma) of the noise levels")
+    weight_decay: float = option(0.01, "of all of it")
     beta2: float = option(0.99, "AdamW's second beta")
     ema_decay: float = option(0.999, "of the weights that are scored and saved")
     drop_caption: float = option(0.1, "share of empty captions, for classifier-free guidance")
@@ -98,7 +102,10 @@ def build(options: Options) -> torch.nn.Module:
 
     from world_models import BASES
 
-    model = BASES[options.base](width=options.width, layers=options.layers)
+    if options.base == "epsilon" and options.sigma_logit != Options.sigma_logit:
+        raise ValueError("sigma_logit: for flow; epsilon draws its timesteps uniformly")
+    noise = {"sigma_logit": options.sigma_logit} if options.base == "flow" else {}
+    model = BASES[options.base](width=options.width, layers=options.layers, **noise)
     if options.init_from:
         saved = diffusers.DiffusionPipeline.from_pretrained(options.init_from)
         for name, part in model.pipeline().components.items():
@@ -166,13 +173,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     accelerator = start(options)
     bare: Any = build(options).to(memory_format=torch.channels_last)  # a quarter faster on a CPU
-    optimizer = MuonAdamW(
-        bare,
-        lr=options.lr,
-        adamw_lr=options.adamw_lr,
-        betas=(0.9, options.beta2),
-        weight_decay=options.weight_decay,
-    )
+    shared: Any = {"betas": (0.9, options.beta2), "weight_decay": options.weight_decay}
+    optimizer: torch.optim.Optimizer
+    if options.optimizer == "muon":
+        optimizer = MuonAdamW(bare, lr=options.lr, adamw_lr=options.adamw_lr, **shared)
+    else:
+        optimizer = torch.optim.AdamW(bare.parameters(), lr=options.lr, **shared)
     model, optimizer = accelerator.prepare(bare, optimizer)
     ema = EMAModel(bare.parameters(), decay=options.ema_decay)
     ema.to(accelerator.device)

@@ -45,7 +45,6 @@ from world.captions import vocabulary
 from world.scene import IMAGE_SIDE
 
 LATENT_SCALE = 2.0
-SIGMA_LOGIT = 1.2  # mean of logit(sigma) in training: captions decide at sigma > 0.7
 SILENT_WORDS = 3  # of the T5 that says nothing
 MAX_TOKENS = 12  # the longest caption is 8 words, plus BOS and EOS
 T5_LENGTHS = (1, 16, 256)  # lengths of the silent T5's zero tokens, see FlowBase
@@ -155,10 +154,14 @@ class FlowBase(nn.Module):
     with 1 (fast: `pipe(prompt, max_sequence_length=1)`) and with 256.
 
     width, layers: of the transformer; heads have 32 channels. text_width: of each encoder.
+    sigma_logit: mean of logit(s) in training; captions decide where s is above 0.7.
     """
 
-    def __init__(self, width: int = 128, layers: int = 6, text_width: int = 64) -> None:
+    def __init__(
+        self, width: int = 128, layers: int = 6, text_width: int = 64, sigma_logit: float = 1.2
+    ) -> None:
         super().__init__()
+        self.sigma_logit = sigma_logit
         self.tokenizer = build_tokenizer()
         config = _text_config(self.tokenizer, text_width)
         self.text_encoder = CLIPTextModelWithProjection(config)
@@ -198,7 +201,7 @@ class FlowBase(nn.Module):
         text, pooled = self.encode(captions, T5_LENGTHS[int(draw)])
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         normal = torch.randn(len(latents), generator=generator)
-        sigma = torch.sigmoid(normal + SIGMA_LOGIT).to(latents)
+        sigma = torch.sigmoid(normal + self.sigma_logit).to(latents)
         s = sigma[:, None, None, None]
         prediction = self.denoiser(
             hidden_states=(1 - s) * latents + s * noise,

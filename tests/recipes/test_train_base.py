@@ -85,6 +85,14 @@ def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], again[name]) for name in one)
 
 
+def test_adamw_alone_and_noise_for_the_wrong_base(tmp_path):
+    train_base.main(["--width", "32", *SMALL, "--optimizer", "adamw", "--lr", "0.001",
+                     "--output", str(tmp_path / "adamw")])  # fmt: skip
+    assert "AdamW at 0.001" in (tmp_path / "adamw" / "pipeline" / "README.md").read_text()
+    with pytest.raises(ValueError, match="sigma_logit: for flow"):
+        train_base.main(["--base", "epsilon", "--sigma-logit", "0.5", "--output", str(tmp_path)])
+
+
 def test_encoding_equals_the_pipelines():
     model = world_models.FlowBase(width=32, layers=1).eval()
     told = ["two red circles", "a red circle left of a blue square", ""]
