@@ -21,7 +21,14 @@ from torch import Tensor
 
 from agsm_loss import AGSMRegularizer, Bank, Candidates, Denoiser
 from agsm_loss import functional as AF
-from agsm_loss.integrations.host import Host, StepOutput, bank_of, first_rows_twice
+from agsm_loss.integrations.host import (
+    Clean,
+    Host,
+    StepOutput,
+    agsm_on,
+    bank_of,
+    first_rows_twice,
+)
 from agsm_loss.integrations.training import add_noise, regression_target
 
 LossType = Literal["sigmoid", "hinge", "ipo"]
@@ -171,9 +178,13 @@ class DiffusionDPO(Host):
         conditioning: Any,
         *,
         image_conditioning: Mapping[str, Any] | None = None,
+        clean: Clean | None = None,
         **agsm: Any,
     ) -> StepOutput:
-        """The step after noising: x_t and targets (2B, *D), the winners first."""
+        """The step after noising: x_t and targets (2B, *D), the winners first.
+
+        clean: what AGSM trains on, with its own noise, instead of the winners as they stand here.
+        """
         batch = len(timesteps)
         doubled = torch.cat([timesteps, timesteps])
         image = dict(image_conditioning or {})
@@ -191,14 +202,17 @@ class DiffusionDPO(Host):
             "dpo/error": terms.error,
         }
         if self.agsm is not None:
-            term = self.agsm(
-                noisy[:batch],
-                timesteps,
-                target[:batch],
-                conditioning,
-                pred=pred[:batch],
-                image_conditioning=image,
-                **agsm,
-            )
+            if clean is not None:
+                term = agsm_on(clean, self.agsm, self.scheduler)
+            else:
+                term = self.agsm(
+                    noisy[:batch],
+                    timesteps,
+                    target[:batch],
+                    conditioning,
+                    pred=pred[:batch],
+                    image_conditioning=image,
+                    **agsm,
+                )
             loss, metrics = loss + term.loss, metrics | term.metrics
         return StepOutput(loss, metrics)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from agsm_loss import Bank, Candidates
 from agsm_loss.integrations.diffusion_dpo import DiffusionDPO
-from agsm_loss.integrations.host import StepOutput, bank_of, first_rows_twice
+from agsm_loss.integrations.host import Clean, StepOutput, bank_of, first_rows_twice
 from agsm_loss.integrations.training import (
     clean_and_noise,
     ddim_sigma,
@@ -127,8 +127,15 @@ class InPO(DiffusionDPO):
         image_ids: Sequence[Hashable] | Tensor | None = None,
         candidates: Candidates | None = None,
         image_conditioning: Mapping[str, Any] | None = None,
+        clean: Clean | None = None,
     ) -> StepOutput:
-        """One step on B pairs at one t, as published; the rest as in `DiffusionDPO`."""
+        """One step on B pairs at one t, as published; the rest as in `DiffusionDPO`.
+
+        clean: AGSM's images with Gaussian noise, e.g. the winners at timesteps of their own, in place of
+            the winners at their inverted noise (then captions, image_ids and candidates are `clean`'s).
+            Costs a further pass. Inverted noise is not what sampling starts from: a model that a large
+            λ teaches to find it samples worse.
+        """
         batch = len(winner)
         both = torch.cat([winner, loser])
         texts = first_rows_twice(conditioning, batch)
@@ -154,4 +161,5 @@ class InPO(DiffusionDPO):
             image_ids=image_ids,
             candidates=candidates,
             image_conditioning=image_conditioning,
+            clean=clean,
         )

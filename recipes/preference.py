@@ -27,7 +27,7 @@ class PreferenceOptions(StudentOptions):
     agsm_warmup: int = option(0, "steps over which lambda rises from 0")
 
 
-# (step, winner, loser, conditioning, image conditioning and AGSM's keywords, generator) -> output
+# See `run_preference`.
 Run = Callable[..., "StepOutput"]
 
 
@@ -37,7 +37,8 @@ def run_preference(
     """Trains on preference pairs.
 
     make_step: student, AGSM regularizer or None, the host's settings -> the step.
-    run: step, student, winner and loser latents, conditioning, generator, keywords -> its output.
+    run: step, student, winner and loser latents, conditioning, the host's generator, AGSM's generator,
+        AGSM's and the images' keywords -> the step's output.
     """
     import torch
 
@@ -69,9 +70,9 @@ def run_preference(
         winner, loser = both.chunk(2)
         extra: dict[str, Any] = {}
         pool = batch.captions
+        # AGSM's own draws: the host's stay what they are without it.
+        own = draws(options.seed, index, accelerator.process_index, "candidates")
         if agsm is not None:
-            # Its own draws: the host's stay what they are without AGSM.
-            own = draws(options.seed, index, accelerator.process_index, "candidates")
             pool, extra["candidates"] = competitors(batch, options.num_negatives - hard, own)
         image = model.image_conditioning(batch.winner)
         conditioning = model.encode_prompts(pool)
@@ -83,6 +84,7 @@ def run_preference(
                 loser,
                 conditioning,
                 generator,
+                own,
                 image_conditioning=image,
                 **extra,
             )

@@ -39,7 +39,14 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
     def run(
-        step: Any, student: Any, winner: Any, loser: Any, text: Any, draw: Any, **extra: Any
+        step: Any,
+        student: Any,
+        winner: Any,
+        loser: Any,
+        text: Any,
+        draw: Any,
+        own: Any,
+        **extra: Any,
     ) -> Any:
         noise = torch.randn(winner.shape, generator=draw).to(winner)
         return step(winner, loser, text, student.timesteps(len(winner), draw), noise, **extra)

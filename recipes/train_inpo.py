@@ -23,12 +23,21 @@ class Options(PreferenceOptions):
     model: str = option("recipes/models/epsilon", "pipeline folder or hub id")
     inversion_steps: int = option(10, "levels of the whole schedule that the inversion visits")
     eta: float = option(0.1, "noise of the inversion, in DDIM's sigma")
+    agsm_noise: str = option(
+        "inverted",
+        "of the winners in AGSM: the host's, whose prediction is reused, or one of its own, at timesteps "
+        "of their own",
+        ("inverted", "gaussian"),
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves."""
     options = parse(Options, __doc__, arguments)
 
+    import torch
+
+    from agsm_loss.integrations.host import Clean
     from agsm_loss.integrations.inpo import InPO
 
     def make_step(student: Any, agsm: Any, settings: Any) -> InPO:
@@ -44,9 +53,20 @@ def main(arguments: list[str] | None = None) -> None:
         )
 
     def run(
-        step: Any, student: Any, winner: Any, loser: Any, text: Any, draw: Any, **extra: Any
+        step: Any,
+        student: Any,
+        winner: Any,
+        loser: Any,
+        text: Any,
+        draw: Any,
+        own: Any,
+        **extra: Any,
     ) -> Any:
         step.generator = draw
+        if step.agsm is not None and options.agsm_noise == "gaussian":
+            times = student.timesteps(len(winner), own)
+            noise = torch.randn(winner.shape, generator=own).to(winner)
+            extra["clean"] = Clean(winner, times, noise, text, **extra)
         timestep = int(student.timesteps(1, draw)[0])  # one for the batch, as published
         return step(winner, loser, text, timestep, **extra)
 

@@ -6,7 +6,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscret
 from preference_setup import Setup
 
 from agsm_loss.integrations.diffusion_dpo import diffusion_dpo_loss
-from agsm_loss.integrations.host import adapters_off
+from agsm_loss.integrations.host import Clean, adapters_off, agsm_on
 from agsm_loss.integrations.inpo import InPO, ddim_invert, implied_noise
 from agsm_loss.integrations.training import add_noise, clean_and_noise, regression_target
 
@@ -123,6 +123,23 @@ def test_the_step_is_dpo_at_the_inverted_noise(agsm):
     out.loss.backward()
     grad = it.denoiser.tokens.tokens.grad
     assert grad[0].abs().max() > 0 and bool(grad[1].abs().max() > 0) == agsm
+
+
+def test_agsm_on_images_of_its_own_noise_is_the_host_plus_that_term():
+    it = Setup("unet")
+    settings = {"reference": lambda: adapters_off(it.model), "beta": 5.0, "eta": 0.0}
+    pairs = (it.winner, it.loser, it.conditioning, 250)
+    times = torch.tensor([40, 500, 900])
+    noise = torch.randn(it.winner.shape, generator=torch.Generator().manual_seed(3))
+    clean = Clean(it.winner, times, noise, it.conditioning, captions=it.captions)
+
+    alone = InPO(it.denoiser, it.scheduler, **settings)(*pairs)
+    step = InPO(it.denoiser, it.scheduler, **settings, agsm=it.agsm())
+    out = step(*pairs, clean=clean)
+    term = agsm_on(clean, it.agsm(), it.scheduler)
+    assert out.loss.item() == pytest.approx((alone.loss + term.loss).item(), rel=1e-5)
+    inverted = step(*pairs, captions=it.captions)
+    assert inverted.metrics["agsm/loss"].item() != pytest.approx(out.metrics["agsm/loss"].item())
 
 
 def test_what_has_no_inversion_is_refused():

@@ -62,6 +62,16 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, epsilon_base, tmp_path
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
 
 
+def test_inpo_gives_agsm_noise_of_its_own(epsilon_base, tmp_path):
+    flags = ["--lora-rank", "2", "--agsm-weight", "0.5"]
+    train("inpo", epsilon_base, tmp_path / "inverted", *flags)
+    train("inpo", epsilon_base, tmp_path / "gaussian", *flags, "--agsm-noise", "gaussian")
+    one, other = (log(tmp_path / name)[0] for name in ("inverted", "gaussian"))
+    for key in ("dpo/loss", "dpo/margin", "dpo/error"):  # the host draws what it drew
+        assert one[key] == pytest.approx(other[key], rel=1e-6)
+    assert one["agsm/loss"] != pytest.approx(other["agsm/loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize("recipe", ["dpo", "inpo"])
 def test_the_host_alone_draws_what_it_draws_beside_agsm(recipe, epsilon_base, tmp_path):
     host = train(recipe, epsilon_base, tmp_path / "host", "--lora-rank", "2")
