@@ -62,3 +62,13 @@ def test_a_run_on_a_table_saves_tokens(folder, tmp_path):
     saved = SavedTokens.from_pretrained(tmp_path / "run" / "tokens")
     assert saved.backbone == type(TextToImage.load(str(folder), torch.float32).denoiser).__name__
     assert all(bool(torch.isfinite(p).all()) for p in saved.tokens.parameters())
+
+
+def test_unets_run_channels_last_and_transformers_as_they_were(epsilon_base, flow_base):
+    def layouts(base):
+        denoiser = TextToImage.load(str(base), torch.float32).denoiser
+        kernels = [p for p in denoiser.parameters() if p.ndim == 4 and p.shape[-1] > 1]
+        assert kernels
+        return {p.is_contiguous(memory_format=torch.channels_last) for p in kernels}
+
+    assert layouts(epsilon_base) == {True} and layouts(flow_base) == {False}
