@@ -35,7 +35,7 @@ class Plan:
 
     methods: name -> options of its recipe over those of `common`, and beside them
         recipe: the script that trains it, without its ending (default train_agsm);
-        after: a method before it, whose LoRA (of the same seed) is merged into the model first; the
+        after: a method before it, from whose model (of the same seed; a LoRA is merged) it starts; the
         method before trains no tokens, and is itself after none.
         The untrained base is always there, under the name "base".
     references: further pipelines (name -> folder) that are scored as they are, e.g. the ceiling.
@@ -105,7 +105,7 @@ def recipe_of(where: str, options: dict[str, Any]) -> Any:
 
 
 def _check_order(file: Path, values: dict[str, Any]) -> None:
-    """A method comes after one that stands before it, is a LoRA alone, and is after none itself."""
+    """A method comes after one that stands before it, has no tokens, and is after none itself."""
     methods, common = values["methods"], values.get("common", {})
     for place, (name, options) in enumerate(methods.items()):
         if AFTER not in options:
@@ -117,10 +117,11 @@ def _check_order(file: Path, values: dict[str, Any]) -> None:
                 f"got {before!r}"
             )
         chosen = {**common, **methods[before]}
-        if not chosen.get("lora_rank") or chosen.get("num_tokens") != 0:
+        trained = chosen.get("lora_rank") or chosen.get("full")
+        if not trained or chosen.get("num_tokens") != 0:
             raise ValueError(
-                f"{file}: {name}: {AFTER}: expected a method with lora_rank and num_tokens: 0, as "
-                f"tokens cannot be merged, got {before!r}"
+                f"{file}: {name}: {AFTER}: expected a method with lora_rank or full, and num_tokens: 0, "
+                f"as tokens cannot be merged, got {before!r}"
             )
 
 
@@ -147,21 +148,29 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
 
     folder = folder_of(plan, method, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    model = TextToImage.load(plan.references.get(method, plan.model), torch.float32)
-    seconds = 0.0
+    source, extras, seconds = Path(plan.references.get(method, plan.model)), ("", ""), 0.0
+    options: dict[str, Any] = {}
     if method in plan.methods:
         options = {**plan.common, **plan.methods[method], "seed": seed, "model": plan.model}
-        options |= {"output": str(folder / "train"), "threads": torch.get_num_threads()}
+        trained = folder / "train"
+        options |= {"output": str(trained), "threads": torch.get_num_threads()}
         recipe, before = recipe_of(method, options), options.pop(AFTER, None)
         options.pop(RECIPE, None)
         if before is not None:
-            options["merge_lora"] = str(folder_of(plan, before, seed) / "train" / "lora")
-            model.merge_lora(options["merge_lora"])
+            earlier = folder_of(plan, before, seed) / "train"
+            whole = (earlier / "pipeline").exists()
+            options |= {
+                "model" if whole else "merge_lora": str(earlier / ("pipeline" if whole else "lora"))
+            }
         began = time.time()
         recipe.main(["--resume", *_flags(options)])
         seconds = time.time() - began
-        extras = (folder / "train" / part for part in ("tokens", "lora"))
-        model.load_extras(*(str(part) if part.exists() else "" for part in extras))
+        source = trained / "pipeline" if options.get("full") else Path(options["model"])
+        extras = tuple(str(p) if p.exists() else "" for p in (trained / "tokens", trained / "lora"))
+    model = TextToImage.load(str(source), torch.float32)
+    if options.get("merge_lora") and not options.get("full"):
+        model.merge_lora(options["merge_lora"])
+    model.load_extras(*extras)
 
     def score(prompts: str, cfg: float, key: str) -> tuple[Any, Any]:
         rows = read_prompts(prompts)

@@ -99,6 +99,30 @@ def test_methods_of_other_recipes_and_after_one_another(flow_base, tmp_path, mon
     assert row  # it has no such metric
 
 
+def test_methods_that_train_all_of_the_denoiser(flow_base, tmp_path, monkeypatch):
+    dpo = {"recipe": "train_dpo", "full": True, "num_tokens": 0, "lr": 0.05, "beta": 50.0}
+    file = plan_file(
+        tmp_path,
+        flow_base,
+        methods={
+            "DPO": dpo,
+            "all again": {"after": "DPO", "full": True, "num_tokens": 0, "lr": 0.0},
+            "a LoRA": {"after": "DPO", "lora_rank": 1, "num_tokens": 0, "lr": 0.0},
+        },
+        seeds=[0],
+        cfgs=[2.0],
+    )
+    monkeypatch.setattr(study.subprocess, "call", lambda command, **_: _in_process(command))
+    study.main(["--config", str(file), "--jobs", "1"])
+    plan, images = study.read_plan(file), {}
+    for method in ("base", *plan.methods):
+        with np.load(study.folder_of(plan, method, 0) / "images.npz") as saved:
+            images[method] = saved["images"].astype(int)
+    assert np.abs(images["DPO"] - images["base"]).mean() > 1  # what was trained is what is scored
+    for method in ("all again", "a LoRA"):  # a rate of 0 changes nothing of what they start from
+        assert np.abs(images[method] - images["DPO"]).max() <= 1
+
+
 def test_a_method_waits_for_the_one_it_comes_after(flow_base, tmp_path, monkeypatch):
     dpo = {"recipe": "train_dpo", "lora_rank": 1, "num_tokens": 0}
     file = plan_file(tmp_path, flow_base, methods={"DPO": dpo, "then AGSM": {"after": "DPO"}})
@@ -138,7 +162,7 @@ def _in_process(command):
         ({"methods": {"D": {"beta": 5.0}}}, "D: unknown keys .'beta'"),
         ({"common": {"beta": 5.0}}, "common, for AGSM: unknown keys .'beta'"),
         ({"methods": {"A": {"after": "D"}, "D": {}}}, "stands before it"),
-        ({"methods": {"A": {}, "B": {"after": "A"}}}, "lora_rank and num_tokens: 0"),
+        ({"methods": {"A": {}, "B": {"after": "A"}}}, "lora_rank or full, and num_tokens: 0"),
         ({"baselines": ["D"]}, "baselines: unknown keys"),
     ],
 )
