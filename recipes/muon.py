@@ -1,7 +1,7 @@
 """Muon on the matrices of a model's blocks, AdamW on everything else, as one optimizer.
 
-Muon (Jordan et al., 2024; `torch.optim.Muon`) orthogonalises the momentum of a matrix. On the world's
-models it reaches in a few hundred steps what AdamW reaches in thousands.
+Muon (Jordan et al., 2024; `torch.optim.Muon`) orthogonalises the momentum of a matrix. On the flow model it
+needs less than half of AdamW's steps.
 """
 
 from __future__ import annotations
