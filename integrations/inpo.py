@@ -4,8 +4,8 @@
     loss, metrics = step(winner, loser, conditioning, timestep, captions=captions)
 
 Each image is carried to x_t by the model being trained, without gradient, and the noise that x_t
-then implies is the target. AGSM runs on the winner there, as in `DiffusionDPO`. For ε- and
-v-prediction.
+then implies is the target. AGSM runs on the winner there, as in `DiffusionDPO`, or on `clean` images at
+Gaussian noise. For ε- and v-prediction.
 
 The authors' script stops at the last of its ten levels below t and calls that x_t, so that at small t
 almost no noise is implied; here a last step goes from that level to t itself.
@@ -132,10 +132,17 @@ class InPO(DiffusionDPO):
         """One step on B pairs at one t, as published; the rest as in `DiffusionDPO`.
 
         clean: AGSM's images with Gaussian noise, e.g. the winners at timesteps of their own, in place of
-            the winners at their inverted noise (then captions, image_ids and candidates are `clean`'s).
-            Costs a further pass. Inverted noise is not what sampling starts from: a model that a large
-            λ teaches to find it samples worse.
+            the winners at their inverted noise. Costs a further pass. Inverted noise is not what sampling
+            starts from: a model that a large λ teaches to find it samples worse.
+
+        Raises:
+            ValueError: captions, image_ids or candidates beside `clean`, which has its own.
         """
+        if clean is not None and any(one is not None for one in (captions, image_ids, candidates)):
+            raise ValueError(
+                "clean: expected it without captions, image_ids and candidates, got both. Put them into "
+                "`Clean`."
+            )
         batch = len(winner)
         both = torch.cat([winner, loser])
         texts = first_rows_twice(conditioning, batch)

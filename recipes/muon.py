@@ -77,33 +77,31 @@ class MuonAdamW(torch.optim.Optimizer):
             ),
             "adamw": torch.optim.AdamW(rest, lr=adamw_lr, betas=betas, weight_decay=weight_decay),
         }
-        super().__init__([*self.taken, *rest], {})
-        self._share_groups()
+        # The weights themselves: a gradient scaler finds their gradients here, a schedule the rates.
+        groups = [{"params": self.taken, "lr": lr}, {"params": rest, "lr": adamw_lr}]
+        super().__init__(groups, {})
 
-    def _share_groups(self) -> None:
-        """A schedule sets the rates in `param_groups`: these are the parts' own."""
-        self.param_groups = [group for one in self.parts.values() for group in one.param_groups]
+    def _pass_rates(self) -> None:
+        for group, one in zip(self.param_groups, self.parts.values(), strict=True):
+            one.param_groups[0]["lr"] = group["lr"]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step of both. The matrices are views of the weights, wherever these have moved."""
+        self._pass_rates()
         for matrix, weight in zip(self.matrices, self.taken, strict=True):
             matrix.data = as_matrix(weight.detach())
             matrix.grad = None if weight.grad is None else as_matrix(_laid_out(weight.grad, weight))
         for one in self.parts.values():
             one.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of the weights, and of the views of them."""
-        for parameter in self.taken:
-            parameter.grad = None
-        for one in self.parts.values():
-            one.zero_grad(set_to_none)
+        for matrix in self.matrices:
+            matrix.grad = None
 
     def state_dict(self) -> dict[str, Any]:
+        self._pass_rates()
         return {name: one.state_dict() for name, one in self.parts.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for name, one in self.parts.items():
+        for group, (name, one) in zip(self.param_groups, self.parts.items(), strict=True):
             one.load_state_dict(state_dict[name])
-        self._share_groups()
+            group["lr"] = one.param_groups[0]["lr"]

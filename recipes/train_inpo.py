@@ -67,6 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
             times = student.timesteps(len(winner), own)
             noise = torch.randn(winner.shape, generator=own).to(winner)
             extra["clean"] = Clean(winner, times, noise, text, **extra)
+            del extra["candidates"]
         timestep = int(student.timesteps(1, draw)[0])  # one for the batch, as published
         return step(winner, loser, text, timestep, **extra)
 

@@ -138,6 +138,8 @@ def test_agsm_on_images_of_its_own_noise_is_the_host_plus_that_term():
     out = step(*pairs, clean=clean)
     term = agsm_on(clean, it.agsm(), it.scheduler)
     assert out.loss.item() == pytest.approx((alone.loss + term.loss).item(), rel=1e-5)
+    with pytest.raises(ValueError, match="clean: expected it without captions"):
+        step(*pairs, clean=clean, captions=it.captions)
     inverted = step(*pairs, captions=it.captions)
     assert inverted.metrics["agsm/loss"].item() != pytest.approx(out.metrics["agsm/loss"].item())
 

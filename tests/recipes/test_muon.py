@@ -98,6 +98,29 @@ def test_a_schedule_and_a_checkpoint_reach_both_parts():
     assert all(torch.equal(v, cut.get_parameter(n)) for n, v in whole.named_parameters())
 
 
+def test_a_gradient_scaler_sees_every_gradient():
+    model, twin = net(), net()
+    plain, scaled = MuonAdamW(twin, **RATES), MuonAdamW(model, **RATES)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    data = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    twin(data).backward()
+    scaler.scale(model(data)).backward()
+    scaler.unscale_(scaled)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value.grad, twin.get_parameter(name).grad)
+    plain.step()
+    scaler.step(scaled)
+    scaler.update()
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+    scaled.zero_grad()
+    before = copy.deepcopy(model.state_dict())
+    scaler.scale(model(data)).backward()
+    model.blocks[0].conv.weight.grad[0, 0, 0, 0] = float("inf")
+    scaler.step(scaled)  # an overflow in a block leaves everything as it was
+    torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
+
+
 def test_weights_that_moved_are_still_trained():
     model = net()
     optimizer = MuonAdamW(model, **RATES)
