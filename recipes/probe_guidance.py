@@ -1,0 +1,188 @@
+"""What guidance away from wrong captions does to a model's pictures, with no training at all.
+
+    python recipes/probe_guidance.py --model recipes/models/flow --against neighbours
+
+AGSM's positive target points from the wrong captions' predictions to the right one's
+(tau + gamma+ (f(c) - sum_k w_k f(c_k))), so what it teaches is guidance. Here the sampler does that itself:
+f(c) + s (f(c) - mean_k f(c_k)), at several scales s, on the world's prompts. A direction that does
+not help here will not help as a target either. Prints a table and writes it with `--output`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from options import option, parse
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from world.scene import Spec
+
+AGAINST = ("null", "in_batch", "hard", "counts", "neighbours")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option, its default and its meaning."""
+
+    model: str = option("recipes/models/flow", "pipeline folder")
+    against: str = option(
+        "counts",
+        "the wrong captions: the empty one (classifier-free guidance, s = CFG - 1), another "
+        "prompt's, one of the hard negatives, one more and one fewer object (counts), or the "
+        "same without a single object (neighbours)",
+        AGAINST,
+    )
+    scales: str = option("0,0.5,1,2", "of the guidance, with commas between")
+    categories: str = option("counting", "of the world, with commas between")
+    fold: str = option("validation", "of the world's prompts", ("train", "validation", "heldout"))
+    per_category: int = option(96, "prompts")
+    steps: int = option(12, "sampling steps")
+    seed: int = option(0, "of the noise and of the wrong captions drawn")
+    batch_size: int = option(64, "images at a time")
+    threads: int = option(0, "CPU threads; 0 leaves torch's choice")
+    output: str = option("", "file for the table")
+
+
+def wrong_captions(
+    specs: Sequence[Spec], against: str, rng: np.random.Generator
+) -> list[list[str]]:
+    """The captions to steer away from, as many for every spec (the same one twice where there is one)."""
+    from world.captions import caption, hard_negatives
+
+    if against == "null":
+        return [[""] for _ in specs]
+    if against == "in_batch":
+        other = [
+            (i + 1 + int(rng.integers(len(specs) - 1))) % len(specs) for i in range(len(specs))
+        ]
+        return [[caption(specs[i])] for i in other]
+    chosen = []
+    for spec in specs:
+        edits = hard_negatives(spec)
+        if against == "hard":
+            chosen.append([caption(edits[int(rng.integers(len(edits)))])])
+            continue
+        fewest = 2 if against == "neighbours" else 1
+        counts = [one for one in edits if _counts(one) != _counts(spec)]
+        counts = [one for one in counts if min(_counts(one)) >= fewest]
+        if not counts:
+            raise ValueError(f"against {against}: {caption(spec)!r} has no such edit; use hard")
+        chosen.append([caption(counts[0]), caption(counts[-1])])
+    return chosen
+
+
+def _counts(spec: Spec) -> list[int]:
+    return [group.count for group in spec.groups]
+
+
+def guided_samples(
+    model: Any,
+    prompts: Sequence[str],
+    wrong: Sequence[Sequence[str]],
+    *,
+    scale: float,
+    steps: int,
+    seeds: Sequence[Any],
+) -> npt.NDArray[np.uint8]:
+    """Images (N, H, W, 3), by the pipeline's own scheduler, from `loop.draws(seeds[i])`.
+
+    model: a `TextToImage`. wrong: as many captions for every prompt.
+    """
+    import torch
+
+    from agsm_loss.integrations.training import PlainDenoiser
+    from loop import draws
+
+    denoiser, scheduler = PlainDenoiser(model.denoiser), model.pipe.scheduler
+    scaled = getattr(scheduler, "scale_model_input", lambda x, _: x)  # flow schedules have none
+    side = model.denoiser.config.sample_size
+    shape = (model.denoiser.config.in_channels, side, side)
+    texts = [list(prompts), *map(list, zip(*wrong, strict=True))]
+    encoded = [model.encode_prompts(text) for text in texts[: 1 if scale == 0 else None]]
+    with torch.no_grad():
+        x = torch.stack([torch.randn(shape, generator=draws(seed)) for seed in seeds])
+        scheduler.set_timesteps(steps)
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+        for time in scheduler.timesteps:
+            at = time.expand(len(x))
+            found: list[Tensor] = [denoiser(scaled(x, time), at, text, 0) for text in encoded]
+            guided = found[0]
+            if scale:
+                guided = guided + scale * (guided - torch.stack(found[1:]).mean(0))
+            x = scheduler.step(guided, time, x, return_dict=False)[0]
+        pixels = model.decode_latents(x).clamp(-1, 1) / 2 + 0.5
+    return (pixels.permute(0, 2, 3, 1).numpy() * 255).round().astype("uint8")
+
+
+def run(options: Options, say: Callable[[str], Any] = print) -> list[str]:
+    """The table's lines, each said as soon as it is known."""
+    import numpy as np
+    import torch
+
+    from text_to_image import TextToImage
+    from world.captions import caption, metadata
+    from world.prompts import specs
+    from world.scene import MAX_COUNT
+    from world_eval import verdicts
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rng = np.random.default_rng(options.seed)
+    asked: list[Spec] = []
+    for tag in options.categories.split(","):
+        choices = specs(tag, options.fold)
+        order = rng.permutation(len(choices))
+        asked += [choices[order[i % len(choices)]] for i in range(options.per_category)]
+    wrong = wrong_captions(asked, options.against, rng)
+    model = TextToImage.load(options.model, torch.float32)
+    numbers = [spec.groups[0].count if spec.tag == "counting" else 0 for spec in asked]
+    several = [n for n in range(2, MAX_COUNT + 1) if n in numbers]
+    heads = ["scale", "right", "too many", "too few", *(f"right of {n}" for n in several)]
+    table: list[str] = []
+
+    def add(cells: Sequence[str]) -> None:
+        table.append(f"| {' | '.join(cells)} |")
+        say(table[-1])
+
+    add(heads)
+    add(["---"] * len(heads))
+    for scale in map(float, options.scales.split(",")):
+        images = []
+        for start in range(0, len(asked), options.batch_size):
+            part = slice(start, start + options.batch_size)
+            images.append(
+                guided_samples(
+                    model,
+                    [caption(spec) for spec in asked[part]],
+                    wrong[part],
+                    scale=scale,
+                    steps=options.steps,
+                    seeds=[(options.seed, start + i) for i in range(len(asked[part]))],
+                )
+            )
+        judged = verdicts(np.concatenate(images), [metadata(spec) for spec in asked])
+        right = np.array([one.correct for one in judged])
+        error = np.array([(one.found or 0) - one.expected for one in judged])
+        shares = [right.mean(), (error > 0).mean(), (error < 0).mean()]
+        shares += [right[np.array(numbers) == n].mean() for n in several]
+        add([f"{scale:g}", *(f"{share:.3f}" for share in shares)])
+    return table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the table of one model and one kind of wrong caption."""
+    options = parse(Options, __doc__, arguments)
+    table = run(options)
+    if options.output:
+        Path(options.output).write_text("\n".join(table) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Guidance away from wrong captions, in the sampler."""
+
+import numpy as np
+import pytest
+import torch
+
+import probe_guidance
+from generate import sample
+from probe_guidance import guided_samples, wrong_captions
+from text_to_image import TextToImage
+from world.captions import caption
+from world.prompts import specs
+from world.scene import Group, Spec
+
+PROMPTS = ["two circles", "a red square", "three triangles"]
+SEEDS = [(3, i) for i in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.7])
+def test_away_from_the_empty_caption_it_is_the_pipelines_own_guidance(any_base, scale):
+    model = TextToImage.load(str(any_base), torch.float32)
+    wrong = wrong_captions([None] * len(PROMPTS), "null", np.random.default_rng(0))
+    got = guided_samples(model, PROMPTS, wrong, scale=scale, steps=4, seeds=SEEDS)
+    wanted = sample(model.pipe, PROMPTS, seeds=SEEDS, steps=4, cfg=1 + scale)
+    assert np.abs(got.astype(int) - wanted).max() <= 1
+
+
+def test_several_wrong_captions_are_averaged(flow_base):
+    model = TextToImage.load(str(flow_base), torch.float32)
+
+    def images(*wrong, scale):
+        lists = [list(wrong)] * len(PROMPTS)
+        return guided_samples(model, PROMPTS, lists, scale=scale, steps=1, seeds=SEEDS).astype(int)
+
+    one, other = images("two squares", scale=2.0), images("a circle", scale=2.0)
+    both = images("two squares", "a circle", scale=2.0)
+    unclipped = np.all([(0 < i) & (i < 255) for i in (one, other)], axis=0)
+    assert unclipped.mean() > 0.5
+    assert np.abs(2 * both - one - other)[unclipped].max() <= 2
+    assert np.abs(one - other).max() > 2
+
+
+def test_the_wrong_captions(recipes):
+    rng = np.random.default_rng(0)
+    two, three = (Spec("counting", (Group("circle", n),)) for n in (2, 3))
+    four = Spec("counting", (Group("circle", 4, "red"),))
+    counts = wrong_captions([two, three, four], "counts", rng)
+    assert counts == [["a circle", "three circles"], ["two circles", "four circles"],
+                      ["three red circles"] * 2]  # fmt: skip
+    near = wrong_captions([two, three], "neighbours", rng)
+    assert near == [["three circles"] * 2, ["two circles", "four circles"]]
+    asked = list(specs("position", "train"))
+    for against in ("hard", "in_batch"):
+        for spec, wrong in zip(asked, wrong_captions(asked, against, rng), strict=True):
+            assert len(wrong) == 1 and wrong[0] != caption(spec)
+    with pytest.raises(ValueError, match="no such edit"):
+        wrong_captions(asked, "counts", rng)
+
+
+def test_the_table(flow_base, tmp_path):
+    file = tmp_path / "table.md"
+    arguments = ["--model", str(flow_base), "--scales", "0,1", "--per-category", "6", "--steps", "1",
+                 "--batch-size", "4", "--output", str(file)]  # fmt: skip
+    probe_guidance.main(arguments)
+    head, _, *lines = [line.strip("| ").split(" | ") for line in file.read_text().splitlines()]
+    assert head == ["scale", "right", "too many", "too few"] + [f"right of {n}" for n in (2, 3, 4)]
+    assert [line[0] for line in lines] == ["0", "1"]
+    assert all(0 <= float(cell) <= 1 for line in lines for cell in line[1:])
