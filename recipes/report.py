@@ -11,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from study import BASE, Plan, folder_of, jobs_of
-from world.prompts import rows, specs
-from world.scene import TAGS
+from world.prompts import specs
 
 Floats = npt.NDArray[np.float64]
 
@@ -71,7 +70,7 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
     interval = (
         f"mean ± half of the 95 % interval over {len(plan.seeds)} seeds (Student's t)"
         if several
-        else "score [95 % interval: Wilson's; overall: the six put together]"
+        else "score [95 % interval: Wilson's; overall: the categories' put together]"
     )
     chosen = (
         f"Each at the guidance scale (CFG) that was best on {plan.sweep_per_category} validation "
@@ -86,17 +85,21 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
             f"Model: `{plan.model}`. Seeds {plan.seeds}, {plan.per_category} held-out prompts a category, "
             f"{plan.sampling_steps} sampling steps, the same noise for every method. {chosen} "
             f"Cells: {interval}. Different held-out prompts: "
-            + ", ".join(f"{tag.replace('_', ' ')} {len(specs(tag, 'heldout'))}" for tag in TAGS)
+            + ", ".join(
+                f"{tag.replace('_', ' ')} {len(specs(tag, 'heldout'))}" for tag in plan.categories
+            )
             + "; each is drawn many times, and the intervals of this table leave that out."
         ),
         "",
-        "| | CFG | overall | " + " | ".join(tag.replace("_", " ") for tag in TAGS) + " |",
-        "| --- |" + " --- |" * (len(TAGS) + 2),
+        "| | CFG | overall | "
+        + " | ".join(tag.replace("_", " ") for tag in plan.categories)
+        + " |",
+        "| --- |" + " --- |" * (len(plan.categories) + 2),
     ]
     for name, group in by_method.items():
         cells = [", ".join(dict.fromkeys(f"{result['cfg']:g}" for result in group))]
         cells.append(_cell([result["heldout"] for result in group], "overall"))
-        for tag in TAGS:
+        for tag in plan.categories:
             cells.append(_cell([r["heldout"]["categories"][tag] for r in group], "score"))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", *_preferences(plan, by_method), *_differences(plan, by_method)]
@@ -166,7 +169,7 @@ def _told(mean: float, half: float) -> str:
 
 def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """Against the base and the plan's baselines, image by image on the same noise."""
-    asked = rows("heldout", plan.per_category)
+    asked = plan.prompts("heldout", plan.per_category)
     prompts = np.tile([row["prompt"] for row in asked], len(plan.seeds))
     right = {name: np.concatenate([r["correct"] for r in g]) for name, g in by_method.items()}
     counting = np.tile([row["tag"] == "counting" for row in asked], len(plan.seeds))
@@ -341,7 +344,7 @@ def pictures(plan: Plan, path: Path, counting: int = 8) -> None:
     from world.score import judge
     from world_eval import sheet
 
-    wanted = rows("heldout", plan.per_category)
+    wanted = plan.prompts("heldout", plan.per_category)
     first = {tag: i for i, tag in reversed(list(enumerate(row["tag"] for row in wanted)))}
     several = range(first["counting"], first["counting"] + min(counting, plan.per_category))
     shown = sorted({*first.values(), *several})

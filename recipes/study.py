@@ -25,6 +25,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from world.prompts import rows
+from world.scene import TAGS
+
 BASE = "base"
 RECIPE, AFTER = "recipe", "after"
 
@@ -46,6 +49,7 @@ class Plan:
         model is measured, at `common`'s noise levels; 0: none.
     cfgs: guidance scales of the sweep; a single one is taken as it is. per_category,
         sweep_per_category: held-out and validation prompts a category. sampling_steps: of both.
+    categories: of the world that are scored, counting among them; the overall score is their mean.
     """
 
     model: str
@@ -61,8 +65,13 @@ class Plan:
     sweep_per_category: int = 32
     per_category: int = 100
     sampling_steps: int = 20
+    categories: list[str] = field(default_factory=lambda: list(TAGS))
     pairs: int = 0
     title: str = "Soft tokens on the embedded world"
+
+    def prompts(self, fold: str, per_category: int) -> list[dict[str, Any]]:
+        """GenEval rows of what is scored."""
+        return rows(fold, per_category, tags=self.categories)
 
 
 def read_plan(file: Path, output: str | None = None) -> Plan:
@@ -82,6 +91,10 @@ def read_plan(file: Path, output: str | None = None) -> Plan:
         _refuse_unknown(f"{file}: common, for {name}", values.get("common", {}), known)
     _check_order(file, values)
     _refuse_unknown(f"{file}: baselines", values.get("baselines", []), list(values["methods"]))
+    if not {"counting"} <= set(values.get("categories", TAGS)) <= set(TAGS):
+        raise ValueError(
+            f"{file}: categories: expected counting and others of {TAGS}, got {values['categories']}"
+        )
     if BASE in values["methods"] or BASE in values.get("references", {}):
         raise ValueError(f"{file}: {BASE!r} is the name of the untrained model")
     return Plan(**{**values, "output": output or values["output"]})
@@ -141,7 +154,7 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
     import torch
 
     from evaluate import summarize_with_intervals
-    from generate import read_prompts, sample
+    from generate import sample
     from pairs import implicit_accuracy
     from text_to_image import TextToImage
     from world_eval import verdicts
@@ -172,23 +185,23 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         model.merge_lora(options["merge_lora"])
     model.load_extras(*extras)
 
-    def score(prompts: str, cfg: float, key: str) -> tuple[Any, Any]:
-        rows = read_prompts(prompts)
+    def score(fold: str, number: int, cfg: float, key: str) -> tuple[Any, Any]:
+        asked = plan.prompts(fold, number)
         images = sample(
             model.pipe,
-            [row["prompt"] for row in rows],
-            seeds=[(key, seed, i) for i in range(len(rows))],
+            [row["prompt"] for row in asked],
+            seeds=[(key, seed, i) for i in range(len(asked))],
             steps=plan.sampling_steps,
             cfg=cfg,
         )
-        return images, verdicts(images, rows)
+        return images, verdicts(images, asked)
 
     sweep = {}
     for cfg in plan.cfgs if len(plan.cfgs) > 1 else ():
-        _, judged = score(f"world:validation:{plan.sweep_per_category}", cfg, "sweep")
+        _, judged = score("validation", plan.sweep_per_category, cfg, "sweep")
         sweep[str(cfg)] = summarize_with_intervals(judged)
     best = max(plan.cfgs, key=lambda cfg: sweep[str(cfg)]["overall"] if sweep else 0.0)
-    images, judged = score(f"world:heldout:{plan.per_category}", best, "heldout")
+    images, judged = score("heldout", plan.per_category, best, "heldout")
     np.savez_compressed(folder / "images.npz", images=images)
     result = {
         "method": method,

@@ -8,7 +8,7 @@ prompts and `two_object` only six, so all folds share them. Tune on `validation`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import permutations, product
 from typing import Any
@@ -82,8 +82,10 @@ def scenes(seed: int, fold: str = ALL) -> Iterator[tuple[Spec, Scene]]:
         yield spec, place(spec, rng)
 
 
-def rows(fold: str, per_category: int, seed: int = 0) -> list[dict[str, Any]]:
-    """GenEval rows of a fold: `per_category` a category, grouped by category.
+def rows(
+    fold: str, per_category: int, seed: int = 0, tags: Sequence[str] = TAGS
+) -> list[dict[str, Any]]:
+    """GenEval rows of a fold: `per_category` a category of `tags`, grouped by category.
 
     A category's prompts are shuffled with `seed` and dealt round and round, so that every prompt
     comes equally often (to within one).
@@ -91,8 +93,8 @@ def rows(fold: str, per_category: int, seed: int = 0) -> list[dict[str, Any]]:
     if per_category < 1:
         raise ValueError(f"per_category: expected 1 or more, got {per_category}")
     dealt: list[dict[str, Any]] = []
-    for index, tag in enumerate(TAGS):
-        choices = specs(tag, fold)
+    for tag in tags:
+        choices, index = specs(tag, fold), TAGS.index(tag)
         order = np.random.default_rng([seed, index]).permutation(len(choices))
         dealt += [metadata(choices[order[i % len(choices)]]) for i in range(per_category)]
     return dealt

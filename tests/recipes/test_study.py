@@ -111,10 +111,13 @@ def test_methods_that_train_all_of_the_denoiser(flow_base, tmp_path, monkeypatch
         },
         seeds=[0],
         cfgs=[2.0],
+        categories=["counting", "colors"],
     )
     monkeypatch.setattr(study.subprocess, "call", lambda command, **_: _in_process(command))
     study.main(["--config", str(file), "--jobs", "1"])
     plan, images = study.read_plan(file), {}
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "| | CFG | overall | counting | colors |" in report and "counting 9, colors 2;" in report
     for method in ("base", *plan.methods):
         with np.load(study.folder_of(plan, method, 0) / "images.npz") as saved:
             images[method] = saved["images"].astype(int)
@@ -164,6 +167,8 @@ def _in_process(command):
         ({"methods": {"A": {"after": "D"}, "D": {}}}, "stands before it"),
         ({"methods": {"A": {}, "B": {"after": "A"}}}, "lora_rank or full, and num_tokens: 0"),
         ({"baselines": ["D"]}, "baselines: unknown keys"),
+        ({"categories": ["colors"]}, "categories: expected counting"),
+        ({"categories": ["counting", "cats"]}, "categories: expected counting"),
     ],
 )
 def test_a_wrong_plan_is_named(tmp_path, changes, named):
