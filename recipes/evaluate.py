@@ -4,7 +4,8 @@
     python recipes/evaluate.py --images runs/a --results results.jsonl    by GenEval's evaluator
 
 The second form reads what GenEval's own `evaluate_images.py` writes for real models (one row an
-image: filename, tag, correct, reason). Writes scores.json, scores.md and sheet.png into --images.
+image: filename, tag, correct, reason). Writes scores.json, scores.md and sheet.png into --images; by the
+detector also how far the pixels are from the world's colours, which no verdict shows.
 """
 
 from __future__ import annotations
@@ -138,17 +139,25 @@ def main(arguments: list[str] | None = None) -> None:
 
     import numpy as np
 
+    from world.detect import palette_error
     from world_eval import sheet, verdicts
 
     folder = Path(options.images)
     files, rows = read_images(folder)
-    if options.results:
-        judged = read_results(Path(options.results), files, folder)
-    else:
-        judged = verdicts(np.stack([pixels(file) for file in files]), rows)
+    images = None if options.results else np.stack([pixels(file) for file in files])
+    judged = (
+        read_results(Path(options.results), files, folder)
+        if images is None
+        else verdicts(images, rows)
+    )
     summary = summarize_with_intervals(judged)
-    (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n")
     text = table({folder.name: summary})
+    if images is not None:
+        summary["palette_error"] = float(palette_error(images).mean())
+        text += (
+            f"\n\nPalette error (of 255; a rendered scene has 0): {summary['palette_error']:.2f}"
+        )
+    (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n")
     (folder / "scores.md").write_text(text + "\n")
     shown = np.linspace(0, len(files) - 1, min(options.sheet, len(files))).astype(int)
     sheet(

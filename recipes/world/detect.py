@@ -64,9 +64,15 @@ def _best_template(component: npt.NDArray[np.bool_]) -> tuple[str, float]:
     return best, best_overlap
 
 
+def _distances(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """(..., 3) uint8 -> (..., 5), the distance in RGB to the ground and to each colour."""
+    gaps = pixels[..., None, :].astype(np.float32) - _COLOURS
+    return np.asarray(np.linalg.norm(gaps, axis=-1), dtype=np.float32)
+
+
 def colour_map(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
     """(H, W, 3) uint8 -> (H, W) index into ("ground", *PALETTE, "unclear")."""
-    distance = np.linalg.norm(image[:, :, None, :].astype(np.float32) - _COLOURS, axis=-1)
+    distance = _distances(image)
     nearest = distance.argmin(axis=-1)
     return np.where(distance.min(axis=-1) < CLEAR, nearest, len(_COLOURS))
 
@@ -95,3 +101,12 @@ def detect(image: npt.NDArray[np.uint8]) -> list[Detection]:
             corners = (columns.start, rows.start, columns.stop, rows.stop)
             found.append(Detection(shape, colour, corners, overlap))
     return sorted(found, key=lambda one: (one.box[1], one.box[0]))
+
+
+def palette_error(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """How dirty pictures (N, H, W, 3) are: the RMS distance of their pixels to the palette's nearest colour.
+
+    (N,), in RGB units of 0 to 255. A rendered scene has 0. What `detect` reads through shows here.
+    """
+    squares = _distances(images).min(axis=-1) ** 2
+    return np.asarray(np.sqrt(squares.mean(axis=(1, 2))), dtype=np.float32)

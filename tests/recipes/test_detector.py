@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from world.detect import detect
+from world.detect import detect, palette_error
 from world.prompts import scenes
 from world.render import GROUND, PALETTE, render
 from world.scene import COLOURS, SHAPES, Thing
@@ -111,3 +111,14 @@ def test_empty_image():
 def test_bad_image_is_named():
     with pytest.raises(ValueError, match="uint8"):
         detect(np.zeros((24, 24, 3), dtype=np.float32))
+
+
+def test_palette_error_is_the_distance_to_the_nearest_colour():
+    clean = np.stack([render(scene) for _, scene in islice(scenes(13), 20)])
+    assert np.all(palette_error(clean) == 0)
+    dirty = clean.copy()
+    dirty[:, ::2, :, 0] = np.where(dirty[:, ::2, :, 0] == 255, 235, dirty[:, ::2, :, 0] + 20)
+    np.testing.assert_allclose(palette_error(dirty), 20 / 2**0.5, rtol=1e-5)
+    assert [found(image) for image in dirty] == [found(image) for image in clean]
+    between = np.full((1, 24, 24, 3), (255, 120, 0), dtype=np.uint8)
+    np.testing.assert_allclose(palette_error(between), 120)

@@ -85,7 +85,7 @@ def test_scores_of_a_folder(tmp_path, capsys):
     drawn(tmp_path)
     evaluate.main(["--images", str(tmp_path)])
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores["overall"] == 0.5 and scores["n"] == 24
+    assert scores["overall"] == 0.5 and scores["n"] == 24 and scores["palette_error"] == 0
     for category in scores["categories"].values():
         assert category["score"] == 0.5 and category["under"] == 0.5
         assert category["low"] < 0.5 < category["high"]
@@ -113,7 +113,7 @@ def test_genevals_own_results_make_the_same_table(tmp_path):
     results.write_text("\n".join(json.dumps(line) for line in lines))
     evaluate.main(["--images", str(tmp_path), "--results", str(results)])
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert scores["overall"] == 0.5
+    assert scores["overall"] == 0.5 and "palette_error" not in scores
     assert "over" not in scores["categories"]["counting"]  # its evaluator doesn't say
     results.write_text(json.dumps(lines[0]))
     with pytest.raises(ValueError, match="no result for 00001"):

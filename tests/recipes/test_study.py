@@ -44,6 +44,8 @@ def test_a_study_from_plan_to_report(flow_base, tmp_path, monkeypatch):
     assert len(agsm["correct"]) == 12 and set(agsm["sweep"]) == {"1.0", "2.0"}
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| AGSM |" in text and "| twin |" in text
+    cleanness = text.split("## How clean")[1].split("## ")[0]
+    assert cleanness.count(" ± ") == 3 and "| AGSM | 0.00" not in cleanness
     assert "<table>" in (tmp_path / "out" / "report.html").read_text()
     for name in ("curves.png", "images.png"):
         with Image.open(tmp_path / "out" / name) as picture:
@@ -192,7 +194,7 @@ def test_plans_and_configs_of_the_hosts_say_the_same(host, base, recipes):
     from options import parse
 
     plan = study.read_plan(recipes / "configs" / f"study_{host}.yaml")
-    alone, joint, after = plan.methods.values()
+    alone, joint, after, *_ = plan.methods.values()
     assert alone["recipe"] == joint["recipe"] == f"train_{host}" and after["after"] in plan.methods
     options = study.recipe_of("", joint).Options
     config = recipes / "configs" / f"{host}_{base}.yaml"
