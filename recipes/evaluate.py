@@ -144,19 +144,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     folder = Path(options.images)
     files, rows = read_images(folder)
-    images = None if options.results else np.stack([pixels(file) for file in files])
-    judged = (
-        read_results(Path(options.results), files, folder)
-        if images is None
-        else verdicts(images, rows)
-    )
-    summary = summarize_with_intervals(judged)
+    dirt: dict[str, float] = {}
+    if options.results:
+        judged = read_results(Path(options.results), files, folder)
+    else:
+        images = np.stack([pixels(file) for file in files])
+        judged = verdicts(images, rows)
+        dirt["palette_error"] = float(palette_error(images).mean())
+    summary = summarize_with_intervals(judged) | dirt
     text = table({folder.name: summary})
-    if images is not None:
-        summary["palette_error"] = float(palette_error(images).mean())
-        text += (
-            f"\n\nPalette error (of 255; a rendered scene has 0): {summary['palette_error']:.2f}"
-        )
+    for value in dirt.values():
+        text += f"\n\nPalette error (of 255; a rendered scene has 0): {value:.2f}"
     (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n")
     (folder / "scores.md").write_text(text + "\n")
     shown = np.linspace(0, len(files) - 1, min(options.sheet, len(files))).astype(int)

@@ -1,7 +1,6 @@
 """Muon on the matrices of a model's blocks, AdamW on everything else, as one optimizer.
 
-Muon (Jordan et al., 2024; `torch.optim.Muon`) orthogonalises the momentum of a matrix. On the flow model it
-needs less than half of AdamW's steps.
+Muon (Jordan et al., 2024; `torch.optim.Muon`) orthogonalises the momentum of a matrix.
 """
 
 from __future__ import annotations

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from options import option
 from student import Student, StudentOptions, competitors, data_settings, hard_per_image
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from agsm_loss.integrations.host import StepOutput
@@ -27,7 +28,17 @@ class PreferenceOptions(StudentOptions):
     agsm_warmup: int = option(0, "steps over which lambda rises from 0")
 
 
-# See `run_preference`.
+class Pairs(NamedTuple):
+    """One batch for a host's step: latents, the captions' conditioning, the host's draws and AGSM's."""
+
+    winner: Tensor
+    loser: Tensor
+    text: dict[str, Tensor]
+    draw: torch.Generator
+    own: torch.Generator
+
+
+# (step, student, pairs, **AGSM's and the images' keywords) -> the step's output
 Run = Callable[..., "StepOutput"]
 
 
@@ -37,8 +48,7 @@ def run_preference(
     """Trains on preference pairs.
 
     make_step: student, AGSM regularizer or None, the host's settings -> the step.
-    run: step, student, winner and loser latents, conditioning, the host's generator, AGSM's generator,
-        AGSM's and the images' keywords -> the step's output.
+    run: calls the step on a batch; see `Run`.
     """
     import torch
 
@@ -77,17 +87,8 @@ def run_preference(
         image = model.image_conditioning(batch.winner)
         conditioning = model.encode_prompts(pool)
         with accelerator.autocast():
-            out = run(
-                step,
-                student,
-                winner,
-                loser,
-                conditioning,
-                generator,
-                own,
-                image_conditioning=image,
-                **extra,
-            )
+            pairs = Pairs(winner, loser, conditioning, generator, own)
+            out = run(step, student, pairs, image_conditioning=image, **extra)
         return out.loss, out.metrics
 
     student.train(accelerator, batches, loss, step)

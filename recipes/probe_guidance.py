@@ -59,10 +59,11 @@ def wrong_captions(
     if against == "null":
         return [[""] for _ in specs]
     if against == "in_batch":
-        other = [
-            (i + 1 + int(rng.integers(len(specs) - 1))) % len(specs) for i in range(len(specs))
-        ]
-        return [[caption(specs[i])] for i in other]
+        told = [caption(spec) for spec in specs]
+        others = [[text for text in told if text != own] for own in told]
+        if not all(others):
+            raise ValueError("against in_batch: expected at least two different prompts, got one")
+        return [[texts[int(rng.integers(len(texts)))]] for texts in others]
     chosen = []
     for spec in specs:
         edits = hard_negatives(spec)
@@ -104,8 +105,8 @@ def guided_samples(
     scaled = getattr(scheduler, "scale_model_input", lambda x, _: x)  # flow schedules have none
     side = model.denoiser.config.sample_size
     shape = (model.denoiser.config.in_channels, side, side)
-    texts = [list(prompts), *map(list, zip(*wrong, strict=True))]
-    encoded = [model.encode_prompts(text) for text in texts[: 1 if scale == 0 else None]]
+    texts = [prompts, *zip(*wrong, strict=True)] if scale else [prompts]
+    encoded = [model.encode_prompts(text) for text in texts]
     with torch.no_grad():
         x = torch.stack([torch.randn(shape, generator=draws(seed)) for seed in seeds])
         scheduler.set_timesteps(steps)
@@ -128,19 +129,15 @@ def run(options: Options, say: Callable[[str], Any] = print) -> list[str]:
 
     from text_to_image import TextToImage
     from world.captions import caption, metadata
-    from world.prompts import specs
+    from world.prompts import deal
     from world.scene import MAX_COUNT
     from world_eval import verdicts
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    rng = np.random.default_rng(options.seed)
-    asked: list[Spec] = []
-    for tag in options.categories.split(","):
-        choices = specs(tag, options.fold)
-        order = rng.permutation(len(choices))
-        asked += [choices[order[i % len(choices)]] for i in range(options.per_category)]
-    wrong = wrong_captions(asked, options.against, rng)
+    tags = options.categories.split(",")
+    asked = deal(options.fold, options.per_category, options.seed, tags)
+    wrong = wrong_captions(asked, options.against, np.random.default_rng(options.seed))
     model = TextToImage.load(options.model, torch.float32)
     numbers = [spec.groups[0].count if spec.tag == "counting" else 0 for spec in asked]
     several = [n for n in range(2, MAX_COUNT + 1) if n in numbers]

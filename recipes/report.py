@@ -163,8 +163,8 @@ def _preferences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> l
     return [*lines, ""]
 
 
-def _told(mean: float, half: float) -> str:
-    return f"{mean:.3f}" + ("" if np.isnan(half) else f" ± {half:.3f}")
+def _told(mean: float, half: float, digits: int = 3) -> str:
+    return f"{mean:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
@@ -232,8 +232,7 @@ def _cleanness(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> lis
     ]
     for name, group in by_method.items():
         errors = [palette_error(_images(plan, name, r["seed"])).mean() for r in group]
-        mean, half = spread(errors)
-        lines.append(f"| {name} | {mean:.2f}" + ("" if np.isnan(half) else f" ± {half:.2f}") + " |")
+        lines.append(f"| {name} | {_told(*spread(errors), digits=2)} |")
     return [*lines, ""]
 
 

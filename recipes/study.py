@@ -91,9 +91,10 @@ def read_plan(file: Path, output: str | None = None) -> Plan:
         _refuse_unknown(f"{file}: common, for {name}", values.get("common", {}), known)
     _check_order(file, values)
     _refuse_unknown(f"{file}: baselines", values.get("baselines", []), list(values["methods"]))
-    if not {"counting"} <= set(values.get("categories", TAGS)) <= set(TAGS):
+    categories = values.get("categories", TAGS)
+    if "counting" not in categories or not set(categories) <= set(TAGS):
         raise ValueError(
-            f"{file}: categories: expected counting and others of {TAGS}, got {values['categories']}"
+            f"{file}: categories: expected counting and others of {TAGS}, got {categories}"
         )
     if BASE in values["methods"] or BASE in values.get("references", {}):
         raise ValueError(f"{file}: {BASE!r} is the name of the untrained model")
@@ -171,10 +172,10 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         options.pop(RECIPE, None)
         if before is not None:
             earlier = folder_of(plan, before, seed) / "train"
-            whole = (earlier / "pipeline").exists()
-            options |= {
-                "model" if whole else "merge_lora": str(earlier / ("pipeline" if whole else "lora"))
-            }
+            if (earlier / "pipeline").exists():
+                options["model"] = str(earlier / "pipeline")
+            else:
+                options["merge_lora"] = str(earlier / "lora")
         began = time.time()
         recipe.main(["--resume", *_flags(options)])
         seconds = time.time() - began

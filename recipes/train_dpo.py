@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from options import option, parse
-from preference import PreferenceOptions, run_preference
+from preference import Pairs, PreferenceOptions, run_preference
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
             student.denoiser, scheduler, reference=student.reference, agsm=agsm, **settings
         )
 
-    def run(
-        step: Any,
-        student: Any,
-        winner: Any,
-        loser: Any,
-        text: Any,
-        draw: Any,
-        own: Any,
-        **extra: Any,
-    ) -> Any:
+    def run(step: Any, student: Any, pairs: Pairs, **extra: Any) -> Any:
+        winner, loser, text, draw, _ = pairs
         noise = torch.randn(winner.shape, generator=draw).to(winner)
         return step(winner, loser, text, student.timesteps(len(winner), draw), noise, **extra)
 

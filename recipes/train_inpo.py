@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from options import option, parse
-from preference import PreferenceOptions, run_preference
+from preference import Pairs, PreferenceOptions, run_preference
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
             **settings,
         )
 
-    def run(
-        step: Any,
-        student: Any,
-        winner: Any,
-        loser: Any,
-        text: Any,
-        draw: Any,
-        own: Any,
-        **extra: Any,
-    ) -> Any:
+    def run(step: Any, student: Any, pairs: Pairs, **extra: Any) -> Any:
+        winner, loser, text, draw, own = pairs
         step.generator = draw
         if step.agsm is not None and options.agsm_noise == "gaussian":
             times = student.timesteps(len(winner), own)

@@ -82,19 +82,24 @@ def scenes(seed: int, fold: str = ALL) -> Iterator[tuple[Spec, Scene]]:
         yield spec, place(spec, rng)
 
 
-def rows(
-    fold: str, per_category: int, seed: int = 0, tags: Sequence[str] = TAGS
-) -> list[dict[str, Any]]:
-    """GenEval rows of a fold: `per_category` a category of `tags`, grouped by category.
+def deal(fold: str, per_category: int, seed: int = 0, tags: Sequence[str] = TAGS) -> list[Spec]:
+    """Specs of a fold: `per_category` a category of `tags`, grouped by category.
 
     A category's prompts are shuffled with `seed` and dealt round and round, so that every prompt
     comes equally often (to within one).
     """
     if per_category < 1:
         raise ValueError(f"per_category: expected 1 or more, got {per_category}")
-    dealt: list[dict[str, Any]] = []
+    dealt: list[Spec] = []
     for tag in tags:
         choices, index = specs(tag, fold), TAGS.index(tag)
         order = np.random.default_rng([seed, index]).permutation(len(choices))
-        dealt += [metadata(choices[order[i % len(choices)]]) for i in range(per_category)]
+        dealt += [choices[order[i % len(choices)]] for i in range(per_category)]
     return dealt
+
+
+def rows(
+    fold: str, per_category: int, seed: int = 0, tags: Sequence[str] = TAGS
+) -> list[dict[str, Any]]:
+    """The GenEval rows of `deal`."""
+    return [metadata(spec) for spec in deal(fold, per_category, seed, tags)]

@@ -9,7 +9,7 @@ from generate import sample
 from probe_guidance import guided_samples, wrong_captions
 from text_to_image import TextToImage
 from world.captions import caption
-from world.prompts import specs
+from world.prompts import deal, specs
 from world.scene import Group, Spec
 
 PROMPTS = ["two circles", "a red square", "three triangles"]
@@ -40,7 +40,7 @@ def test_several_wrong_captions_are_averaged(flow_base):
     assert np.abs(one - other).max() > 2
 
 
-def test_the_wrong_captions(recipes):
+def test_the_wrong_captions():
     rng = np.random.default_rng(0)
     two, three = (Spec("counting", (Group("circle", n),)) for n in (2, 3))
     four = Spec("counting", (Group("circle", 4, "red"),))
@@ -55,11 +55,16 @@ def test_the_wrong_captions(recipes):
             assert len(wrong) == 1 and wrong[0] != caption(spec)
     with pytest.raises(ValueError, match="no such edit"):
         wrong_captions(asked, "counts", rng)
+    dealt = deal("validation", 40, tags=["counting"])  # nine prompts, each several times
+    for spec, (wrong,) in zip(dealt, wrong_captions(dealt, "in_batch", rng), strict=True):
+        assert wrong != caption(spec)
+    with pytest.raises(ValueError, match="two different prompts"):
+        wrong_captions([two, two], "in_batch", rng)
 
 
 def test_the_table(flow_base, tmp_path):
     file = tmp_path / "table.md"
-    arguments = ["--model", str(flow_base), "--scales", "0,1", "--per-category", "6", "--steps", "1",
+    arguments = ["--model", str(flow_base), "--scales", "0,1", "--per-category", "9", "--steps", "1",
                  "--batch-size", "4", "--output", str(file)]  # fmt: skip
     probe_guidance.main(arguments)
     head, _, *lines = [line.strip("| ").split(" | ") for line in file.read_text().splitlines()]
