@@ -43,8 +43,9 @@ OURS = {"agsm": AGSMRegularizer, "attached": AttachedTokens, "saved": SavedToken
 
 
 def added(hunk):
-    """A hunk's added lines as a module of their own."""
-    lines = [line[1:] for line in hunk.splitlines() if line.startswith("+")]
+    """A hunk's added lines as a module of their own; with its context where it takes lines away."""
+    kept = "+ " if re.search("^-", hunk, re.MULTILINE) else "+"
+    lines = [line[1:] for line in hunk.splitlines() if line[:1] in kept]
     text = textwrap.dedent("\n".join(lines))
     return ast.parse(text + " pass" if text.endswith(":") else text)
 
@@ -74,4 +75,4 @@ def test_the_patches_name_what_there_is(number):
         else:
             continue
         checked += 1
-    assert checked >= (0 if number == 2 else 5)  # the third is one line of torch
+    assert checked >= (1 if number == 2 else 5)  # the third is the second's call again
