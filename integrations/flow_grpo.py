@@ -78,6 +78,7 @@ def sample_sde(
     *,
     num_steps: int = 10,
     noise_level: float = 0.7,
+    mu: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Trajectory:
     """A rollout of the SDE; its last step is Euler's, so that the picture is without noise.
@@ -85,17 +86,19 @@ def sample_sde(
     Args:
         denoise: x (B, *D), timesteps (B,) -> v.
         scheduler: a flow-matching scheduler, for its σ's.
+        mu: the shift of a scheduler with dynamic shifting (Flux, Qwen-Image); by default as in their pipelines,
+            by the number of 2x2 patches.
         generator: CPU generator of all draws.
 
     Raises:
-        ValueError: another scheduler, fewer than two steps, or a noise level not above 0.
+        ValueError: another scheduler, fewer than two steps, a noise level not above 0, or mu for a fixed shift.
     """
     if prediction_type(scheduler) != "flow" or num_steps < 2 or not noise_level > 0:
         raise ValueError(
             "expected a flow-matching scheduler, 2 steps at least and noise_level > 0, got "
             f"{type(scheduler).__name__}, {num_steps} and {noise_level}."
         )
-    scheduler.set_timesteps(num_steps)
+    _set_timesteps(scheduler, num_steps, noise, mu)
     sigmas = scheduler.sigmas.to(noise.device)
     x, states, log_probs = noise, [noise], []
     for sigma, following in pairwise(sigmas):
@@ -109,6 +112,22 @@ def sample_sde(
             torch.full((len(x),), torch.nan).to(x) if last else mean_log_prob(x, mean, std)
         )
     return Trajectory(torch.stack(states), sigmas, torch.stack(log_probs))
+
+
+def _set_timesteps(scheduler: Any, number: int, noise: Tensor, mu: float | None) -> None:
+    config = scheduler.config
+    if not config.get("use_dynamic_shifting", False):
+        if mu is not None:
+            raise ValueError("mu: the scheduler's shift is fixed (use_dynamic_shifting is False).")
+        scheduler.set_timesteps(number)
+        return
+    if mu is None:
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        patches = (noise.shape[-2] // 2) * (noise.shape[-1] // 2)
+        mu = calculate_shift(patches, *(config[name] for name in names))
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / number, number).tolist(), mu=mu)
 
 
 def group_advantages(rewards: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]:

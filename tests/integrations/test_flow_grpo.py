@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from pipelines_tiny import speaking_pipeline
 from preference_setup import Setup
 
 from agsm_loss import Bank
@@ -104,6 +105,22 @@ def test_agsm_is_added_and_absent_without_it():
         both(*given)
     both.after_step()
     assert agsm.ema.num_updates == 1
+
+
+def test_dynamic_shifting_is_that_of_the_pipeline(tmp_path):
+    pipe = FluxPipeline.from_pretrained(speaking_pipeline("flux", tmp_path))
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=9.0)
+    side = 16 * pipe.vae_scale_factor
+    pipe("a", height=side, width=side, num_inference_steps=4, output_type="latent")
+    wanted, noise = pipe.scheduler.sigmas.clone(), torch.randn(1, 1, 16, 16)
+
+    def sigmas(**mu):
+        return sample_sde(lambda x, t: x, pipe.scheduler, noise, num_steps=4, **mu).sigmas
+
+    torch.testing.assert_close(sigmas(), wanted)
+    assert (sigmas(mu=2.0)[1:-1] > wanted[1:-1]).all()
+    with pytest.raises(ValueError, match="mu"):
+        sample_sde(lambda x, t: x, FlowMatchEulerDiscreteScheduler(), noise, mu=1.0)
 
 
 def test_advantages_are_standardised_within_a_prompt():
