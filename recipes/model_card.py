@@ -35,7 +35,7 @@ image = pipe("three red circles", guidance_scale=1.5{arguments}).images[0]
 
 Seed {seed}, {steps:,} steps of {batch_size} images{start}, rendered on the fly from all of the
 world's prompts (`recipes/world`), {optimizer} at {lr:g}, the last {decay:,} steps falling to zero; saved are
-the EMA weights (decay {ema_decay}).
+the EMA weights (decay {ema_decay}). Noise levels: {levels}.
 
 Captions: {corruption}. {drop:.0%} are left empty for classifier-free guidance.
 
@@ -77,6 +77,9 @@ def write_card(
         start=f", from the weights of `{options['init_from']}`" if options["init_from"] else "",
         corruption=_captions(options),
         drop=options["drop_caption"],
+        levels="uniform"
+        if options["uniform_levels"]
+        else f"logit-normal around {options['sigma_logit']:g}",
         optimizer={"adamw": "AdamW", "muon": "Muon with AdamW"}[options["optimizer"]],
         n=last["n"],
         table="\n".join(rows),
@@ -133,12 +136,14 @@ def _curve(
     left.plot(*zip(*losses, strict=True))
     left.set(title="training loss", xlabel="step", yscale="log")
     steps = [line["step"] for line in scored]
-    right.plot(steps, [line["scores"]["overall"] for line in scored], label="overall", lw=2.5)
+    right.plot(steps, [line["scores"]["overall"] for line in scored], "o-", label="overall", lw=2.5)
     for tag in TAGS:
         right.plot(
             steps,
             [line["scores"]["categories"][tag]["score"] for line in scored],
+            "o-",
             label=tag,
+            ms=3,
             lw=0.9,
         )
     right.set(title="validation scores", xlabel="step", ylim=(0, 1))

@@ -52,7 +52,8 @@ class Options(TrainingOptions):
     )
     lr: float = option(1e-2, "the optimizer's peak learning rate")
     adamw_lr: float = option(1e-3, "of what Muon leaves to AdamW")
-    sigma_logit: float = option(1.2, "flow: mean of logit(sigma) of the noise levels")
+    sigma_logit: float = option(1.2, "mean of the logit of the noise levels (eps: of t / 1000)")
+    uniform_levels: bool = option(False, "noise levels drawn uniformly instead")
     weight_decay: float = option(0.01, "of all of it")
     beta2: float = option(0.99, "AdamW's second beta")
     ema_decay: float = option(0.999, "of the weights that are scored and saved")
@@ -100,12 +101,13 @@ def build(options: Options) -> torch.nn.Module:
     """The model to train, random or with the weights of `init_from`."""
     import diffusers
 
-    from world_models import BASES
+    from world_models import BASES, NoiseLevels
 
-    if options.base == "epsilon" and options.sigma_logit != Options.sigma_logit:
-        raise ValueError("sigma_logit: for flow; epsilon draws its timesteps uniformly")
-    noise = {"sigma_logit": options.sigma_logit} if options.base == "flow" else {}
-    model = BASES[options.base](width=options.width, layers=options.layers, **noise)
+    model = BASES[options.base](
+        width=options.width,
+        layers=options.layers,
+        levels=NoiseLevels(options.sigma_logit, options.uniform_levels),
+    )
     if options.init_from:
         saved = diffusers.DiffusionPipeline.from_pretrained(options.init_from)
         for name, part in model.pipeline().components.items():

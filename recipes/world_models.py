@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -146,6 +147,24 @@ def silent_t5(width: int) -> tuple[T5EncoderModel, T5TokenizerFast]:
     return encoder.requires_grad_(False), tokenizer
 
 
+@dataclass(frozen=True)
+class NoiseLevels:
+    """Draws noise levels in (0, 1): logit-normal around `logit`, or uniform.
+
+    Captions decide above 0.7, where errors of eps are small beside those at little noise: drawn uniformly, a step
+    is mostly about pixels.
+    """
+
+    logit: float = 1.2
+    uniform: bool = False
+
+    def __call__(self, number: int, generator: torch.Generator) -> Tensor:
+        """(number,), by a CPU generator."""
+        if self.uniform:
+            return torch.rand(number, generator=generator)
+        return torch.sigmoid(torch.randn(number, generator=generator) + self.logit)
+
+
 class FlowBase(nn.Module):
     """Flow matching: x_t = (1 - s) x_0 + s eps with s logit-normal, target eps - x_0.
 
@@ -154,14 +173,18 @@ class FlowBase(nn.Module):
     with 1 (fast: `pipe(prompt, max_sequence_length=1)`) and with 256.
 
     width, layers: of the transformer; heads have 32 channels. text_width: of each encoder.
-    sigma_logit: mean of logit(s) in training; captions decide where s is above 0.7.
+    levels: of the noise, in training.
     """
 
     def __init__(
-        self, width: int = 128, layers: int = 6, text_width: int = 64, sigma_logit: float = 1.2
+        self,
+        width: int = 128,
+        layers: int = 6,
+        text_width: int = 64,
+        levels: NoiseLevels | None = None,
     ) -> None:
         super().__init__()
-        self.sigma_logit = sigma_logit
+        self.levels = levels or NoiseLevels()
         self.tokenizer = build_tokenizer()
         config = _text_config(self.tokenizer, text_width)
         self.text_encoder = CLIPTextModelWithProjection(config)
@@ -200,8 +223,7 @@ class FlowBase(nn.Module):
         draw = torch.multinomial(torch.tensor(T5_CHANCES), 1, generator=generator)
         text, pooled = self.encode(captions, T5_LENGTHS[int(draw)])
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        normal = torch.randn(len(latents), generator=generator)
-        sigma = torch.sigmoid(normal + self.sigma_logit).to(latents)
+        sigma = self.levels(len(latents), generator).to(latents)
         s = sigma[:, None, None, None]
         prediction = self.denoiser(
             hidden_states=(1 - s) * latents + s * noise,
@@ -229,15 +251,22 @@ class FlowBase(nn.Module):
 
 
 class EpsilonBase(nn.Module):
-    """DDPM with Stable Diffusion's schedule, target eps, t uniform.
+    """DDPM with Stable Diffusion's schedule, target eps.
 
     width: channels at full resolution; twice and four times that at 12x12 and 6x6. layers: of
     the 6x6 level, the only one with attention (one of its positions is 4x4 pixels, as the patches
-    of FlowBase are); the others have one.
+    of FlowBase are); the others have one. levels: of t / 1000, in training.
     """
 
-    def __init__(self, width: int = 24, layers: int = 2, text_width: int = 128) -> None:
+    def __init__(
+        self,
+        width: int = 24,
+        layers: int = 2,
+        text_width: int = 128,
+        levels: NoiseLevels | None = None,
+    ) -> None:
         super().__init__()
+        self.levels = levels or NoiseLevels()
         self.tokenizer = build_tokenizer()
         self.text_encoder = CLIPTextModel(_text_config(self.tokenizer, text_width))
         self.denoiser = UNet2DConditionModel(
@@ -269,7 +298,7 @@ class EpsilonBase(nn.Module):
         ids = token_ids(self.tokenizer, captions, self.denoiser.device)
         text = self.text_encoder(ids).last_hidden_state
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        steps = torch.randint(1000, (len(latents),), generator=generator).to(latents.device)
+        steps = (1000 * self.levels(len(latents), generator)).long().to(latents.device)
         noisy = self.scheduler.add_noise(latents, noise, steps)
         prediction = self.denoiser(noisy, steps, encoder_hidden_states=text, return_dict=False)[0]
         return (prediction.float() - noise).square().mean(dim=(1, 2, 3))

@@ -85,12 +85,39 @@ def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], again[name]) for name in one)
 
 
-def test_adamw_alone_and_noise_for_the_wrong_base(tmp_path):
+def test_adamw_alone(tmp_path):
     train_base.main(["--width", "32", *SMALL, "--optimizer", "adamw", "--lr", "0.001",
                      "--output", str(tmp_path / "adamw")])  # fmt: skip
     assert "AdamW at 0.001" in (tmp_path / "adamw" / "pipeline" / "README.md").read_text()
-    with pytest.raises(ValueError, match="sigma_logit: for flow"):
-        train_base.main(["--base", "epsilon", "--sigma-logit", "0.5", "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("base", ["flow", "epsilon"])
+def test_noise_levels_of_training(base, monkeypatch):
+    draws = torch.Generator().manual_seed(0)
+    uniform = world_models.NoiseLevels(uniform=True)(4000, draws)
+    torch.testing.assert_close(uniform.quantile(torch.tensor([0.25, 0.5, 0.75])),
+                               torch.tensor([0.25, 0.5, 0.75]), atol=0.03, rtol=0)  # fmt: skip
+    logits = world_models.NoiseLevels(logit=0.5)(4000, draws).logit()
+    assert abs(logits.mean() - 0.5) < 0.05 and abs(logits.std() - 1) < 0.05
+
+    seen = []
+    for flags in (["--sigma-logit", "3"], ["--uniform-levels"]):
+        options = train_base.parse(
+            train_base.Options,
+            "",
+            ["--base", base, "--width", WIDTHS[base], "--layers", "1", *flags],
+        )
+        model = train_base.build(options)
+        whole = model.denoiser.forward
+
+        def watched(*args, whole=whole, **kwargs):
+            seen.append(kwargs["timestep"] if "timestep" in kwargs else args[1])
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(model.denoiser, "forward", watched)
+        model(torch.zeros(64, 3, 24, 24), ["a red circle"] * 64, draws)
+    assert seen[0].float().mean() > 850 and 400 < seen[1].float().mean() < 600
+    assert seen[0].max() < 1000
 
 
 def test_encoding_equals_the_pipelines():
