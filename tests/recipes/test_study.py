@@ -8,6 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import figures
 import report
 import study
 
@@ -241,5 +242,5 @@ def test_a_frontier_sets_scores_beside_what_was_logged_before_them(tmp_path):
             {"step": 3, "scores": {"overall": 0.3}},
         ]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert report.frontier(plan, "A") == [(2, 2.5, 0.5), (3, 7.5, 0.3)]
+    assert figures.frontier(plan, "A") == [(2, 2.5, 0.5), (3, 7.5, 0.3)]
     assert "| A | 0.500 at 2.500 | 0.300 at 7.500 |" in report._frontier_table(plan)
