@@ -24,7 +24,10 @@ class AGSMLoss(nn.Module):
     Args:
         pos_scale: γ⁺ ≥ 0, how far the matching caption's target is moved along its guidance.
         neg_scale: γ⁻ ≥ 0, how far the other captions' targets are moved against theirs.
-            Published: 1 for SD1.5 and SDXL, 0.1 for SD3. 0 drops the negative term.
+            Published: 1 for SD1.5 and SDXL, 0.1 for SD3. 0 drops the negative term, any γ⁻ above
+            it brings the whole of it: the other captions are trained towards this image, γ⁻Δ
+            short of it. That is for ψ⁻; where captions share what is trained (a LoRA, the
+            denoiser itself), take 0.
         temperature: T of the Plackett–Luce weights: a number (published: 0.1), a tensor () or
             (B,), or an `AdaptiveTemperature`, for errors whose gaps are far from 0.1.
         reward_weight: A(t), a function of the timesteps (B,) to (B,); None for 1. With it, the

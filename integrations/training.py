@@ -65,9 +65,9 @@ class TokenDenoiser(nn.Module):
 class PlainDenoiser(nn.Module):
     """A denoiser without soft tokens as the same kind of module: every bank is the same to it.
 
-    For a LoRA or full fine-tuning alone. Positives and negatives then share their weights, which the
-    paper's ablation of the banks warns of: start with a small γ⁻. The model may be wrapped already
-    (DDP, torch.compile), as a host's script has it after `accelerator.prepare`.
+    For a LoRA or full fine-tuning alone. Positives and negatives then share their weights: take γ⁻ = 0
+    (`AGSMLoss`). The model may be wrapped already (DDP, torch.compile), as a host's script has it after
+    `accelerator.prepare`.
 
     forward: as `TokenDenoiser`'s.
     """

@@ -3,7 +3,7 @@
     trainer = AGSMDDPOTrainer(
         config, reward, prompts, pipeline,                        # trl's own arguments
         agsm=lambda denoiser, parameters: AGSMRegularizer(
-            denoiser, EMA(parameters, decay=0.999), AGSMLoss(neg_scale=0.1), weight=0.5
+            denoiser, EMA(parameters, decay=0.999), AGSMLoss(neg_scale=0), weight=1.0
         ),
         batches=my_pairs,                                         # or best=0.25: the run's own
     )

@@ -9,6 +9,7 @@ Under `--output`: tokens/ (SavedTokens), lora/, or pipeline/ where all of the de
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from agsm_loss.integrations.host import Clean
     from captioned import Batch
     from text_to_image import TextToImage
+
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ class AGSMOptions:
     """AGSM's own, and what it trains on."""
 
     pos_scale: float = option(1.0, "gamma+ of AGSM")
-    neg_scale: float = option(0.1, "gamma- of AGSM")
+    neg_scale: float = option(
+        0.1, "gamma- of AGSM; 0 where a LoRA or the denoiser is trained, which all captions share"
+    )
     temperature: float = option(0.1, "T of AGSM's Plackett-Luce weights")
     entropy: float = option(0.0, "adapt T to this share of the weights' largest entropy; 0: fixed")
     ema_decay: float = option(0.9999, "of AGSM's EMA model")
@@ -164,6 +169,12 @@ class Student:
         from agsm_loss import EMA, AdaptiveTemperature, AGSMLoss, AGSMRegularizer
 
         options = self.options
+        if options.neg_scale and (options.lora_rank or options.full):
+            LOGGER.warning(
+                "neg_scale: %g trains weights that all captions share towards this image for wrong "
+                "captions too; take --neg-scale 0 with --lora-rank or --full.",
+                options.neg_scale,
+            )
         temperature: Any = options.temperature
         if options.entropy:
             temperature = AdaptiveTemperature(options.entropy)

@@ -134,6 +134,15 @@ def test_what_makes_no_sense_is_refused(flow_base, tmp_path):
         TextToImage(object())
 
 
+@pytest.mark.parametrize(("flags", "warned"), [
+    (["--lora-rank", "2"], True), (["--full"], True), ([], False),
+    (["--lora-rank", "2", "--neg-scale", "0"], False),
+])  # fmt: skip
+def test_a_negative_term_on_shared_weights_is_warned_of(flow_base, tmp_path, caplog, flags, warned):
+    train(flow_base, tmp_path, "--steps", "1", *flags)
+    assert ("neg_scale: 0.1" in caplog.text) == warned
+
+
 def test_two_processes_train_the_same_tokens_on_other_batches(flow_base, tmp_path, recipes):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                "2", str(recipes / "train_agsm.py"), "--model", str(flow_base),
