@@ -10,12 +10,13 @@ loss is a sum over (image, caption) pairs, so the pairs can be worked through a 
 with the same gradient, and over a random subset of the negatives with the same gradient on average.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -67,6 +68,11 @@ class AGSMRegularizer:
             `torch.initial_seed()`, so that the host's random stream stays as it is. Give each rank
             a different seed.
         allow_empty: accept batches in which no image has a negative (as in `in_batch_candidates`).
+        shared: what is trained and all captions share (a LoRA, the denoiser's own weights). The
+            negatives' gradient stops there and is left to ψ⁻: else shared weights learn this image
+            for wrong captions. Those passes run with `requires_grad` off for these parameters, so
+            checkpointing inside the denoiser cannot be on (torch raises a CheckpointError); take
+            `chunk_size` instead. Two student passes in place of one.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class AGSMRegularizer:
         chunk_size: int | None = None,
         generator: torch.Generator | None = None,
         allow_empty: bool = False,
+        shared: Iterable[nn.Parameter] = (),
     ) -> None:
         for name, size in (("train_negatives", train_negatives), ("chunk_size", chunk_size)):
             if size is not None and size < 1:
@@ -94,6 +101,13 @@ class AGSMRegularizer:
         self.chunk_size = chunk_size
         self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
         self.allow_empty = allow_empty
+        self.shared = list(shared)
+        held = {id(one) for one in self.shared}
+        if self.loss.neg_scale > 0 and all(id(one) in held for one in ema.parameters):
+            raise ValueError(
+                f"shared: expected some of the {len(ema.parameters)} parameters that the EMA follows to be "
+                "left to the negatives, got all. Train soft tokens beside them, or take neg_scale=0."
+            )
         self.step = 0
 
     def __call__(
@@ -156,7 +170,7 @@ class AGSMRegularizer:
             own = _Pairs(torch.arange(batch), candidates.positives)
             errors = _weighted_errors(pred, guided, own, coefficients, errors)
             todo = todo & ~positive
-        for chunk in _Pairs.where(todo).split(self.chunk_size):
+        for chunk in self._chunks(todo, positive):
             values = self._student_errors(inputs, guided, chunk, coefficients, errors)
             if backward is not None:
                 backward(values.sum() * weight)
@@ -254,6 +268,11 @@ class AGSMRegularizer:
             positive, valid, neg_scale=self.loss.neg_scale, dtype=torch.float64
         )
 
+    def _chunks(self, todo: Tensor, positive: Tensor) -> "list[_Pairs]":
+        """What the student is run on, pass by pass; a pass with `shared` has one kind of pairs."""
+        kinds = [todo & positive, todo & ~positive] if self.shared else [todo]
+        return [chunk for kind in kinds for chunk in _Pairs.where(kind).split(self.chunk_size)]
+
     def _student_errors(
         self,
         inputs: "_Inputs",
@@ -269,12 +288,33 @@ class AGSMRegularizer:
             _checked(pred, inputs.noisy, chunk)
             return _weighted_errors(pred, guided, chunk, coefficients, torch.zeros_like(errors))
 
+        matching = bool((chunk.columns == inputs.candidates.positives[chunk.rows]).all())
+        stopped = [] if matching else self.shared
         if self.chunk_size is None or not torch.is_grad_enabled():
-            return run(*inputs.of(chunk))
-        return checkpoint(run, *inputs.of(chunk), use_reentrant=False)
+            with _without_gradient(stopped):
+                return run(*inputs.of(chunk))
+        return checkpoint(
+            run,
+            *inputs.of(chunk),
+            use_reentrant=False,
+            context_fn=lambda: (_without_gradient(stopped), _without_gradient(stopped)),
+        )
 
     def _idle(self) -> dict[str, Tensor]:
         return {"agsm/weight": torch.zeros(())}
+
+
+@contextmanager
+def _without_gradient(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """What runs here has no gradient to these parameters."""
+    trained = [one for one in parameters if one.requires_grad]
+    for one in trained:
+        one.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for one in trained:
+            one.requires_grad_(True)
 
 
 class _Pairs(NamedTuple):

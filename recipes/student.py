@@ -57,8 +57,11 @@ class AGSMOptions:
     """AGSM's own, and what it trains on."""
 
     pos_scale: float = option(1.0, "gamma+ of AGSM")
-    neg_scale: float = option(
-        0.1, "gamma- of AGSM; 0 where a LoRA or the denoiser is trained, which all captions share"
+    neg_scale: float = option(0.1, "gamma- of AGSM")
+    negatives_train: str = option(
+        "tokens",
+        "what the negative term trains where there is a LoRA too, or --full",
+        ("tokens", "all"),
     )
     temperature: float = option(0.1, "T of AGSM's Plackett-Luce weights")
     entropy: float = option(0.0, "adapt T to this share of the weights' largest entropy; 0: fixed")
@@ -169,12 +172,6 @@ class Student:
         from agsm_loss import EMA, AdaptiveTemperature, AGSMLoss, AGSMRegularizer
 
         options = self.options
-        if options.neg_scale and (options.lora_rank or options.full):
-            LOGGER.warning(
-                "neg_scale: %g trains weights that all captions share towards this image for wrong "
-                "captions too; take --neg-scale 0 with --lora-rank or --full.",
-                options.neg_scale,
-            )
         temperature: Any = options.temperature
         if options.entropy:
             temperature = AdaptiveTemperature(options.entropy)
@@ -189,7 +186,28 @@ class Student:
             num_negatives=self.options.num_negatives,
             chunk_size=options.chunk_size or None,
             allow_empty=True,
+            shared=self._shared(),
         )
+
+    def _shared(self) -> list[torch.nn.Parameter]:
+        """What is trained and the negatives' gradient does not reach."""
+        options = self.options
+        if not options.neg_scale or not (options.lora_rank or options.full):
+            return []
+        if self.attached is None or options.negatives_train == "all":
+            LOGGER.warning(
+                "neg_scale: %g trains weights that all captions share towards this image for wrong "
+                "captions too; take --neg-scale 0, or soft tokens and --negatives-train tokens.",
+                options.neg_scale,
+            )
+            return []
+        if options.gradient_checkpointing:
+            raise ValueError(
+                "negatives_train: tokens: expected no --gradient-checkpointing with --neg-scale above 0 and a "
+                "LoRA or --full. Take --chunk-size, --neg-scale 0, or --negatives-train all."
+            )
+        tokens = {id(one) for one in self.attached.tokens.parameters()}
+        return [one for one in self.parameters if id(one) not in tokens]
 
     def timesteps(self, number: int, generator: torch.Generator) -> torch.Tensor:
         """(number,) as the options draw them."""

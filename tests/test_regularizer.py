@@ -140,6 +140,53 @@ def test_chunks_have_the_same_gradients(chunk_size, reuse, immediate):
     assert max(len(bank) for bank, _ in net.calls) <= chunk_size
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3])
+@pytest.mark.parametrize("immediate", [False, True])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_the_negatives_leave_alone_what_all_captions_share(chunk_size, immediate, reuse):
+    net, batch = problem()
+    loss = AGSMLoss(neg_scale=0.3)
+    candidates = in_batch_candidates(["a", "b", "a", "c"], num_negatives=3)
+    terms = by_hand(net, *batch, candidates, loss)
+    shared, tokens = [*net.query.parameters(), *net.out.parameters()], [*net.tokens.parameters()]
+    expected = [
+        *torch.autograd.grad(terms.positive_term, shared, retain_graph=True),
+        *torch.autograd.grad(terms.loss, tokens),
+    ]
+    x, t, _, cond = batch
+    pred = net(x, t, {"text": cond["text"]}, torch.zeros(B, dtype=torch.long)) if reuse else None
+    ema = EMA(net.parameters())
+    agsm = AGSMRegularizer(net, ema, loss, chunk_size=chunk_size, shared=shared)
+    backward = torch.Tensor.backward if immediate else None
+    out = agsm(*batch, candidates=candidates, pred=pred, backward=backward)
+    torch.testing.assert_close(out.loss.detach(), terms.loss.detach())
+    if out.loss.requires_grad:
+        out.loss.backward()
+    close([p.grad for p in [*shared, *tokens]], expected)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_shared_weights_are_trained_again_after_a_failed_pass():
+    net, batch = problem()
+    shared = [*net.query.parameters(), *net.out.parameters()]
+    agsm = AGSMRegularizer(net, EMA(net.parameters()), AGSMLoss(neg_scale=0.3), shared=shared)
+
+    def fails(noisy, timesteps, conditioning, bank):
+        if torch.is_grad_enabled() and bank.any():
+            assert not any(p.requires_grad for p in shared)
+            raise RuntimeError("out of memory")
+        return net(noisy, timesteps, conditioning, bank)
+
+    agsm.denoiser = fails
+    with pytest.raises(RuntimeError, match="out of memory"):
+        agsm(*batch, captions=CAPTIONS)
+    assert all(p.requires_grad for p in shared)
+    everything = list(net.parameters())
+    with pytest.raises(ValueError, match="shared: expected some of the"):
+        AGSMRegularizer(net, EMA(everything), AGSMLoss(neg_scale=0.3), shared=everything)
+    AGSMRegularizer(net, EMA(everything), AGSMLoss(neg_scale=0.0), shared=everything)
+
+
 def test_chunks_hold_fewer_tensors_for_backward():
     """What autograd keeps doesn't grow with the number of candidates when passes are chunked."""
     kept = {}

@@ -135,12 +135,32 @@ def test_what_makes_no_sense_is_refused(flow_base, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "warned"), [
-    (["--lora-rank", "2"], True), (["--full"], True), ([], False),
-    (["--lora-rank", "2", "--neg-scale", "0"], False),
+    (["--lora-rank", "2", "--negatives-train", "all"], True), (["--full", "--num-tokens", "0"], True),
+    (["--negatives-train", "all"], False), (["--lora-rank", "2"], False),
+    (["--lora-rank", "2", "--negatives-train", "all", "--neg-scale", "0"], False),
 ])  # fmt: skip
 def test_a_negative_term_on_shared_weights_is_warned_of(flow_base, tmp_path, caplog, flags, warned):
-    train(flow_base, tmp_path, "--steps", "1", *flags)
+    train_agsm.main(
+        ["--model", str(flow_base), "--output", str(tmp_path), *FEW, "--steps", "1", *flags]
+    )
     assert ("neg_scale: 0.1" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("flags", [["--lora-rank", "2"], ["--full"]])
+def test_the_negatives_train_the_tokens_alone(flow_base, tmp_path, flags):
+    def trained(name, *more):
+        train(flow_base, tmp_path / name, "--steps", "1", *flags, *more)
+        folder = tmp_path / name / ("lora" if "--lora-rank" in flags else "pipeline/transformer")
+        return load_file(next(folder.glob("*.safetensors")))
+
+    # One step from the same start: the shared weights' gradient is the positive term's (but for
+    # the clipping of the whole, to which Adam is all but blind).
+    none, some = trained("none", "--neg-scale", "0"), trained("some", "--neg-scale", "1")
+    every = trained("all", "--neg-scale", "1", "--negatives-train", "all")
+    torch.testing.assert_close(some, none, rtol=0, atol=2e-5)
+    assert max((every[name] - none[name]).abs().max() for name in none) > 1e-4
+    with pytest.raises(ValueError, match="negatives_train"):
+        trained("checkpointed", "--gradient-checkpointing")
 
 
 def test_two_processes_train_the_same_tokens_on_other_batches(flow_base, tmp_path, recipes):
