@@ -283,22 +283,18 @@ class AGSMRegularizer:
     ) -> Tensor:
         """(B, K) weighted errors of the chunk's pairs, zero elsewhere."""
 
+        matching = bool((chunk.columns == inputs.candidates.positives[chunk.rows]).all())
+        stopped = [] if matching else self.shared
+
         def run(noisy: Tensor, timesteps: Tensor, conditioning: Any, bank: Tensor) -> Tensor:
-            pred = self.denoiser(noisy, timesteps, conditioning, bank, **inputs.image(chunk))
+            with _without_gradient(stopped):
+                pred = self.denoiser(noisy, timesteps, conditioning, bank, **inputs.image(chunk))
             _checked(pred, inputs.noisy, chunk)
             return _weighted_errors(pred, guided, chunk, coefficients, torch.zeros_like(errors))
 
-        matching = bool((chunk.columns == inputs.candidates.positives[chunk.rows]).all())
-        stopped = [] if matching else self.shared
         if self.chunk_size is None or not torch.is_grad_enabled():
-            with _without_gradient(stopped):
-                return run(*inputs.of(chunk))
-        return checkpoint(
-            run,
-            *inputs.of(chunk),
-            use_reentrant=False,
-            context_fn=lambda: (_without_gradient(stopped), _without_gradient(stopped)),
-        )
+            return run(*inputs.of(chunk))
+        return checkpoint(run, *inputs.of(chunk), use_reentrant=False)
 
     def _idle(self) -> dict[str, Tensor]:
         return {"agsm/weight": torch.zeros(())}

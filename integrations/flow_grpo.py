@@ -86,8 +86,8 @@ def sample_sde(
     Args:
         denoise: x (B, *D), timesteps (B,) -> v.
         scheduler: a flow-matching scheduler, for its σ's.
-        mu: the shift of a scheduler with dynamic shifting (Flux, Qwen-Image); by default as in their pipelines,
-            by the number of 2x2 patches.
+        mu: the shift of a scheduler with dynamic shifting; by default as in Flux's pipeline, by the number of
+            2x2 patches.
         generator: CPU generator of all draws.
 
     Raises:
