@@ -5,8 +5,10 @@ belongs to image i), then any hard negatives, image by image. `Candidates.index`
 the pool stands in each column; column 0 is the image's own caption (in the grid, column i).
 
 False negatives never compete: a caption with the same text as one of the image's own, or one that
-belongs to another row of the same image id (COCO has five captions an image). Two candidates of an
-image never have the same text. Where there are fewer than asked for, columns are masked.
+belongs to another row of the same image id (COCO has five captions an image). The empty caption "",
+which classifier-free guidance is trained with, fits every image: it competes for none, and an image
+under it has no negatives. Two candidates of an image never have the same text. Where there are fewer
+than asked for, columns are masked.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -16,6 +18,8 @@ from itertools import accumulate, chain
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+EMPTY = ""
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,10 @@ def mixed_candidates(
     rows: list[list[int]] = []
     for i, (hard, start) in enumerate(zip(hard_negatives, starts, strict=False)):
         taken = set(own[image_ids[i]])
-        hard_rows = _distinct(((start + h, text) for h, text in enumerate(hard)), taken)
         order = torch.randperm(batch, generator=generator).tolist() if num_negatives else []
+        if captions[i] == EMPTY:
+            hard, order = (), []
+        hard_rows = _distinct(((start + h, text) for h, text in enumerate(hard)), taken)
         others = _distinct(((j, captions[j]) for j in order), taken)
         rows.append(_pad(hard_rows, num_hard) + _pad(others[:num_negatives], num_negatives))
     columns = torch.tensor(rows, dtype=torch.long)
@@ -161,7 +167,8 @@ def grid_candidates(
     mask = torch.eye(batch, dtype=torch.bool)
     for i in range(batch):
         taken = set(own[image_ids[i]])
-        mask[i, _distinct(enumerate(captions), taken)] = True
+        if captions[i] != EMPTY:
+            mask[i, _distinct(enumerate(captions), taken)] = True
     if int(mask.sum()) == batch and not allow_empty:
         raise ValueError(_no_negatives(captions, image_ids))
     own_rows = torch.arange(batch)
@@ -203,7 +210,7 @@ def _captions_of_images(
 ) -> dict[Hashable, set[Hashable]]:
     own: dict[Hashable, set[Hashable]] = {}
     for image, caption in zip(image_ids, captions, strict=True):
-        own.setdefault(image, set()).add(caption)
+        own.setdefault(image, {EMPTY}).add(caption)
     return own
 
 

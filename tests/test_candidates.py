@@ -14,7 +14,9 @@ from agsm_loss import (
     mixed_candidates,
 )
 
-BATCHES = st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 4)), min_size=1, max_size=9)
+BATCHES = st.lists(
+    st.tuples(st.sampled_from(["", *"abcdef"]), st.integers(0, 4)), min_size=1, max_size=9
+)
 
 
 def check(candidates, captions, image_ids, pool):
@@ -31,7 +33,8 @@ def check(candidates, captions, image_ids, pool):
             for j in range(candidates.index.shape[1])
             if candidates.mask[i, j] and j != y
         ]
-        assert len(set(texts)) == len(texts) and not own & set(texts)
+        assert len(set(texts)) == len(texts) and not (own | {""}) & set(texts)
+        assert captions[i] or not texts
         assert (candidates.index[i][~candidates.mask[i]] == i).all()
 
 
@@ -53,7 +56,7 @@ def test_in_batch(rows, num_negatives, seed):
     check(candidates, captions, image_ids, captions)
     for i in range(len(rows)):
         own = {c for c, image in rows if image == image_ids[i]}
-        available = len(set(captions) - own)
+        available = len(set(captions) - own - {""}) if captions[i] else 0
         assert int(candidates.mask[i].sum()) == 1 + min(num_negatives, available)
     again = draw()
     assert torch.equal(candidates.index, again.index) and torch.equal(candidates.mask, again.mask)
@@ -69,10 +72,12 @@ def test_mixed(rows, num_negatives, seed):
         num_negatives=num_negatives,
         image_ids=image_ids,
         generator=torch.Generator().manual_seed(seed),
+        allow_empty=True,
     )
     check(candidates, captions, image_ids, caption_pool(captions, hard))
     assert candidates.index.shape[1] == 1 + max(map(len, hard)) + num_negatives
-    assert candidates.mask[:, 1].all()  # the edited caption is everybody's first hard negative
+    # the edited caption is the first hard negative, but for dropped captions
+    assert candidates.mask[:, 1].tolist() == [bool(c) for c in captions]
 
 
 @given(BATCHES)
@@ -89,6 +94,14 @@ def test_the_published_case_by_hand():
     assert candidates.index[:, 0].tolist() == [0, 1, 2, 3]
     assert [sorted(row) for row in candidates.index.tolist()] == [[0, 1, 2, 3]] * 4
     assert candidates.mask.all() and candidates.positives.tolist() == [0, 0, 0, 0]
+
+
+def test_a_dropped_caption_stands_alone():
+    captions, hard = ["a", "", "b"], [["c", ""], ["d"], []]
+    candidates = mixed_candidates(captions, hard, num_negatives=2)
+    assert candidates.index.tolist() == [[0, 3, 0, 2, 0], [1] * 5, [2, 2, 2, 0, 2]]
+    assert candidates.mask.sum(1).tolist() == [3, 1, 2]
+    assert grid_candidates(captions).mask.sum(1).tolist() == [2, 1, 2]
 
 
 def test_ids_serve_as_captions():

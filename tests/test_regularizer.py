@@ -315,11 +315,12 @@ def test_hard_negatives_from_a_larger_pool():
     torch.testing.assert_close(out.loss, expected.loss)
 
 
-def test_a_batch_without_negatives():
+@pytest.mark.parametrize("captions", [["same"] * B, ["", *CAPTIONS[:1], *[""] * (B - 2)]])
+def test_a_batch_without_negatives(captions):
     net, batch = problem()
     agsm = AGSMRegularizer(net, EMA(net.parameters()), allow_empty=True)
     x, t, target, cond = batch
-    out = agsm(*batch, captions=["same"] * B)
+    out = agsm(*batch, captions=captions)
     expected = (net(x, t, cond, torch.zeros(B, dtype=torch.long)) - target).square().mean()
     torch.testing.assert_close(out.loss, expected)
     assert all(value.isfinite() for value in out.metrics.values())
