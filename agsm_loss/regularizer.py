@@ -17,16 +17,15 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from agsm_loss import _checks
 from agsm_loss import functional as AF
+from agsm_loss._inputs import Inputs, Pairs, checked
 from agsm_loss.candidates import Candidates, in_batch_candidates
 from agsm_loss.ema import EMA
 from agsm_loss.loss import AGSMLoss
 from agsm_loss.schedule import Schedule, as_schedule
-from agsm_loss.soft_tokens import Bank
 
 
 @runtime_checkable
@@ -158,7 +157,7 @@ class AGSMRegularizer:
         candidates = self._candidates(noisy, target, captions, image_ids, candidates, pred)
         batch, num_candidates = candidates.index.shape
         timesteps = timesteps.expand(batch) if timesteps.ndim == 0 else timesteps
-        inputs = _Inputs(noisy, timesteps, conditioning, image_conditioning or {}, candidates)
+        inputs = Inputs(noisy, timesteps, conditioning, image_conditioning or {}, candidates)
         inputs.check()
 
         guided = self._guide(inputs, target)
@@ -167,7 +166,7 @@ class AGSMRegularizer:
         errors = target.new_zeros(batch, num_candidates, dtype=guided.targets.dtype)
         todo = coefficients > 0
         if pred is not None:
-            own = _Pairs(torch.arange(batch), candidates.positives)
+            own = Pairs(torch.arange(batch), candidates.positives)
             errors = _weighted_errors(pred, guided, own, coefficients, errors)
             todo = todo & ~positive
         for chunk in self._chunks(todo, positive):
@@ -237,7 +236,7 @@ class AGSMRegularizer:
             )
         return candidates
 
-    def _guide(self, inputs: "_Inputs", target: Tensor) -> AF.Guidance:
+    def _guide(self, inputs: Inputs, target: Tensor) -> AF.Guidance:
         """The EMA pass over every candidate, and what follows from it."""
         candidates = inputs.candidates
         # Masked places are never read, so they may hold anything.
@@ -247,9 +246,9 @@ class AGSMRegularizer:
             device=target.device,
         )
         with torch.no_grad(), self.ema.applied():
-            for chunk in _Pairs.where(candidates.mask).split(self.chunk_size):
+            for chunk in Pairs.where(candidates.mask).split(self.chunk_size):
                 values = self.denoiser(*inputs.of(chunk), **inputs.image(chunk))
-                ema_pred[chunk.rows, chunk.columns] = _checked(values, inputs.noisy, chunk).to(
+                ema_pred[chunk.rows, chunk.columns] = checked(values, inputs.noisy, chunk).to(
                     ema_pred
                 )
         timesteps = None if self.loss.reward_weight is None else inputs.timesteps
@@ -268,16 +267,16 @@ class AGSMRegularizer:
             positive, valid, neg_scale=self.loss.neg_scale, dtype=torch.float64
         )
 
-    def _chunks(self, todo: Tensor, positive: Tensor) -> "list[_Pairs]":
+    def _chunks(self, todo: Tensor, positive: Tensor) -> list[Pairs]:
         """What the student is run on, pass by pass; a pass with `shared` has one kind of pairs."""
         kinds = [todo & positive, todo & ~positive] if self.shared else [todo]
-        return [chunk for kind in kinds for chunk in _Pairs.where(kind).split(self.chunk_size)]
+        return [chunk for kind in kinds for chunk in Pairs.where(kind).split(self.chunk_size)]
 
     def _student_errors(
         self,
-        inputs: "_Inputs",
+        inputs: Inputs,
         guided: AF.Guidance,
-        chunk: "_Pairs",
+        chunk: Pairs,
         coefficients: Tensor,
         errors: Tensor,
     ) -> Tensor:
@@ -289,7 +288,7 @@ class AGSMRegularizer:
         def run(noisy: Tensor, timesteps: Tensor, conditioning: Any, bank: Tensor) -> Tensor:
             with _without_gradient(stopped):
                 pred = self.denoiser(noisy, timesteps, conditioning, bank, **inputs.image(chunk))
-            _checked(pred, inputs.noisy, chunk)
+            checked(pred, inputs.noisy, chunk)
             return _weighted_errors(pred, guided, chunk, coefficients, torch.zeros_like(errors))
 
         if self.chunk_size is None or not torch.is_grad_enabled():
@@ -313,90 +312,8 @@ def _without_gradient(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             one.requires_grad_(True)
 
 
-class _Pairs(NamedTuple):
-    """(image, candidate) pairs to run, flat: CPU indices (N,)."""
-
-    rows: Tensor
-    columns: Tensor
-
-    @staticmethod
-    def where(grid: Tensor) -> "_Pairs":
-        return _Pairs(*grid.nonzero(as_tuple=True))
-
-    def split(self, size: int | None) -> list["_Pairs"]:
-        if size is None or len(self.rows) == 0:
-            return [self] if len(self.rows) else []
-        return [
-            _Pairs(r, c)
-            for r, c in zip(self.rows.split(size), self.columns.split(size), strict=True)
-        ]
-
-
-class _Inputs(NamedTuple):
-    noisy: Tensor
-    timesteps: Tensor
-    conditioning: Any
-    image_conditioning: Mapping[str, Any]
-    candidates: Candidates
-
-    def check(self) -> None:
-        batch = self.noisy.shape[0]
-        if self.timesteps.shape != (batch,):
-            raise ValueError(
-                f"timesteps: expected ({batch},) or a scalar, got {tuple(self.timesteps.shape)}."
-            )
-        _check_rows("conditioning", self.conditioning, self.candidates.pool_size)
-        _check_rows("image_conditioning", dict(self.image_conditioning), batch)
-
-    def of(self, pairs: _Pairs) -> tuple[Tensor, Tensor, Any, Tensor]:
-        """noisy, timesteps, conditioning and bank of the pairs."""
-        candidates = self.candidates
-        pool_rows = candidates.index[pairs.rows, pairs.columns]
-        matching = pairs.columns == candidates.positives[pairs.rows]
-        bank = torch.where(matching, int(Bank.POSITIVE), int(Bank.NEGATIVE))
-        return (
-            _rows(self.noisy, pairs.rows),
-            _rows(self.timesteps, pairs.rows),
-            _rows(self.conditioning, pool_rows),
-            bank,
-        )
-
-    def image(self, pairs: _Pairs) -> dict[str, Any]:
-        return _rows(dict(self.image_conditioning), pairs.rows)
-
-
-def _rows(tree: Any, index: Tensor) -> Any:
-    """Rows `index` of every tensor in the tree; other leaves as they are."""
-    return tree_map(
-        lambda leaf: leaf[index.to(leaf.device)] if isinstance(leaf, Tensor) else leaf, tree
-    )
-
-
-def _check_rows(name: str, tree: Any, expected: int) -> None:
-    def check(leaf: Any) -> None:
-        if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[0] != expected):
-            raise ValueError(
-                f"{name}: expected {expected} rows in every tensor, got one of shape "
-                f"{tuple(leaf.shape)}. conditioning has a row for each caption of the pool, "
-                "image_conditioning one for each image; pass what is neither in the denoiser."
-            )
-
-    tree_map(check, tree)
-
-
-def _checked(pred: Tensor, noisy: Tensor, chunk: _Pairs) -> Tensor:
-    expected = (len(chunk.rows), *noisy.shape[1:])
-    if not isinstance(pred, Tensor) or pred.shape != expected:
-        got = tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__
-        raise ValueError(
-            f"denoiser: expected a prediction of shape {expected}, got {got}. A diffusers model "
-            "returns it as .sample; predicted variances have to be cut off."
-        )
-    return pred
-
-
 def _weighted_errors(
-    pred: Tensor, guided: AF.Guidance, pairs: _Pairs, coefficients: Tensor, errors: Tensor
+    pred: Tensor, guided: AF.Guidance, pairs: Pairs, coefficients: Tensor, errors: Tensor
 ) -> Tensor:
     """`errors` (B, K) with c_ij·mean((p_ij − guided target_ij)²) put at the pairs."""
     targets = guided.targets[pairs.rows, pairs.columns]

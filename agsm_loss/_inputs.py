@@ -1,0 +1,98 @@
+"""What a step runs its denoiser on: (image, caption) pairs, in passes of a given size."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from agsm_loss.candidates import Candidates
+from agsm_loss.soft_tokens import Bank
+
+
+class Pairs(NamedTuple):
+    """(image, candidate) pairs to run, flat: CPU indices (N,)."""
+
+    rows: Tensor
+    columns: Tensor
+
+    @staticmethod
+    def where(grid: Tensor) -> "Pairs":
+        return Pairs(*grid.nonzero(as_tuple=True))
+
+    def split(self, size: int | None) -> list["Pairs"]:
+        if size is None or len(self.rows) == 0:
+            return [self] if len(self.rows) else []
+        return [
+            Pairs(r, c)
+            for r, c in zip(self.rows.split(size), self.columns.split(size), strict=True)
+        ]
+
+
+class Inputs(NamedTuple):
+    """A batch of B images, the pool's captions, and who competes."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    conditioning: Any
+    image_conditioning: Mapping[str, Any]
+    candidates: Candidates
+
+    def check(self) -> None:
+        """ValueError for rows that are not the images' or the pool's."""
+        batch = self.noisy.shape[0]
+        if self.timesteps.shape != (batch,):
+            raise ValueError(
+                f"timesteps: expected ({batch},) or a scalar, got {tuple(self.timesteps.shape)}."
+            )
+        _check_rows("conditioning", self.conditioning, self.candidates.pool_size)
+        _check_rows("image_conditioning", dict(self.image_conditioning), batch)
+
+    def of(self, pairs: Pairs) -> tuple[Tensor, Tensor, Any, Tensor]:
+        """noisy, timesteps, conditioning and bank of the pairs."""
+        candidates = self.candidates
+        pool_rows = candidates.index[pairs.rows, pairs.columns]
+        matching = pairs.columns == candidates.positives[pairs.rows]
+        bank = torch.where(matching, int(Bank.POSITIVE), int(Bank.NEGATIVE))
+        return (
+            _rows(self.noisy, pairs.rows),
+            _rows(self.timesteps, pairs.rows),
+            _rows(self.conditioning, pool_rows),
+            bank,
+        )
+
+    def image(self, pairs: Pairs) -> dict[str, Any]:
+        """image_conditioning of the pairs, as keywords."""
+        return _rows(dict(self.image_conditioning), pairs.rows)
+
+
+def _rows(tree: Any, index: Tensor) -> Any:
+    """Rows `index` of every tensor in the tree; other leaves as they are."""
+    return tree_map(
+        lambda leaf: leaf[index.to(leaf.device)] if isinstance(leaf, Tensor) else leaf, tree
+    )
+
+
+def _check_rows(name: str, tree: Any, expected: int) -> None:
+    def check(leaf: Any) -> None:
+        if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[0] != expected):
+            raise ValueError(
+                f"{name}: expected {expected} rows in every tensor, got one of shape "
+                f"{tuple(leaf.shape)}. conditioning has a row for each caption of the pool, "
+                "image_conditioning one for each image; pass what is neither in the denoiser."
+            )
+
+    tree_map(check, tree)
+
+
+def checked(pred: Tensor, noisy: Tensor, chunk: Pairs) -> Tensor:
+    """`pred`, if it has the shape of the pairs' noisy samples."""
+    expected = (len(chunk.rows), *noisy.shape[1:])
+    if not isinstance(pred, Tensor) or pred.shape != expected:
+        got = tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__
+        raise ValueError(
+            f"denoiser: expected a prediction of shape {expected}, got {got}. A diffusers model "
+            "returns it as .sample; predicted variances have to be cut off."
+        )
+    return pred
