@@ -6,13 +6,14 @@
 Every batch's captions are sampled by the model itself; `--preference` scores the pictures that its next
 states lead to: "detector" (the embedded world's) or a CLIP model such as PickScore. For eps- and
 v-prediction: Stable Diffusion and SDXL. AGSM trains on `--agsm-images data` (the batch's own, where the
-data set's pictures are what the model should learn) or `rollout` (those just sampled: the share
-`--agsm-best` of them with the best scores, beside which every caption of the batch competes).
+data set's pictures are what the model should learn; `--agsm-batch` of them, as they cost no rollout) or
+`rollout` (those just sampled: the share `--agsm-best` of them with the best scores, beside which every
+caption of the batch competes).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from options import option, parse
@@ -42,6 +43,9 @@ class Options(OnPolicyOptions):
     agsm_best: float = option(
         0.5, "share of a rollout's images that AGSM trains on, by their score"
     )
+    agsm_batch: int = option(
+        0, "images of the data set a step that AGSM trains on; 0: those of the rollouts' captions"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -58,6 +62,11 @@ def main(arguments: list[str] | None = None) -> None:
     from loop import draws, start
     from rewards import load
 
+    if options.agsm_batch and options.agsm_images == "rollout":
+        raise ValueError(
+            f"agsm_batch: expected 0 with --agsm-images rollout, got {options.agsm_batch}: so many are sampled "
+            "as --batch-size says. Take --agsm-images data."
+        )
     accelerator = start(options)
     student = Student.build(options, accelerator)
     model = student.model
@@ -80,6 +89,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     preference = load(options.preference, accelerator.device)
     batches = on_policy_batches(options, accelerator)
+    more = None
+    if options.agsm_batch and agsm is not None:
+        more = on_policy_batches(replace(options, batch_size=options.agsm_batch), accelerator)
 
     def loss(batch: Batch, index: int) -> Any:
         generator = draws(options.seed, index, accelerator.process_index)
@@ -113,15 +125,18 @@ def main(arguments: list[str] | None = None) -> None:
             pairs = Pairs(*(part[kept.to(part.device)] for part in rollout.pairs))
             own = None
             if agsm is not None:
-                of, best = latents, torch.arange(len(latents))
+                # Draws of its own: the host's are what they are without AGSM.
+                draw = draws(options.seed, index, accelerator.process_index, "agsm")
+                shown, of, best = batch, latents, None
+                if more is not None:
+                    shown = more[index]
+                    of = model.encode_images(shown.pixels, draw)
                 if options.agsm_images == "rollout":
                     of = rollout.last
                     scores = preference(model.decode_latents(of), batch.captions)
                     best = best_rows(scores, options.agsm_best).cpu()
                     metrics["agsm/images_score"] = scores[best.to(scores.device)].float().mean()
-                # Draws of its own: the host's are what they are without AGSM.
-                draw = draws(options.seed, index, accelerator.process_index, "agsm")
-                own = student.clean(batch, of, draw, best)
+                own = student.clean(shown, of, draw, best)
             out = step(pairs, text, empty, image_conditioning=image, clean=own)
             total = out.loss
             if number == 0:

@@ -7,6 +7,7 @@ from recipe_runs import killing, log, trained
 
 import rewards
 import train_spo
+from student import Student
 from world.captions import caption
 from world.prompts import scenes
 from world.render import render, to_model
@@ -27,10 +28,10 @@ def varied(pixels, prompts):
     return 100 * pixels.mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("images", ["data", "rollout"])
+@pytest.mark.parametrize("images", [["data"], ["rollout"], ["data", "--agsm-batch", "5"]])
 def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "detector", varied)
-    flags = ["--agsm-weight", "0.5", "--negatives", "mixed", "--agsm-images", images]
+    flags = ["--agsm-weight", "0.5", "--negatives", "mixed", "--agsm-images", *images]
     whole = train(epsilon_base, tmp_path / "whole", *flags)
     last = log(tmp_path / "whole")[-1]
     assert last["spo/pairs"] > 0 and last["spo/found"] == 2 * 3 and last["agsm/loss"] > 0
@@ -52,6 +53,25 @@ def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_pa
     train(epsilon_base, tmp_path / "both", "--agsm-weight", "1")
     host, both = log(tmp_path / "host"), log(tmp_path / "both")
     assert host[0]["spo/loss"] == both[0]["spo/loss"] and "agsm/loss" not in host[0]
+
+
+def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "detector", varied)
+    seen, clean = [], Student.clean
+
+    def counted(self, batch, latents, *rest):
+        seen.append((len(batch.captions), len(latents)))
+        return clean(self, batch, latents, *rest)
+
+    monkeypatch.setattr(Student, "clean", counted)
+    train(epsilon_base, tmp_path / "host")
+    train(epsilon_base, tmp_path / "more", "--agsm-weight", "1", "--agsm-batch", "7")
+    assert seen and set(seen) == {(7, 7)}
+    host, more = log(tmp_path / "host"), log(tmp_path / "more")
+    assert host[0]["spo/loss"] == more[0]["spo/loss"] and more[0]["agsm/loss"] > 0
+    flags = ["--agsm-weight", "1", "--agsm-batch", "7", "--agsm-images", "rollout"]
+    with pytest.raises(ValueError, match="agsm_batch"):
+        train(epsilon_base, tmp_path / "both", *flags)
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.5, 2), (0.1, 1), (1.0, 3)])
