@@ -65,7 +65,8 @@ def in_batch_candidates(
     """Each image's own caption and `num_negatives` others of the batch, without replacement.
 
     Args:
-        captions: one caption an image, as text or as ids; equal values are the same caption.
+        captions: one caption an image, as text or as ids; equal values are the same caption. Dropped
+            captions are told by their text, "": ids of them would compete.
         num_negatives: n ≥ 1 negatives an image, so K = 1 + n; the published number is 3.
         image_ids: rows with the same id show the same image, and their captions don't compete.
         generator: a CPU generator; the same state gives the same candidates.
@@ -231,7 +232,8 @@ def _pad(rows: list[int], length: int) -> list[int]:
 def _no_negatives(captions: list[Hashable], image_ids: list[Hashable]) -> str:
     return (
         f"no image of this batch has a negative caption: {len(captions)} image(s) with "
-        f"{len(set(captions))} distinct caption(s) and {len(set(image_ids))} distinct image id(s). "
+        f"{len(set(captions) - {EMPTY})} distinct caption(s) beside the empty one and "
+        f"{len(set(image_ids))} distinct image id(s). "
         "Use a larger batch, add hard negatives, or pass allow_empty=True to train such a batch "
         "on plain score matching."
     )

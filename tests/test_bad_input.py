@@ -109,6 +109,10 @@ def test_adaptive_temperature():
 def test_candidates():
     with pytest.raises(ValueError, match=r"1 image\(s\) with 1 distinct.*allow_empty=True"):
         C.in_batch_candidates(["a dog"])
+    with pytest.raises(
+        ValueError, match=r"3 image\(s\) with 1 distinct caption\(s\) beside the empty"
+    ):
+        C.in_batch_candidates(["a dog", "", ""])
     with pytest.raises(ValueError, match=r"3 image\(s\) with 1 distinct caption"):
         C.in_batch_candidates(["a", "a", "a"])
     with pytest.raises(ValueError, match=r"1 distinct image id"):
