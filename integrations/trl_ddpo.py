@@ -19,14 +19,12 @@ they hold the model to its prompts whatever the reward does. From the run's own 
 favourites for true matches of their prompts, and so repeats a reward's mistakes.
 """
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from packaging.version import Version
@@ -34,8 +32,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from agsm_loss import AGSMRegularizer
+from agsm_loss.integrations._trl_ddpo import BestSamples, Progress, check_schedule
 from agsm_loss.integrations.attach import AttachedTokens
-from agsm_loss.integrations.host import Clean, agsm_on, best_rows
+from agsm_loss.integrations.host import Clean, agsm_on
 from agsm_loss.integrations.training import PlainDenoiser, TokenDenoiser
 
 
@@ -107,14 +106,14 @@ class AGSMDDPOTrainer(DDPOTrainer):
                 "expected best in (0, 1], batch_size of 2 at least and every of 1 at least, got "
                 f"{best}, {batch_size} and {every}."
             )
-        _check_schedule(sd_pipeline.scheduler, config)
+        check_schedule(sd_pipeline.scheduler, config)
         self.attached = attached
         self.agsm: AGSMRegularizer | None = None
         self.batches = batches
         self.every = every
-        self._own = _BestSamples(best, batch_size, config.seed)
+        self._own = BestSamples(best, batch_size, config.seed)
         self._metrics: dict[str, list[Tensor]] = {}
-        self._progress = _Progress(self)
+        self._progress = Progress(self)
         self._epoch = self.global_step = self._micro_step = 0
         self._save_freq = config.save_freq
         config = replace(config, save_freq=2**62)  # saving is done here
@@ -294,97 +293,3 @@ class LoadedPipeline(DefaultDDPOStableDiffusionPipeline):
                 parameter.data = parameter.data.float()
         unet: nn.Module = self.sd_pipeline.unet
         return unet
-
-
-class _Progress:
-    """What a checkpoint holds beside weights and optimizer."""
-
-    def __init__(self, trainer: AGSMDDPOTrainer) -> None:
-        self.trainer = trainer
-        self.loaded: dict[str, Any] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        trainer = self.trainer
-        tracker = getattr(trainer, "stat_tracker", None)
-        rewards = {} if tracker is None else tracker.stats
-        return {
-            "epoch": trainer._epoch + 1,
-            "global_step": trainer.global_step,
-            "micro_step": trainer._micro_step,
-            "agsm": None if trainer.agsm is None else trainer.agsm.state_dict(),
-            "rewards": {str(name): torch.tensor(np.array(kept)) for name, kept in rewards.items()},
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loaded = state  # trl loads before there is a regularizer
-
-    def restore(self) -> None:
-        state, trainer = self.loaded, self.trainer
-        if state is None:
-            return
-        if (state["agsm"] is None) != (trainer.agsm is None):
-            had, has = (one is not None for one in (state["agsm"], trainer.agsm))
-            raise ValueError(
-                f"agsm: expected {'one' if had else 'none'}, as the checkpoint has, got "
-                f"{'one' if has else 'none'}. Resume with what the run began with."
-            )
-        if trainer.agsm is not None:
-            trainer.agsm.load_state_dict(state["agsm"])
-        if hasattr(trainer, "stat_tracker"):
-            size = trainer.stat_tracker.buffer_size
-            trainer.stat_tracker.stats = {
-                name: deque(values.numpy(), maxlen=size)
-                for name, values in state["rewards"].items()
-            }
-        trainer.first_epoch = int(state["epoch"])
-        trainer.global_step = int(state["global_step"])
-        trainer._micro_step = int(state["micro_step"])
-
-
-class _BestSamples:
-    """The epoch's samples with the best rewards, as what AGSM trains on."""
-
-    def __init__(self, share: float, batch_size: int, seed: int) -> None:
-        self.share, self.batch_size, self.seed = share, batch_size, seed
-        self.latents = self.embeds = torch.empty(0)
-        self.prompts: list[str] = []
-        self.steps = 1000
-
-    def offer(self, samples: list[dict[str, Tensor]], pairs: list[Any], scheduler: Any) -> None:
-        """Samples as trl keeps them: latents (B, T, *D) and prompts, batch by batch."""
-        self.latents = torch.cat([one["next_latents"][:, -1] for one in samples])
-        self.embeds = torch.cat([one["prompt_embeds"] for one in samples])
-        self.prompts = [prompt for _, prompts, _ in pairs for prompt in prompts]
-        self.steps = scheduler.config.num_train_timesteps
-
-    def choose(self, rewards: Tensor) -> None:
-        """rewards (N,) of what was offered."""
-        share = max(self.share, min(1.0, self.batch_size / len(rewards)))
-        kept = best_rows(rewards.float(), share).to(self.latents.device)
-        self.latents, self.embeds = self.latents[kept], self.embeds[kept]
-        self.prompts = [self.prompts[int(i)] for i in kept]
-
-    def batch(self, number: int) -> Clean:
-        """A micro-step's draw of them."""
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + number)
-        rows = torch.randperm(len(self.latents), generator=generator)[: self.batch_size]
-        latents = self.latents[rows.to(self.latents.device)]
-        times = torch.randint(self.steps, (len(rows),), generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        return Clean(
-            latents,
-            times.to(latents.device),
-            noise.to(latents),
-            {"prompt_embeds": self.embeds[rows.to(self.embeds.device)]},
-            captions=[self.prompts[int(row)] for row in rows],
-        )
-
-
-def _check_schedule(scheduler: Any, config: DDPOConfig) -> None:
-    scheduler.set_timesteps(config.sample_num_steps)
-    if config.sample_eta <= 0 or int(scheduler.timesteps[-1]) == 0:
-        raise ValueError(
-            "expected sample_eta above 0 and a schedule that ends above timestep 0, got "
-            f"{config.sample_eta} and timesteps {scheduler.timesteps.tolist()}: a step without noise has "
-            "no log-probability. Set the scheduler's steps_offset to 1."
-        )
