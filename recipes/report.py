@@ -104,7 +104,8 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         for tag in plan.categories:
             cells.append(_cell([r["heldout"]["categories"][tag] for r in group], "score"))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", *_preferences(plan, by_method), *_differences(plan, by_method)]
+    lines += ["", *_by_guidance(plan, by_method), *_preferences(plan, by_method)]
+    lines += _differences(plan, by_method)
     lines += [*_mistakes(by_method), "", *_cleanness(plan, by_method)]
     lines += [
         "## Training",
@@ -140,6 +141,32 @@ def _cell(summaries: Sequence[Mapping[str, Any]], key: str) -> str:
         return f"{one[key]:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
     mean, half = spread([one[key] for one in summaries])
     return f"{mean:.3f} ± {half:.3f}"
+
+
+def _by_guidance(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """The sweep: what each method scores at every guidance scale, mean over the seeds."""
+    if len(plan.cfgs) < 2:
+        return []
+    lines = [
+        "## By guidance scale",
+        "",
+        (
+            f"Overall and counting on the sweep's validation prompts ({plan.sweep_per_category} a "
+            "category); the mean over seeds."
+        ),
+        "",
+        "| | " + " | ".join(f"CFG {cfg:g}" for cfg in plan.cfgs) + " |",
+        "| --- |" + " --- |" * len(plan.cfgs),
+    ]
+    for name, group in by_method.items():
+        cells = []
+        for cfg in plan.cfgs:
+            swept = [result["sweep"][str(cfg)] for result in group]
+            overall = np.mean([one["overall"] for one in swept])
+            counting = np.mean([one["categories"]["counting"]["score"] for one in swept])
+            cells.append(f"{overall:.3f}, {counting:.3f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def _preferences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:

@@ -45,6 +45,11 @@ def test_a_study_from_plan_to_report(flow_base, tmp_path, monkeypatch):
     assert len(agsm["correct"]) == 12 and set(agsm["sweep"]) == {"1.0", "2.0"}
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| AGSM |" in text and "| twin |" in text
+    row = text.split("## By guidance")[1].split("| base | ")[1].split(" |\n")[0]
+    swept = [result["sweep"]["2.0"] for result in (base, results[3])]
+    counting = [one["categories"]["counting"]["score"] for one in swept]
+    overall = np.mean([one["overall"] for one in swept])
+    assert row.split(" | ")[1] == f"{overall:.3f}, {np.mean(counting):.3f}"
     cleanness = text.split("## How clean")[1].split("## ")[0]
     assert cleanness.count(" ± ") == 3 and "| AGSM | 0.00" not in cleanness
     assert "<table>" in (tmp_path / "out" / "report.html").read_text()
