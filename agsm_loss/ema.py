@@ -85,7 +85,9 @@ class EMA:
 
         Data pointers are exchanged, nothing is copied (but for half-precision parameters), and no
         version counter moves: graphs that were recorded before can still be run backward after.
-        Inside, don't train. A second `applied` inside the first is refused.
+        Autocast's cast weights are dropped on the way in and out, as it knows them by their
+        parameter and would take one model's for the other's. Inside, don't train. A second
+        `applied` inside the first is refused.
         """
         if self._is_applied:
             raise RuntimeError("EMA.applied() inside itself: the averaged values are in place.")
@@ -95,10 +97,12 @@ class EMA:
         try:
             for parameter, shadow in zip(self.parameters, self.shadow, strict=True):
                 parameter.data = shadow.to(parameter.dtype)
+            torch.clear_autocast_cache()
             yield
         finally:
             for parameter, data in zip(self.parameters, own, strict=True):
                 parameter.data = data
+            torch.clear_autocast_cache()
             self._is_applied = False
 
     def state_dict(self) -> dict[str, Any]:

@@ -136,3 +136,31 @@ def test_state_dict_round_trip_and_mismatch():
     with pytest.raises(ValueError, match="saved for other trainable parameters"):
         other.load_state_dict(a.state_dict())
     assert all(torch.equal(x, y) for x, y in zip(other.shadow, before, strict=True))
+
+
+@pytest.mark.parametrize("average_first", [False, True])
+def test_autocast_takes_neither_model_for_the_other(average_first):
+    """It keeps the cast weights by their parameter, whatever data that holds."""
+    module, x = nn.Linear(8, 8), torch.randn(4, 8)
+    ema = EMA(module.parameters())
+    step(module)
+
+    def own():
+        return module(x)
+
+    def average():
+        with torch.no_grad(), ema.applied():
+            return module(x)
+
+    def alone(run):
+        with torch.autocast("cpu", torch.bfloat16):
+            return run()
+
+    expected = {run: alone(run) for run in (own, average)}
+    assert not torch.equal(expected[own], expected[average])
+    with torch.autocast("cpu", torch.bfloat16):
+        got = {run: run() for run in ((average, own) if average_first else (own, average))}
+    for run, value in got.items():
+        assert torch.equal(value, expected[run])
+    got[own].sum().backward()
+    assert module.weight.grad.abs().sum() > 0
