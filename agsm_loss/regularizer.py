@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from agsm_loss import _checks
@@ -63,9 +65,9 @@ class AGSMRegularizer:
             while the weights and guidance use all of them. Unbiased; None for all.
         chunk_size: samples a forward pass may hold. The student's passes are then checkpointed,
             so that memory doesn't grow with K; gradients are the same. None for one pass.
-        generator: CPU generator of the draws; default: one of its own, seeded with
-            `torch.initial_seed()`, so that the host's random stream stays as it is. Give each rank
-            a different seed.
+        seed: of the draws of captions and negatives; default `torch.initial_seed()`. Each call draws
+            from this and its own number, so that the host's random stream stays as it is and every
+            rank resumes exactly. Give each rank a different one.
         allow_empty: accept batches in which no image has a negative (as in `in_batch_candidates`).
         shared: what is trained and all captions share (a LoRA, the denoiser's own weights). The
             negatives' gradient stops there and is left to ψ⁻: else shared weights learn this image
@@ -84,7 +86,7 @@ class AGSMRegularizer:
         num_negatives: int = 3,
         train_negatives: int | None = None,
         chunk_size: int | None = None,
-        generator: torch.Generator | None = None,
+        seed: int | None = None,
         allow_empty: bool = False,
         shared: Iterable[nn.Parameter] = (),
     ) -> None:
@@ -98,7 +100,7 @@ class AGSMRegularizer:
         self.num_negatives = num_negatives
         self.train_negatives = train_negatives
         self.chunk_size = chunk_size
-        self.generator = generator or torch.Generator().manual_seed(torch.initial_seed())
+        self.seed = torch.initial_seed() if seed is None else seed
         self.allow_empty = allow_empty
         self.shared = list(shared)
         held = {id(one) for one in self.shared}
@@ -107,7 +109,7 @@ class AGSMRegularizer:
                 f"shared: expected some of the {len(ema.parameters)} parameters that the EMA follows to be "
                 "left to the negatives, got all. Train soft tokens beside them, or take neg_scale=0."
             )
-        self.step = 0
+        self.step = self.calls = 0
 
     def __call__(
         self,
@@ -143,7 +145,9 @@ class AGSMRegularizer:
             backward: if given (`torch.Tensor.backward`, `accelerator.backward`), each chunk's loss
                 is passed to it at once, so that only one chunk's graph lives. The returned loss
                 still has the full value, and graph only for what was not yet run backward
-                (the matching pairs, where `pred` was given).
+                (the matching pairs, where `pred` was given). In DDP each of these calls exchanges
+                gradients, and a host's graph from before them would not be exchanged: run the host's
+                backward first, and no `pred`.
 
         Raises:
             ValueError, TypeError: as in `agsm_loss.functional.agsm_loss` and
@@ -154,7 +158,13 @@ class AGSMRegularizer:
         _checks.check_scale("weight", weight)
         if weight == 0:
             return RegularizerOutput(target.new_zeros((), dtype=torch.float32), self._idle())
-        candidates = self._candidates(noisy, target, captions, image_ids, candidates, pred)
+        if backward is not None and pred is not None and _in_ddp(self.denoiser):
+            raise ValueError(
+                "backward: expected None beside pred in DDP, whose exchange of gradients it would end before "
+                "the host's own backward. Take chunk_size without backward, or no pred."
+            )
+        draws = self._draws()
+        candidates = self._candidates(noisy, target, captions, image_ids, candidates, pred, draws)
         batch, num_candidates = candidates.index.shape
         timesteps = timesteps.expand(batch) if timesteps.ndim == 0 else timesteps
         inputs = Inputs(noisy, timesteps, conditioning, image_conditioning or {}, candidates)
@@ -162,7 +172,7 @@ class AGSMRegularizer:
 
         guided = self._guide(inputs, target)
         positive = torch.arange(num_candidates) == candidates.positives.unsqueeze(1)
-        coefficients = self._coefficients(positive, candidates.mask)
+        coefficients = self._coefficients(positive, candidates.mask, draws)
         errors = target.new_zeros(batch, num_candidates, dtype=guided.targets.dtype)
         todo = coefficients > 0
         if pred is not None:
@@ -185,19 +195,29 @@ class AGSMRegularizer:
         self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, EMA, generator and temperature; for `accelerator.register_for_checkpointing`."""
+        """Step, draws, EMA and temperature; for `accelerator.register_for_checkpointing`.
+
+        One rank's state serves all: of several, each but the first keeps the seed that it was made with.
+        """
         return {
             "step": self.step,
+            "calls": self.calls,
+            "seed": self.seed,
             "ema": self.ema.state_dict(),
-            "generator": self.generator.get_state(),
             "loss": self.loss.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.ema.load_state_dict(state["ema"])
         self.loss.load_state_dict(state["loss"])
-        self.generator.set_state(state["generator"].cpu())
-        self.step = int(state["step"])
+        if not (_several_ranks() and dist.get_rank()):
+            self.seed = int(state["seed"])
+        self.step, self.calls = int(state["step"]), int(state["calls"])
+
+    def _draws(self) -> torch.Generator:
+        """The next call's. The factor is odd, so that all calls of 2**32 have seeds of their own."""
+        self.calls += 1
+        return torch.Generator().manual_seed((self.seed + self.calls * 0x9E3779B1) % 2**63)
 
     def _candidates(
         self,
@@ -207,6 +227,7 @@ class AGSMRegularizer:
         image_ids: Sequence[Hashable] | Tensor | None,
         candidates: Candidates | None,
         pred: Tensor | None,
+        draws: torch.Generator,
     ) -> Candidates:
         _checks.check_floating(noisy=noisy, target=target)
         given = {"target": target} if pred is None else {"target": target, "pred": pred}
@@ -224,7 +245,7 @@ class AGSMRegularizer:
                 captions,
                 num_negatives=self.num_negatives,
                 image_ids=image_ids,
-                generator=self.generator,
+                generator=draws,
                 allow_empty=self.allow_empty,
             )
         elif image_ids is not None:
@@ -256,11 +277,11 @@ class AGSMRegularizer:
             ema_pred, target, candidates.positives, candidates.mask, timesteps=timesteps
         )
 
-    def _coefficients(self, positive: Tensor, valid: Tensor) -> Tensor:
+    def _coefficients(self, positive: Tensor, valid: Tensor, draws: torch.Generator) -> Tensor:
         """c_ij of the loss, with this step's draw of the negatives; on the CPU."""
         if self.train_negatives is not None and self.loss.neg_scale > 0:
             # Rank 0 is the positive, ranks 1..n the negatives in random order, then the masked.
-            keys = torch.rand(valid.shape, generator=self.generator)
+            keys = torch.rand(valid.shape, generator=draws)
             keys = keys.masked_fill(~valid, 2.0).masked_fill(positive, -1.0)
             valid = valid & (keys.argsort(1).argsort(1) <= self.train_negatives)
         return AF.loss_coefficients(
@@ -297,6 +318,16 @@ class AGSMRegularizer:
 
     def _idle(self) -> dict[str, Tensor]:
         return {"agsm/weight": torch.zeros(())}
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _in_ddp(denoiser: Any) -> bool:
+    """Whether DDP exchanges the denoiser's gradients, as far as can be seen from here."""
+    modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
+    return _several_ranks() and any(isinstance(one, DistributedDataParallel) for one in modules)
 
 
 @contextmanager

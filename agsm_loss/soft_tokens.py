@@ -91,7 +91,9 @@ class SoftTokens(nn.Module):
         shape = (2, *layers, num_tokens, dim)
         values = torch.randn(shape) * std if init is None else _broadcast_init(init, shape)
         self.tokens = nn.Parameter(values.clone() if banks == "dual" else values[:1].clone())
-        self.register_buffer("frozen", values[1:].clone() if banks == "positive_only" else None)
+        # Not a buffer: DDP would exchange it in every forward, and wait where ranks make fewer.
+        frozen = nn.Parameter(values[1:].clone(), requires_grad=False)
+        self.register_parameter("frozen", frozen if banks == "positive_only" else None)
         self.time_tokens = None
         if time_buckets is not None:
             self.time_tokens = nn.Embedding(time_buckets, sizes["num_layers"] * dim)

@@ -292,7 +292,7 @@ def make_soft_tokens(
 ) -> SoftTokens:
     """`SoftTokens` of the size that a denoiser needs; arguments as there.
 
-    `num_layers` is L, the first blocks that wear tokens of their own: 5 by default (or as many
+    They are drawn on the CPU, in float32, and put on the model's device. `num_layers` is L, the first blocks that wear tokens of their own: 5 by default (or as many
     blocks as there are), -1 for all. UNets take none: one set serves all their blocks; start it
     from `bos_embedding` of the empty prompt, as published.
     """
@@ -315,12 +315,19 @@ def make_soft_tokens(
                 f"num_layers: expected -1 or 1..{number}, the blocks of this "
                 f"{type(model).__name__}, got {num_layers}."
             )
-    return SoftTokens(
+    tokens = SoftTokens(
         backbone.width(model),
         num_tokens=num_tokens,
         num_layers=num_layers,
         banks=banks,
         time_buckets=time_buckets,
         std=std,
-        init=init,
+        init=None if init is None else init.cpu(),
     )
+    return move_to(tokens, model)
+
+
+def move_to(tokens: SoftTokens, model: nn.Module) -> SoftTokens:
+    """The tokens on the model's device; where that is offloaded ("meta") they stay, and follow a call."""
+    device = next(model.parameters()).device
+    return tokens if device.type == "meta" else tokens.to(device)

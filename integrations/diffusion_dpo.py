@@ -29,7 +29,7 @@ from agsm_loss.integrations.host import (
     bank_of,
     first_rows_twice,
 )
-from agsm_loss.integrations.training import add_noise, regression_target
+from agsm_loss.integrations.training import add_noise, no_grad_pass, regression_target
 
 LossType = Literal["sigmoid", "hinge", "ipo"]
 
@@ -190,7 +190,7 @@ class DiffusionDPO(Host):
         image = dict(image_conditioning or {})
         inputs = (noisy, doubled, first_rows_twice(conditioning, batch))
         images = first_rows_twice(image, batch)
-        with torch.no_grad(), self.reference():
+        with no_grad_pass(), self.reference():
             ref_pred = self.denoiser(*inputs, bank_of(self.reference_bank, 2 * batch), **images)
         pred = self.denoiser(*inputs, bank_of(Bank.POSITIVE, 2 * batch), **images)
         terms = diffusion_dpo_loss(pred, ref_pred, target, self.beta, self.loss_type)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from agsm_loss import AGSMRegularizer, Bank, Denoiser
 from agsm_loss.integrations.host import Clean, Host, StepOutput, agsm_on, bank_of, mean_log_prob
-from agsm_loss.integrations.training import prediction_type
+from agsm_loss.integrations.training import no_grad_pass, prediction_type
 
 
 class Trajectory(NamedTuple):
@@ -61,8 +61,11 @@ def sde_gaussian(
         sigma, following: σ and the smaller σ' of the next state.
         noise_level: a; published: 0.7.
         largest: σ in s is held below it, since s has no bound at σ = 1.
+
+    Both are float32 at least: in bfloat16 neither the step nor its log-probability would be what it is.
     """
     shape = (-1,) + (1,) * (x.ndim - 1)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     sigma, following = sigma.to(x).reshape(shape), following.to(x).reshape(shape)
     spread = noise_level * (sigma / (1 - sigma.clamp(max=largest))).sqrt()
     step = following - sigma
@@ -70,7 +73,7 @@ def sde_gaussian(
     return x + drift * step, spread * (-step).sqrt()
 
 
-@torch.no_grad()
+@no_grad_pass()
 def sample_sde(
     denoise: Callable[[Tensor, Tensor], Tensor],
     scheduler: Any,
@@ -100,7 +103,8 @@ def sample_sde(
         )
     _set_timesteps(scheduler, num_steps, noise, mu)
     sigmas = scheduler.sigmas.to(noise.device)
-    x, states, log_probs = noise, [noise], []
+    x = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    states, log_probs = [x], []
     for sigma, following in pairwise(sigmas):
         here, there = sigma.expand(len(x)), following.expand(len(x))
         pred = denoise(x, here * scheduler.config.num_train_timesteps)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from agsm_loss.integrations.soft_token_hooks import (
     Arguments,
     JointBackbone,
+    Names,
     patches,
     unpatched,
     unwrap,
@@ -30,6 +31,10 @@ class FluxBackbone(JointBackbone):
 
     def timesteps(self, model: nn.Module, call: Arguments) -> Any:
         return call["timestep"] * 1000
+
+    def names(self, model: Any) -> Names:
+        image = ("guidance",) if unwrap(model).config.guidance_embeds else ()
+        return Names(("prompt_embeds", "pooled_prompt_embeds"), image=image)
 
     def denoise(
         self,

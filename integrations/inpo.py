@@ -24,6 +24,7 @@ from agsm_loss.integrations.host import Clean, StepOutput, bank_of, first_rows_t
 from agsm_loss.integrations.training import (
     clean_and_noise,
     ddim_sigma,
+    no_grad_pass,
     noise_levels,
     prediction_type,
     regression_target,
@@ -72,7 +73,7 @@ def ddim_invert(
         )
     levels = [*range(0, timestep, total // num_steps), timestep]
     x, before = x_0, None
-    with torch.no_grad():
+    with no_grad_pass():
         for level in levels:
             times = torch.full((len(x),), level, device=x.device)
             # The model is asked at the level to come; x is still at the one before.

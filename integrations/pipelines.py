@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from agsm_loss import Bank, SoftTokens
-from agsm_loss.integrations.attach import AttachedTokens, attach_soft_tokens
+from agsm_loss.integrations.attach import AttachedTokens, attach_soft_tokens, move_to
 from agsm_loss.integrations.pretrained import SavedTokens
 
 
@@ -47,7 +47,7 @@ def load_soft_tokens(
     else:
         saved = source if isinstance(source, SavedTokens) else SavedTokens.from_pretrained(source)
         attached = saved.attach(model)
-    attached.tokens.to(next(model.parameters()).device)
+    move_to(attached.tokens, model)
     set_sampling(pipe, attached, sampling)
     return attached
 

@@ -15,6 +15,7 @@ from agsm_loss.integrations.soft_token_hooks import (
     Arguments,
     Call,
     JointBackbone,
+    Names,
     parameter_names,
     patches,
     unpatched,
@@ -36,6 +37,9 @@ class QwenImageBackbone(JointBackbone):
 
     def timesteps(self, model: nn.Module, call: Arguments) -> Any:
         return call["timestep"] * 1000
+
+    def names(self, model: Any) -> Names:
+        return Names(optional=("prompt_embeds_mask",))
 
     def denoise(
         self,

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from agsm_loss.integrations.soft_token_hooks import Arguments, CrossBackbone, unwrap
+from agsm_loss.integrations.soft_token_hooks import Arguments, CrossBackbone, Names, unwrap
 
 
 class SanaBackbone(CrossBackbone):
@@ -19,6 +19,9 @@ class SanaBackbone(CrossBackbone):
 
     def timesteps(self, model: Any, call: Arguments) -> Any:
         return call["timestep"] / model.config.timestep_scale
+
+    def names(self, model: Any) -> Names:
+        return Names(optional=("prompt_attention_mask",))
 
     def denoise(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from agsm_loss.integrations.soft_token_hooks import JointBackbone
+from agsm_loss.integrations.soft_token_hooks import JointBackbone, Names
 
 
 class SD3Backbone(JointBackbone):
@@ -20,6 +20,9 @@ class SD3Backbone(JointBackbone):
 
     def blocks(self, model: Any) -> list[nn.Module]:
         return list(model.transformer_blocks)
+
+    def names(self, model: Any) -> Names:
+        return Names(("prompt_embeds", "pooled_prompt_embeds"))
 
     def denoise(
         self,

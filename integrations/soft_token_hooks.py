@@ -19,7 +19,7 @@ To support another architecture, subclass `Backbone` and pass an instance as
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from einops import rearrange
@@ -92,6 +92,18 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
+class Names(NamedTuple):
+    """What a denoiser is conditioned on, by the names that `TokenDenoiser` documents.
+
+    required, optional: of the conditioning, which belongs to the caption; image: what belongs to the
+    image, all of it required.
+    """
+
+    required: tuple[str, ...] = ("prompt_embeds",)
+    optional: tuple[str, ...] = ()
+    image: tuple[str, ...] = ()
+
+
 class Backbone(ABC):
     """What the hooks have to know of one architecture."""
 
@@ -127,6 +139,10 @@ class Backbone(ABC):
 
         `timesteps` (N,) in 0..1000; the rest as in `agsm_loss.integrations.training.TokenDenoiser`.
         """
+
+    def names(self, model: nn.Module) -> Names | None:
+        """What `denoise` reads, to refuse the rest; None to take anything."""
+        return None
 
     def shared(self) -> bool:
         """Whether one set of tokens serves all blocks, in place of one set a block."""

@@ -37,6 +37,7 @@ from agsm_loss.integrations.host import (
 from agsm_loss.integrations.training import (
     clean_and_noise,
     ddim_sigma,
+    no_grad_pass,
     noise_levels,
     prediction_type,
 )
@@ -118,7 +119,7 @@ def choose_pairs(
     return best, worst, ends[:, 0] - ends[:, 1] > threshold
 
 
-@torch.no_grad()
+@no_grad_pass()
 def sample_pairs(
     denoise: Callable[[Tensor, Tensor, Tensor], Tensor],
     scheduler: Any,
@@ -286,7 +287,7 @@ class SPO(Host):
         metrics["spo/pairs"] = torch.tensor(float(len(pairs.noisy)))
         if len(pairs.noisy):
             given = (conditioning, unconditional, self.guidance_scale)
-            with torch.no_grad(), self.reference():
+            with no_grad_pass(), self.reference():
                 ref = self._log_probs(
                     guided(self.denoiser, *given, self.reference_bank, image_conditioning), pairs
                 )

@@ -10,14 +10,17 @@ Freeze the backbone first (`model.requires_grad_(False)`). With a LoRA on it, th
 adapter as well as the tokens, and the reference model is the same network with adapters off.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from agsm_loss.integrations.attach import AttachedTokens, backbone_of, unwrap
+from agsm_loss.integrations.attach import AttachedTokens, backbone_of
+from agsm_loss.integrations.soft_token_hooks import Backbone, unwrap
 
 
 class TokenDenoiser(nn.Module):
@@ -25,7 +28,8 @@ class TokenDenoiser(nn.Module):
 
     Wrap this in DDP or `accelerator.prepare`, so that the tokens' gradients are synchronised. A script
     that prepares its denoiser itself makes the tokens part of that (`unet.soft_tokens = tokens`, before
-    its optimizer), and gives the prepared one here.
+    its optimizer), and gives the prepared one here; a denoiser with buffers (SD3) then wants DDP's
+    `broadcast_buffers=False`, as AGSM's calls may be more on one rank than on another, which would wait.
 
     Args:
         attached: of `attach_soft_tokens`.
@@ -48,6 +52,7 @@ class TokenDenoiser(nn.Module):
         self.model = attached.model if model is None else model
         self.tokens = attached.tokens
         self.attached = attached
+        _keep_buffers(self)
 
     def forward(
         self,
@@ -57,6 +62,7 @@ class TokenDenoiser(nn.Module):
         bank: Tensor | int,
         **image: Tensor,
     ) -> Tensor:
+        _check_names(self.attached.backbone, self.model, conditioning, image)
         inputs = _in_dtype_of(self.model, (noisy, dict(conditioning), image))
         with self.attached.using(bank):
             return self.attached.backbone.denoise(self.model, timesteps, *inputs)
@@ -76,6 +82,7 @@ class PlainDenoiser(nn.Module):
         super().__init__()
         self.model = model
         self._backbone = backbone_of(unwrap(model))
+        _keep_buffers(self)
 
     def forward(
         self,
@@ -85,18 +92,70 @@ class PlainDenoiser(nn.Module):
         bank: Tensor | int,
         **image: Tensor,
     ) -> Tensor:
+        _check_names(self._backbone, self.model, conditioning, image)
         inputs = _in_dtype_of(self.model, (noisy, dict(conditioning), image))
         return self._backbone.denoise(self.model, timesteps, *inputs)
 
 
+def _check_names(backbone: Backbone, model: nn.Module, conditioning: Any, image: Any) -> None:
+    """ValueError where something that the denoiser needs is missing, or would not be read."""
+    names = backbone.names(model)
+    if names is None:
+        return
+    kind = type(unwrap(model)).__name__
+    if not isinstance(conditioning, Mapping):
+        raise TypeError(
+            f"conditioning: expected a dict with {', '.join(names.required)} for {kind}, got "
+            f"{type(conditioning).__name__}."
+        )
+    for what, given, required, optional in (
+        ("conditioning", conditioning, names.required, names.optional),
+        ("image_conditioning", image, names.image, ()),
+    ):
+        if not set(required) <= set(given) <= {*required, *optional}:
+            raise ValueError(
+                f"{what}: expected {sorted(required)} for {kind}"
+                + (f", with or without {sorted(optional)}" if optional else "")
+                + f", got {sorted(given)}. A denoiser that takes more (ControlNet, say) is a callable of "
+                "your own (`agsm_loss.Denoiser`)."
+            )
+
+
+def _keep_buffers(module: nn.Module) -> None:
+    """Tells DDP around `module` not to exchange its buffers, constants all, in every forward."""
+    names = [name for name, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
+@contextmanager
+def no_grad_pass() -> Iterator[None]:
+    """`torch.no_grad` for a pass of what is trained, also inside autocast; a decorator as well.
+
+    Before PyTorch 2.10 autocast kept the cast weights of a pass without gradient, and the passes after
+    it had none (pytorch issue 112583); they are dropped here.
+    """
+    with torch.no_grad():
+        yield
+    torch.clear_autocast_cache()
+
+
 def _in_dtype_of(model: nn.Module, tree: Any) -> Any:
-    dtype = next(model.parameters()).dtype
+    dtype = compute_dtype(model)
 
     def cast(leaf: Any) -> Any:
         floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
         return leaf.to(dtype) if floating else leaf
 
     return tree_map(cast, tree)
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a denoiser's inputs; its weights may be stored in fewer bits (float8, 4-bit)."""
+    dtype = getattr(unwrap(model), "dtype", None)  # diffusers' own knows of layerwise casting
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
+        return dtype
+    kept = (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1)
+    return next(kept, torch.get_default_dtype())
 
 
 def prediction_type(scheduler: Any) -> str:
@@ -116,7 +175,7 @@ def prediction_type(scheduler: Any) -> str:
 def add_noise(scheduler: Any, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     """x_t = αx_0 + σε, (B, *D); for flow matching α = 1 − σ and σ = t/1000, t need not be whole."""
     alpha, sigma = noise_levels(scheduler, timesteps, x_0)
-    return alpha * x_0 + sigma * noise
+    return (alpha * x_0 + sigma * noise).to(x_0.dtype)
 
 
 def regression_target(scheduler: Any, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -129,7 +188,7 @@ def regression_target(scheduler: Any, x_0: Tensor, noise: Tensor, timesteps: Ten
     if kind == "flow":
         return noise - x_0
     alpha, sigma = noise_levels(scheduler, timesteps, x_0)
-    return alpha * noise - sigma * x_0
+    return (alpha * noise - sigma * x_0).to(noise.dtype)
 
 
 def reward_weight(scheduler: Any) -> Callable[[Tensor], Tensor]:
@@ -154,7 +213,7 @@ def reward_weight(scheduler: Any) -> Callable[[Tensor], Tensor]:
 def clean_and_noise(
     scheduler: Any, x_t: Tensor, pred: Tensor, timesteps: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The (x_0, ε) that a prediction (B, *D) at x_t means.
+    """The (x_0, ε) that a prediction (B, *D) at x_t means; ours is float32 at least.
 
     timesteps: those of x_t (B,); None where x_t is a clean image (not for x_0-prediction, which
     says nothing of ε there).
@@ -181,10 +240,16 @@ def ddim_sigma(scheduler: Any, timesteps: Tensor, previous: Tensor, like: Tensor
 
 
 def noise_levels(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(α, σ) of each timestep, shaped to multiply `like` (B, *D)."""
-    steps = scheduler.config.num_train_timesteps
+    """(α, σ) of each timestep, shaped to multiply `like` (B, *D); in float32 at least.
+
+    In bfloat16 σ would be 0 at the cleanest timesteps of Stable Diffusion.
+    """
+    steps, dtype = (
+        scheduler.config.num_train_timesteps,
+        torch.promote_types(like.dtype, torch.float32),
+    )
     if prediction_type(scheduler) == "flow":
-        sigma = timesteps.to(like) / steps
+        sigma = timesteps.to(like.device, dtype) / steps
         alpha = 1 - sigma
     else:
         if timesteps.is_floating_point() and not bool((timesteps == timesteps.round()).all()):
@@ -192,7 +257,7 @@ def noise_levels(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tenso
                 f"timesteps: expected whole numbers in 0..{steps - 1} for {prediction_type(scheduler)} "
                 f"prediction, got {timesteps.tolist()}."
             )
-        squared = scheduler.alphas_cumprod.to(like.device)[timesteps.long()].to(like.dtype)
+        squared = scheduler.alphas_cumprod.to(like.device)[timesteps.long()].to(dtype)
         alpha, sigma = squared.sqrt(), (1 - squared).sqrt()
     shape = alpha.shape + (1,) * (like.ndim - alpha.ndim)
     return alpha.reshape(shape), sigma.reshape(shape)

@@ -15,11 +15,13 @@ from agsm_loss.integrations.soft_token_hooks import (
     Arguments,
     Backbone,
     Call,
+    Names,
     carries,
     carry,
     extended_bias,
     parameter_names,
     uncarry,
+    unwrap,
 )
 
 PLACES = ("down", "mid", "up")
@@ -53,6 +55,11 @@ class UNetBackbone(Backbone):
     def shared(self) -> bool:
         return True
 
+    def names(self, model: Any) -> Names:
+        if _added(model):
+            return Names(("prompt_embeds", "pooled_prompt_embeds"), image=("add_time_ids",))
+        return Names()
+
     def denoise(
         self,
         model: Any,
@@ -62,7 +69,7 @@ class UNetBackbone(Backbone):
         image: dict[str, Tensor],
     ) -> Tensor:
         added = None
-        if "pooled_prompt_embeds" in conditioning:  # SDXL
+        if _added(model):
             added = {
                 "text_embeds": conditioning["pooled_prompt_embeds"],
                 "time_ids": image["add_time_ids"],
@@ -112,6 +119,11 @@ class UNetBackbone(Backbone):
         blocks += [("up", block) for block in model.up_blocks]
         # Blocks without cross-attention are not given the text; the mid block always is.
         return [(p, b) for p, b in blocks if p == "mid" or getattr(b, "has_cross_attention", False)]
+
+
+def _added(model: Any) -> bool:
+    """Whether the UNet takes SDXL's pooled text and time ids."""
+    return bool(unwrap(model).config.addition_embed_type == "text_time")
 
 
 def bos_embedding(prompt_embeds: Tensor) -> Tensor:

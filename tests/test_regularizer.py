@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 import torch
+import workers
 from torch import nn
+from workers import run_ranks
 
 from agsm_loss import (
     EMA,
@@ -224,7 +226,7 @@ def test_no_student_pass_for_negatives_without_their_term():
 class FixedDraws(AGSMRegularizer):
     """Trains on a given subset of the negatives instead of drawing one."""
 
-    def _coefficients(self, positive, valid):
+    def _coefficients(self, positive, valid, draws):
         chosen = torch.zeros_like(valid)
         for i, columns in enumerate(self.subset):
             chosen[i, list(columns)] = True
@@ -266,7 +268,7 @@ def test_drawn_subsets_are_uniform_and_of_the_asked_size():
     valid = torch.tensor([[True, True, True, True], [True, False, True, False]])
     counts = torch.zeros(2, 4)
     for _ in range(600):
-        drawn = agsm._coefficients(positive, valid) > 0
+        drawn = agsm._coefficients(positive, valid, agsm._draws()) > 0
         counts += drawn
         assert drawn[0].sum() == 3 and drawn[1].tolist() == [True, False, True, False]
     assert counts[0, 0] == 600
@@ -364,6 +366,56 @@ def test_resumes_exactly():
         assert torch.equal(a, b)
     for a, b in zip(straight.ema.shadow, second.ema.shadow, strict=True):
         assert torch.equal(a, b)
+
+
+def test_each_call_draws_from_the_seed_and_its_number():
+    """So that the host's stream is left alone, and a rank resumes from another rank's state."""
+    net, batch = problem()
+    state = torch.get_rng_state()
+    losses = {}
+    for seed in (1, 2):
+        agsm = AGSMRegularizer(net, EMA(net.parameters()), num_negatives=1, seed=seed)
+        losses[seed] = [agsm(*batch, captions=CAPTIONS).loss.item() for _ in range(6)]
+    assert len(set(losses[1])) > 2 and losses[1] != losses[2]
+    again = AGSMRegularizer(net, EMA(net.parameters()), num_negatives=1, seed=1)
+    again.calls = 3
+    assert again(*batch, captions=CAPTIONS).loss.item() == losses[1][3]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_one_autocast_around_it_all_changes_nothing(reuse):
+    """The EMA differs from the student, and their cast weights are not exchanged."""
+    net, batch = problem()
+    net, batch = (
+        net.float(),
+        torch.utils._pytree.tree_map(
+            lambda leaf: leaf.float() if isinstance(leaf, torch.Tensor) else leaf, batch
+        ),
+    )
+    ema = EMA(net.parameters(), decay=0.5)
+    for p in net.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    seen = {}
+    for cached in (True, False):
+        agsm = AGSMRegularizer(net, ema, AGSMLoss(neg_scale=0.5), seed=0)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            x, t, _, cond = batch
+            pred = net(x, t, cond, torch.zeros(B, dtype=torch.long)) if reuse else None
+            out = agsm(*batch, captions=CAPTIONS, pred=pred)
+        seen[cached] = [out.loss, *grads(net, out.loss)]
+    close(seen[True], seen[False])
+
+
+def test_two_ranks():
+    """Of other draws each, also after resuming; waiting for nobody; and of one mind about gradients."""
+    ranks = run_ranks(workers.regularizer)
+    for rank, told in ranks.items():
+        assert told["seed"] == rank and told["calls"] == 1
+        assert "backward: expected None" in told["refused"]
+        assert told["steps"] == 2
+    for ours, theirs in zip(*(told["weights"] for told in ranks.values()), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_training_lowers_the_loss():

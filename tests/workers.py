@@ -3,6 +3,7 @@
 import os
 import socket
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from integrations_tiny import tiny
 from strategies import errors_of
 from torch import nn
 
-from agsm_loss import AdaptiveTemperature, Bank
+from agsm_loss import EMA, AdaptiveTemperature, AGSMLoss, AGSMRegularizer, Bank
 from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
+from agsm_loss.integrations.training import TokenDenoiser as Denoiser
 
 
 def run_ranks(worker, world_size=2):
@@ -29,7 +31,8 @@ def run_ranks(worker, world_size=2):
 def _rank(rank, worker, world_size, port, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    patience = timedelta(seconds=120)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=patience)
     torch.save(worker(rank), f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -82,6 +85,53 @@ def ddp_plain(rank):
 
 def ddp_checkpointed(rank):
     return _ddp(rank, checkpointing=True)
+
+
+def regularizer(rank):
+    """AGSM on SD3 (it has buffers) in DDP as it comes; rank 1 has nobody to compete, so fewer calls."""
+    made = tiny("sd3")
+    model = made.model.float().requires_grad_(False)
+    assert list(model.buffers())
+    torch.manual_seed(rank)  # DDP gives all ranks the first one's
+    tokens = make_soft_tokens(model, num_tokens=2, banks="positive_only")
+    ddp = nn.parallel.DistributedDataParallel(Denoiser(attach_soft_tokens(model, tokens)))
+    optimizer = torch.optim.SGD([p for p in tokens.parameters() if p.requires_grad], lr=0.1)
+
+    def regularized(seed):
+        loss = AGSMLoss(neg_scale=0.5)
+        ema = EMA(tokens.parameters())
+        return AGSMRegularizer(ddp, ema, loss, seed=seed, allow_empty=True)
+
+    generator = torch.Generator().manual_seed(rank)
+    noisy, target = torch.randn(2, 2, 4, 8, 8, generator=generator)
+    text = {
+        "prompt_embeds": torch.randn(2, 6, 16, generator=generator),
+        "pooled_prompt_embeds": torch.randn(2, 12, generator=generator),
+    }
+    batch = noisy, torch.tensor([100.0, 900.0]), target, text
+    captions = ["one", "two"] if rank == 0 else ["one", "one"]
+    agsm = regularized(seed=rank)
+    for _ in range(2):
+        pred = ddp(*batch[:2], text, torch.zeros(2, dtype=torch.long))
+        optimizer.zero_grad()
+        agsm(*batch, captions=captions, pred=pred).loss.backward()
+        optimizer.step()
+    try:
+        agsm(*batch, captions=captions, pred=pred, backward=torch.Tensor.backward)
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    first = regularized(seed=0)
+    first.calls = 1
+    resumed = regularized(seed=rank)
+    resumed.load_state_dict(first.state_dict())
+    return {
+        "weights": [p.detach() for p in tokens.parameters()],
+        "refused": refused,
+        "steps": agsm.calls,
+        "seed": resumed.seed,
+        "calls": resumed.calls,
+    }
 
 
 def ddpo(rank):

@@ -246,6 +246,23 @@ def test_beside_offloading_hooks(folders, attach_first):
     attached.detach()
 
 
+def test_tokens_are_loaded_into_an_offloaded_pipeline(folders):
+    """As enable_sequential_cpu_offload leaves it: the weights are elsewhere until a call."""
+    from accelerate import cpu_offload
+
+    pipe = load(folders["sd3"])
+    tokens = tokens_of(pipe)
+    attached = load_soft_tokens(pipe, tokens)
+    expected = sample(pipe, "sd3")
+    attached.detach()
+    for model in pipe.components.values():
+        if isinstance(model, torch.nn.Module):
+            cpu_offload(model, torch.device("cpu"))
+    assert next(pipe.transformer.parameters()).device.type == "meta"
+    load_soft_tokens(pipe, tokens)
+    assert torch.equal(sample(pipe, "sd3"), expected)
+
+
 @pytest.mark.unchecked_shapes
 def test_refusals(folders):
     pipe = load(folders["sd3"])

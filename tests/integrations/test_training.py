@@ -13,6 +13,8 @@ from agsm_loss.integrations.training import (
     PlainDenoiser,
     TokenDenoiser,
     add_noise,
+    compute_dtype,
+    noise_levels,
     prediction_type,
     regression_target,
     reward_weight,
@@ -79,6 +81,58 @@ def test_a_plain_denoiser_is_the_model_without_tokens(name):
     assert torch.equal(plain(noisy, t, cond, Bank.POSITIVE, **image), off)
     assert torch.equal(plain(noisy, t, cond, torch.tensor([0, 1, 1]), **image), off)
     assert not any(key.startswith("_backbone") for key in plain.state_dict())
+
+
+@pytest.mark.unchecked_shapes
+@pytest.mark.parametrize("name", NAMES)
+def test_conditioning_that_is_missing_or_would_not_be_read_is_refused(name):
+    made, denoiser = denoiser_of(name)
+    noisy, t, cond, image = batch_for(name)
+    plain = PlainDenoiser(made.model)
+    for call in (denoiser, plain):
+        with pytest.raises(TypeError, match=r"conditioning: expected a dict .*, got Tensor"):
+            call(noisy, t, cond["prompt_embeds"], Bank.POSITIVE, **image)
+        with pytest.raises(ValueError, match=r"^conditioning: .*got .*'encoder_attention_mask'"):
+            call(noisy, t, cond | {"encoder_attention_mask": noisy}, Bank.POSITIVE, **image)
+        with pytest.raises(ValueError, match=r"^image_conditioning: .*got .*'controlnet_cond'"):
+            call(noisy, t, cond, Bank.POSITIVE, **image, controlnet_cond=noisy)
+        for missing in [key for key in cond if "mask" not in key]:
+            rest = {key: value for key, value in cond.items() if key != missing}
+            with pytest.raises(ValueError, match=f"^conditioning: expected .*'{missing}'"):
+                call(noisy, t, rest, Bank.POSITIVE, **image)
+        for missing in image:
+            with pytest.raises(ValueError, match=f"^image_conditioning: expected .*'{missing}'"):
+                call(noisy, t, cond, Bank.POSITIVE)
+
+
+def test_inputs_come_in_what_the_model_computes_in():
+    made = tiny("unet")
+    assert compute_dtype(made.model) == torch.float64
+    model = made.model.to(torch.bfloat16)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert compute_dtype(model) == torch.bfloat16
+    noisy, t, cond, _ = batch_for("unet")
+    assert PlainDenoiser(model)(noisy, t, cond, Bank.POSITIVE).dtype == torch.bfloat16
+    quantized = torch.nn.Module()
+    quantized.packed = torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
+    quantized.norm = torch.nn.Parameter(torch.zeros(2, dtype=torch.float16))
+    assert compute_dtype(quantized) == torch.float16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_levels_in_half_precision_are_those_of_float32(kind):
+    """SD's σ at t = 0 is 0.03; √(1 − ᾱ) in bfloat16 is 0."""
+    scheduler, t = scheduler_of(kind), torch.tensor([0, 1, 2, 999])
+    half = torch.randn(4, 2, 3, 3).bfloat16()
+    for ours, exact in zip(
+        noise_levels(scheduler, t, half), noise_levels(scheduler, t, half.double()), strict=True
+    ):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
+    noise = torch.randn_like(half)
+    for function in (add_noise, regression_target):
+        exact = function(scheduler, half.double(), noise.double(), t)
+        assert torch.equal(function(scheduler, half, noise, t), exact.bfloat16())
 
 
 class Wrapped(torch.nn.parallel.DistributedDataParallel):
@@ -226,7 +280,7 @@ def test_checkpointed_backbone_in_a_chunked_regularizer():
             EMA(denoiser.parameters()),
             num_negatives=2,
             chunk_size=2 if chunked else None,
-            generator=torch.Generator().manual_seed(0),
+            seed=0,
         )
         pred = denoiser(noisy, t, cond, Bank.POSITIVE)
         out = agsm(noisy, t, 0 * noisy, cond, captions=["a", "b", "c"], pred=pred)
