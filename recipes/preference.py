@@ -63,7 +63,7 @@ def run_preference(
         schedule = as_schedule(options.agsm_weight)
         if options.agsm_warmup:
             schedule = linear_warmup(schedule, options.agsm_warmup)
-        agsm = student.agsm(schedule)
+        agsm = student.agsm(options.batch_size, schedule)
     step = make_step(student, agsm, {"beta": options.beta, "loss_type": options.loss_type})
     hard = hard_per_image(options) if agsm is not None else 0
     batches = open_pairs(

@@ -167,11 +167,19 @@ class Student:
             reference = partial(adapters_off, model.denoiser) if options.lora_rank else nullcontext
         return cls(options, model, attached, module, parameters, reference)
 
-    def agsm(self, weight: float | Callable[[int], float] = 1.0) -> AGSMRegularizer:
-        """AGSM over the denoiser, as the options say, with λ = weight."""
+    def agsm(
+        self, batch_size: int, weight: float | Callable[[int], float] = 1.0
+    ) -> AGSMRegularizer:
+        """AGSM over the denoiser, as the options say, with λ = weight, on so many images a micro-step."""
         from agsm_loss import EMA, AdaptiveTemperature, AGSMLoss, AGSMRegularizer
 
         options = self.options
+        if batch_size < 2 and options.negatives == "in_batch":
+            raise ValueError(
+                f"batch_size: expected 2 at least of AGSM's images, got {batch_size}: with --negatives in_batch "
+                "the other captions are the batch's, and there would be none. Take larger batches and "
+                "fewer of them (--accumulate), or --negatives hard or mixed."
+            )
         temperature: Any = options.temperature
         if options.entropy:
             temperature = AdaptiveTemperature(options.entropy)

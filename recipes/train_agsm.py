@@ -44,7 +44,7 @@ def make_objective(options: Options, student: Student) -> Any:
     from objectives import AGSM, Denoising, SoftREPA
 
     if options.objective == "agsm":
-        return AGSM(student.agsm())
+        return AGSM(student.agsm(options.batch_size))
     if options.objective == "softrepa":
         if options.banks != "shared":
             raise ValueError(

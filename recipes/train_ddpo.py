@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         schedule = linear_warmup(schedule, options.agsm_warmup)
     own: dict[str, Any] = {}
     if options.agsm_weight:
-        own["agsm"] = lambda denoiser, parameters: student.agsm(schedule)
+        own["agsm"] = lambda denoiser, parameters: student.agsm(options.agsm_batch, schedule)
         if options.agsm_images == "data":
             own["batches"] = data_batches(options, student, state)
     pipeline = LoadedPipeline(student.model.pipe, full=options.full)

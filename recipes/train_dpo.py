@@ -1,6 +1,6 @@
 """Diffusion-DPO on a text-to-image pipeline, alone or with AGSM in its step.
 
-    python recipes/train_dpo.py --lora-rank 8 --agsm-weight 1
+    python recipes/train_dpo.py --lora-rank 8 --agsm-weight 1000
     accelerate launch recipes/train_dpo.py --config recipes/configs/dpo_sdxl.yaml --data pairs.parquet
 
 `--model`: Stable Diffusion, SDXL, SD3 or Flux.1; `--lora-rank` or `--full`, with soft tokens beside

@@ -47,7 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
     student = Student.build(options, accelerator)
     model, reward = student.model, load(options.reward, accelerator.device)
     scheduler = model.pipe.scheduler
-    agsm = student.agsm(options.agsm_weight) if options.agsm_weight else None
+    agsm = None
+    if options.agsm_weight:
+        agsm = student.agsm(options.batch_size, options.agsm_weight)
     step = FlowGRPO(
         student.denoiser,
         scheduler,

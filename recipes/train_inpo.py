@@ -1,6 +1,6 @@
 """InPO (Diffusion-DPO at inverted noise) on a text-to-image pipeline, alone or with AGSM in its step.
 
-    python recipes/train_inpo.py --lora-rank 8 --agsm-weight 1
+    python recipes/train_inpo.py --lora-rank 8 --agsm-weight 1000
     accelerate launch recipes/train_inpo.py --config recipes/configs/inpo_sdxl.yaml --data pairs.parquet
 
 For eps- and v-prediction: Stable Diffusion and SDXL. The rest is as in `train_dpo.py`.

@@ -1,7 +1,7 @@
 """SPO (step-by-step preference optimisation) on a pipeline, alone or with AGSM in its step.
 
-    python recipes/train_spo.py --lora-rank 4 --agsm-weight 1
-    python recipes/train_spo.py --config recipes/configs/spo_sd15.yaml --agsm-weight 1
+    python recipes/train_spo.py --lora-rank 4 --agsm-weight 30
+    python recipes/train_spo.py --config recipes/configs/spo_sd15.yaml --agsm-weight 30
 
 Every batch's captions are sampled by the model itself; `--preference` scores the pictures that its next
 states lead to: "detector" (the embedded world's) or a CLIP model such as PickScore. For eps- and
@@ -76,7 +76,10 @@ def main(arguments: list[str] | None = None) -> None:
             "the likelihoods of DDIM's steps. Use train_dpo.py."
         )
     scheduler = DDIMScheduler.from_config(model.pipe.scheduler.config)
-    agsm = student.agsm(options.agsm_weight) if options.agsm_weight else None
+    agsm = None
+    if options.agsm_weight:
+        images = options.agsm_batch or options.batch_size
+        agsm = student.agsm(images, options.agsm_weight)
     step = SPO(
         student.denoiser,
         scheduler,

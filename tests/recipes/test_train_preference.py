@@ -151,6 +151,7 @@ def test_what_cannot_be_trained_is_refused(flow_base, tmp_path):
     for flags, words in (
         (["--full", "--lora-rank", "2"], "got both"),
         (["--num-tokens", "0"], "nothing to train"),
+        (["--lora-rank", "2", "--agsm-weight", "1", "--batch-size", "1"], "expected 2 at least"),
     ):
         with pytest.raises(ValueError, match=words):
             train("dpo", flow_base, tmp_path / "x", *flags)
