@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import workers
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from diffusers.models.attention_processor import AttnProcessor
 from integrations_tiny import tiny
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from workers import run_ranks
 
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
 from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
+from agsm_loss.integrations.training import TokenDenoiser
 
 
 def attach(made):
@@ -76,3 +80,57 @@ def test_two_ranks_of_ddp_equal_one_process(checkpointing):
     for grads in run_ranks(worker).values():
         for ours, theirs in zip(grads, whole, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_a_script_that_checkpoints_its_lora_alone_resumes_exactly(tmp_path):
+    """The tokens beside it are registered, as the patch guide does; the second process draws others."""
+
+    def make(seed):
+        model = tiny("unet").model.float().requires_grad_(False)
+        torch.manual_seed(seed)
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights="gaussian"))
+        model.soft_tokens = make_soft_tokens(model)
+        attached = attach_soft_tokens(model, model.soft_tokens)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        project = ProjectConfiguration(str(tmp_path), automatic_checkpoint_naming=True)
+        accelerator = Accelerator(cpu=True, project_config=project)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-2))
+        agsm = AGSMRegularizer(
+            TokenDenoiser(attached, model), EMA(trained, decay=0.5), AGSMLoss(neg_scale=0.0),
+            num_negatives=1, allow_empty=True,
+        )  # fmt: skip
+        accelerator.register_for_checkpointing(agsm, attached.tokens)
+
+        def save(models, weights, folder):
+            torch.save(get_peft_model_state_dict(model), f"{folder}/lora.pt")
+            weights.clear()
+
+        def load(models, folder):
+            set_peft_model_state_dict(model, torch.load(f"{folder}/lora.pt"))
+            models.clear()
+
+        accelerator.register_save_state_pre_hook(save)
+        accelerator.register_load_state_pre_hook(load)
+        return accelerator, optimizer, agsm, trained
+
+    def run(optimizer, agsm, steps):
+        for step in steps:
+            g = torch.Generator().manual_seed(step)
+            noisy, target = torch.randn(2, 4, 4, 8, 8, generator=g)
+            text = {"prompt_embeds": torch.randn(4, 6, 16, generator=g)}
+            times = torch.tensor([1, 300, 600, 900])
+            agsm(noisy, times, target, text, captions=["a", "b", "c", ""]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            agsm.update_ema()
+
+    _, optimizer, agsm, straight = make(1)
+    run(optimizer, agsm, range(4))
+    accelerator, optimizer, agsm, _ = make(1)
+    run(optimizer, agsm, range(2))
+    accelerator.save_state()
+    accelerator, optimizer, agsm, resumed = make(99)
+    accelerator.load_state(str(tmp_path / "checkpoints" / "checkpoint_0"))
+    run(optimizer, agsm, range(2, 4))
+    for ours, theirs in zip(resumed, straight, strict=True):
+        assert torch.equal(ours, theirs)
