@@ -150,12 +150,15 @@ def _in_dtype_of(model: nn.Module, tree: Any) -> Any:
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a denoiser's inputs; its weights may be stored in fewer bits (float8, 4-bit)."""
-    dtype = getattr(unwrap(model), "dtype", None)  # diffusers' own knows of layerwise casting
-    if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
-        return dtype
-    kept = (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1)
-    return next(kept, torch.get_default_dtype())
+    """The dtype of a denoiser's inputs: its first parameter's, but where that is for storage (float8, 4-bit)."""
+
+    def known() -> Iterator[torch.dtype]:
+        yield next(model.parameters()).dtype
+        yield getattr(unwrap(model), "dtype", torch.uint8)  # diffusers' knows of layerwise casting
+        yield from (p.dtype for p in model.parameters())
+        yield torch.get_default_dtype()
+
+    return next(dtype for dtype in known() if dtype.is_floating_point and dtype.itemsize > 1)
 
 
 def prediction_type(scheduler: Any) -> str:
