@@ -55,9 +55,10 @@ class SoftTokens(nn.Module):
         tokens: base tokens, a parameter (banks, L, n, d), or (banks, n, d) without layers; `banks`
             is 2 for "dual", else 1.
         time_tokens: `nn.Embedding(time_buckets, L·d)`, or None.
+        frozen: ψ⁻ of "positive_only", a parameter without gradient; else None.
     """
 
-    frozen: Tensor | None
+    frozen: nn.Parameter | None
 
     def __init__(
         self,
