@@ -40,7 +40,8 @@ class AdaptiveTemperature(nn.Module):
     In training mode each call updates the estimate from its own batch first; in evaluation mode it
     is only read. The estimate is a buffer, so it is saved with the state dict. Under
     `torch.distributed` all ranks take the mean of their estimates, so every rank must call it.
-    Rows with fewer than two candidates or with equal errors say nothing and are left out.
+    Rows with fewer than two candidates, with equal errors or with one that is not finite say nothing
+    and are left out.
     """
 
     log_temperature: Tensor
@@ -83,6 +84,9 @@ class AdaptiveTemperature(nn.Module):
         valid = (
             torch.ones_like(errors, dtype=torch.bool) if mask is None else mask.to(errors.device)
         )
+        # A prediction that overflowed says nothing of its row's captions.
+        finite = errors.masked_fill(~valid, 0).isfinite().all(1)
+        errors = errors.where(finite.unsqueeze(1), 0)
         best = errors.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
         gaps = (errors - best).masked_fill(~valid, 0)
         informative = gaps.amax(1) > 0

@@ -68,8 +68,8 @@ class Progress:
 class BestSamples:
     """The epoch's samples with the best rewards, as what AGSM trains on."""
 
-    def __init__(self, share: float, batch_size: int, seed: int) -> None:
-        self.share, self.batch_size, self.seed = share, batch_size, seed
+    def __init__(self, share: float, batch_size: int, seed: int, rank: int = 0) -> None:
+        self.share, self.batch_size, self.seed, self.rank = share, batch_size, seed, rank
         self.latents = self.embeds = torch.empty(0)
         self.prompts: list[str] = []
         self.steps = 1000
@@ -90,7 +90,9 @@ class BestSamples:
 
     def batch(self, number: int) -> Clean:
         """A micro-step's draw of them."""
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + number)
+        # The CPU's generator reads the lower 32 bits alone, so all three have a part in these.
+        key = self.seed + self.rank * 0x85EBCA6B + number * 0x9E3779B1
+        generator = torch.Generator().manual_seed(key % 2**63)
         rows = torch.randperm(len(self.latents), generator=generator)[: self.batch_size]
         latents = self.latents[rows.to(self.latents.device)]
         times = torch.randint(self.steps, (len(rows),), generator=generator)

@@ -136,8 +136,10 @@ class SavedTokens(ModelHubMixin):
         state = {n: v.detach().cpu().contiguous() for n, v in self.tokens.state_dict().items()}
         save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
         (save_directory / CONFIG).write_text(config + "\n")
+        # The hub takes ids alone; a folder of one's own is told in the text.
+        named = self.base_model and not Path(self.base_model).exists()
         card = _CARD.format(
-            base=f"base_model: {self.base_model}\n" if self.base_model else "",
+            base=f"base_model: {self.base_model}\n" if named else "",
             of=f" of {self.base_model}" if self.base_model else "",
             backbone=self.backbone,
             count=sum(p.numel() for p in self.tokens.parameters()),

@@ -7,8 +7,14 @@ live behind `context_embedder`, so d is `caption_projection_dim`.
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from agsm_loss.integrations.soft_token_hooks import JointBackbone, Names
+from agsm_loss.integrations.soft_token_hooks import (
+    Arguments,
+    JointBackbone,
+    Names,
+    parameter_names,
+)
 
 
 class SD3Backbone(JointBackbone):
@@ -23,6 +29,20 @@ class SD3Backbone(JointBackbone):
 
     def names(self, model: Any) -> Names:
         return Names(("prompt_embeds", "pooled_prompt_embeds"))
+
+    def register(self, model: nn.Module, attachment: Any) -> list[RemovableHandle]:
+        names, worn = parameter_names(model), attachment.tokens.num_layers
+
+        def check(model: nn.Module, args: Any, kwargs: Any) -> None:
+            skipped = Arguments(names, args, kwargs)["skip_layers"] or ()
+            if attachment.pending is not None and any(layer < worn for layer in skipped):
+                raise ValueError(
+                    f"skip_layers: expected none of the first {worn} blocks, which wear soft tokens, got "
+                    f"{list(skipped)}. Skip later ones, or use tokens of fewer layers."
+                )
+
+        handle = model.register_forward_pre_hook(check, with_kwargs=True)
+        return [handle, *super().register(model, attachment)]
 
     def denoise(
         self,

@@ -111,13 +111,13 @@ class AGSMDDPOTrainer(DDPOTrainer):
         self.agsm: AGSMRegularizer | None = None
         self.batches = batches
         self.every = every
-        self._own = BestSamples(best, batch_size, config.seed)
         self._metrics: dict[str, list[Tensor]] = {}
         self._progress = Progress(self)
         self._epoch = self.global_step = self._micro_step = 0
         self._save_freq = config.save_freq
         config = replace(config, save_freq=2**62)  # saving is done here
         super().__init__(config, reward_function, prompt_function, sd_pipeline, image_samples_hook)
+        self._own = BestSamples(best, batch_size, config.seed, self.accelerator.process_index)
         a_step = self.accelerator.gradient_accumulation_steps
         if a_step % every:
             raise ValueError(

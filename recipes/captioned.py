@@ -9,7 +9,9 @@ Both give hard negatives where asked: captions one edit away from the image's ow
 
 from __future__ import annotations
 
+import logging
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -25,6 +28,8 @@ from world.captions import OPPOSITE, caption, hard_negatives
 from world.prompts import scenes
 from world.render import render, to_model
 from world.scene import Spec
+
+LOGGER = logging.getLogger(__name__)
 
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 COLOUR_WORDS = (
@@ -78,8 +83,8 @@ def world_edits(spec: Spec, number: int, rng: np.random.Generator) -> list[str]:
 class Rows:
     """A table's rows in an order that the seed gives, with their images read and fitted.
 
-    A row with an image that cannot be read is replaced by the next one, and counted in `unreadable`.
-    Images are resized to cover `size` pixels a side, and cropped in the middle.
+    A row with an image that cannot be read, or without a text, is replaced by the next one, and counted in
+    `unreadable`; the log tells of the 1st, 10th, 100th… Images are turned as their EXIF says, resized to cover `size` pixels a side, and cropped in the middle.
     """
 
     def __init__(
@@ -103,10 +108,12 @@ class Rows:
             )
         if len(table) == 0:
             raise ValueError("data: expected at least one row, got none")
-        self.table, self.images, self.text = table, tuple(images), text
+        self.table = table.select_columns([*images, text])  # others may be heavy, or damaged
+        self.images, self.text = tuple(images), text
         self.batch_size, self.seed, self.size = batch_size, seed, size
         self.rank, self.processes = rank, processes
         self.unreadable: set[int] = set()
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
 
     def batch(self, index: int) -> list[tuple[int, list[Tensor], Any]]:
         """Row number, images (3, H, W) and the text's cell of each row of batch `index`."""
@@ -117,32 +124,50 @@ class Rows:
         for _ in range(len(self.table)):
             if row not in self.unreadable:
                 cells = self.table[row]
-                images = [self._load(cells[name]) for name in self.images]
-                if all(image is not None for image in images):
-                    return row, [one for one in images if one is not None], cells[self.text]
-                self.unreadable.add(row)
+                try:
+                    images = [self._load(cells[name]) for name in self.images]
+                    _check_text(cells[self.text])
+                    return row, images, cells[self.text]
+                except _UNREADABLE as error:
+                    self._leave_out(row, error)
             row = (row + 1) % len(self.table)
-        raise ValueError(f"data: none of the {len(self.table)} rows' images can be read")
+        raise ValueError(
+            f"data: none of the {len(self.table)} rows can be read; the log tells of the first."
+        )
+
+    def _leave_out(self, row: int, error: Exception) -> None:
+        self.unreadable.add(row)
+        number = len(self.unreadable)
+        if number == 10 ** (len(str(number)) - 1):
+            LOGGER.warning(
+                "data: row %d cannot be read (%s: %s); the next one stands for it. So far %d of %d rows.",
+                row, type(error).__name__, error, number, len(self.table),
+            )  # fmt: skip
 
     def _row(self, place: int) -> int:
         """Every row once an epoch, in an order that the seed and the epoch give."""
         epoch, inside = divmod(place, len(self.table))
-        order = np.random.default_rng([self.seed, epoch, 5]).permutation(len(self.table))
-        return int(order[inside])
+        if epoch not in self._orders:
+            order = np.random.default_rng([self.seed, epoch, 5]).permutation(len(self.table))
+            # A batch may lie in two epochs, and a table of millions takes seconds to shuffle.
+            self._orders = {n: kept for n, kept in self._orders.items() if n == epoch - 1}
+            self._orders[epoch] = order
+        return int(self._orders[epoch][inside])
 
-    def _load(self, cell: Any) -> Tensor | None:
-        """From bytes, or from a cell of `datasets.Image(decode=False)`; None if it is damaged."""
+    def _load(self, cell: Any) -> Tensor:
+        """From bytes, or from a cell of `datasets.Image(decode=False)`; `_UNREADABLE` if damaged."""
         import io
 
-        from PIL import Image, ImageOps, UnidentifiedImageError
+        from PIL import Image, ImageOps
 
+        if isinstance(cell, Mapping):
+            cell = cell["bytes"] or cell["path"]
         try:
-            if isinstance(cell, Mapping):
-                cell = cell["bytes"] or cell["path"]
             with Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell) as file:
-                fitted = ImageOps.fit(file.convert("RGB"), (self.size, self.size))
-        except (UnidentifiedImageError, OSError, TypeError, AttributeError):
-            return None
+                upright = ImageOps.exif_transpose(file).convert("RGB")
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from error
+        fitted = ImageOps.fit(upright, (self.size, self.size))
         return torch.from_numpy(to_model(np.asarray(fitted)[None]))[0]
 
 
@@ -179,23 +204,43 @@ class TableBatches(Dataset[Batch]):
         )
 
 
+# What PIL raises for damaged images of one format or another; and for no image, or no text, at all.
+_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, struct.error)
+
+
+def _check_text(cell: Any) -> None:
+    texts = [cell] if isinstance(cell, str) else cell
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"expected a text, or several, got {cell!r}")
+
+
 def one_text(cell: str | Sequence[str], rng: np.random.Generator) -> str:
     """A caption's cell: itself, or one of several."""
     return cell if isinstance(cell, str) else cell[int(rng.integers(len(cell)))]
 
 
 def open_table(data: str, split: str) -> Any:
-    """A .parquet, .jsonl or .csv file, a folder of images with metadata, or a hub id."""
+    """Tables of one or more files ("shards/*.parquet"), a folder of them or of images, or a hub id.
+
+    .parquet, .jsonl, .csv, or .tar of webdataset (its columns are the files' endings: jpg, txt).
+    """
+    import glob
+
     from datasets import load_dataset
 
     path = Path(data)
     kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+    kinds[".tar"] = "webdataset"
     if path.is_dir():
-        return load_dataset("imagefolder", data_dir=data, split=split)
+        pictures = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+        if any(file.suffix.lower() in pictures for file in path.rglob("*")):
+            return load_dataset("imagefolder", data_dir=data, split=split)
+        return load_dataset(data, split=split)
     if path.suffix in kinds:
-        if not path.exists():
+        files = [data] if path.exists() else sorted(glob.glob(data, recursive=True))
+        if not files:
             raise FileNotFoundError(f"data: no file {data}")
-        return load_dataset(kinds[path.suffix], data_files=data, split=split)
+        return load_dataset(kinds[path.suffix], data_files={split: files}, split=split)
     return load_dataset(data, split=split)
 
 

@@ -125,9 +125,10 @@ def read_results(results: Path, files: Sequence[Path], folder: Path) -> list[Ver
         if name not in by_name:
             raise ValueError(f"{results}: no result for {name} of {folder}")
         row = by_name[name]
-        expected = (
-            sum(one["count"] for one in row["metadata"]["include"]) if "metadata" in row else 0
-        )
+        metadata = row.get("metadata", {"include": []})
+        if isinstance(metadata, str):  # as GenEval's evaluator writes it
+            metadata = json.loads(metadata)
+        expected = sum(one["count"] for one in metadata["include"])
         reason = None if row["correct"] else str(row.get("reason") or "wrong")
         judged.append(Verdict(row["tag"], bool(row["correct"]), reason, expected, None))
     return judged

@@ -42,7 +42,7 @@ class Options:
     steps: int = option(20, "sampling steps")
     cfg: float = option(3.0, "guidance scale")
     seed: int = option(0, "of the noise")
-    batch_size: int = option(64, "images a call")
+    batch_size: int = option(0, "images a call; 0: 64 of the world's size, 4 of any larger")
     dtype: str = option("float32", "of the weights", ("float32", "bfloat16", "float16"))
     device: str = option("cpu", "cpu, cuda, ...")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice")
@@ -76,9 +76,12 @@ def sample(
     seeds: Sequence[Any],
     steps: int,
     cfg: float,
-    batch_size: int = 64,
+    batch_size: int = 0,
 ) -> npt.NDArray[np.uint8]:
-    """One image a prompt, (N, H, W, 3) uint8. Image i's noise is `loop.draws(seeds[i])`."""
+    """One image a prompt, (N, H, W, 3) uint8. Image i's noise is `loop.draws(seeds[i])`.
+
+    batch_size: images a call of the pipeline; 0: 64 of the world's size, 4 of any larger.
+    """
     import numpy as np
 
     calls = _calls(pipe, prompts, seeds, steps=steps, cfg=cfg, batch_size=batch_size)
@@ -95,9 +98,15 @@ def _calls(
     batch_size: int,
 ) -> Iterator[npt.NDArray[np.uint8]]:
     """The images of one call of the pipeline after the other."""
+    import numpy as np
+
+    from agsm_loss.integrations.pipelines import denoiser_of
     from loop import draws
     from world_models import pipeline_arguments
 
+    if batch_size == 0:
+        size = getattr(pipe, "default_sample_size", None) or denoiser_of(pipe).config.sample_size
+        batch_size = 64 if np.max(size) * pipe.vae_scale_factor <= 128 else 4
     for start in range(0, len(prompts), batch_size):
         images = pipe(
             list(prompts[start : start + batch_size]),

@@ -13,16 +13,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -57,6 +64,12 @@ def start(options: TrainingOptions) -> Accelerator:
     """Threads, seeds and the accelerator; call it before any weight is drawn."""
     if options.threads:
         torch.set_num_threads(options.threads)
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", options.mixed_precision):
+        raise ValueError(
+            f"mixed_precision: expected {launched}, as accelerate's launcher says, got "
+            f"{options.mixed_precision}. Give --mixed-precision {launched}."
+        )
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         log_with=options.tracker or None,
@@ -65,7 +78,11 @@ def start(options: TrainingOptions) -> Accelerator:
         ),
         # Buffers here are constants. To exchange them would make processes that call the model a
         # different number of times (rollouts with and without a pair, say) wait for ever.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        # The others wait while the first process samples validation prompts.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+        ],
     )
     if options.tracker and not accelerator.log_with:  # accelerate leaves it out without a word
         raise missing_tracker(options.tracker)

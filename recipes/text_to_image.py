@@ -37,16 +37,30 @@ _ATTENTION = (
 )
 
 
+def _hold_in_float32(vae: Any) -> None:
+    """The VAE in float32 beside a pipeline in half precision, whose latents it then has to cast."""
+    decode = vae.to(torch.float32).decode
+
+    def cast(latents: Tensor, *args: Any, **settings: Any) -> Any:
+        return decode(latents.to(vae.dtype), *args, **settings)
+
+    vae.decode = cast
+
+
+def _bytes_of(encoded: dict[str, Tensor]) -> int:
+    return sum(value.nbytes for value in encoded.values())
+
+
 class TextToImage:
     """A frozen pipeline.
 
     Args:
         pipe: the pipeline.
-        cached_prompts: encodings of so many different prompts are kept, on the CPU.
+        cached_bytes: so much of the latest prompts' encodings is kept, on the CPU.
         guidance: the distilled guidance scale that Flux.1-dev is given in training.
     """
 
-    def __init__(self, pipe: Any, *, cached_prompts: int = 10_000, guidance: float = 3.5) -> None:
+    def __init__(self, pipe: Any, *, cached_bytes: int = 2**30, guidance: float = 3.5) -> None:
         names = [kind.__name__ for kind in type(pipe).__mro__]
         self.outputs = next((_OUTPUTS[name] for name in names if name in _OUTPUTS), None)
         if self.outputs is None:
@@ -56,8 +70,9 @@ class TextToImage:
             )
         self.pipe = pipe
         self.guidance = guidance
-        self.cached_prompts = cached_prompts
+        self.cached_bytes = cached_bytes
         self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._cached = 0
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -67,10 +82,12 @@ class TextToImage:
         """From a saved folder or a hub id; the VAE in float32, where SDXL's is not finite in fp16."""
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
         pipe.to(device)
+        if pipe.dtype != dtype:  # earlier diffusers know the argument by another name
+            pipe.to(dtype)
         if hasattr(pipe, "unet"):
             pipe.unet.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
         if dtype is not torch.float32:
-            pipe.vae.to(torch.float32)
+            _hold_in_float32(pipe.vae)
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe)
 
@@ -115,12 +132,15 @@ class TextToImage:
         if missing:
             encoded = self._encode(missing)
             for row, text in enumerate(missing):
-                self._cache[text] = {name: value[row].cpu() for name, value in encoded.items()}
+                # Clones, as a row would keep its whole batch.
+                kept = {name: value[row].cpu().clone() for name, value in encoded.items()}
+                self._cache[text] = kept
+                self._cached += _bytes_of(kept)
         rows = [self._cache[text] for text in prompts]
         for text in prompts:
             self._cache.move_to_end(text)
-        while len(self._cache) > self.cached_prompts:
-            self._cache.popitem(last=False)
+        while self._cached > self.cached_bytes:
+            self._cached -= _bytes_of(self._cache.popitem(last=False)[1])
         return {n: torch.stack([row[n] for row in rows]).to(self.device) for n in rows[0]}
 
     def _encode(self, prompts: list[str]) -> dict[str, Tensor]:

@@ -82,6 +82,18 @@ def test_rows_that_say_nothing_are_left_out():
     torch.testing.assert_close(AdaptiveTemperature()(quiet, masks), expected)
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_an_overflow_does_not_last(bad):
+    """As fp16's, which a GradScaler passes over: the row says nothing, and all of them nothing at all."""
+    good = errors_of(0)
+    broken = torch.cat([good, good[:1]])
+    broken[-1, 1] = bad
+    assert AdaptiveTemperature()(broken) == AdaptiveTemperature()(good)
+    temperature = AdaptiveTemperature()
+    first = temperature(good)
+    assert temperature(torch.full_like(good, bad)) == first and temperature.updates == 1
+
+
 def test_ranks_agree():
     values = run_ranks(workers.adaptive_temperature)
     assert values[0] == values[1] == pytest.approx(float(AdaptiveTemperature()(errors_of(0))))

@@ -232,3 +232,19 @@ def test_bad_banks():
     with pytest.raises(ValueError, match="timestep: expected one, or one for each of the 2"):
         made.model(**(made.inputs() | {"timestep": torch.zeros(3)}))
     attached.detach()
+
+
+def test_skipping_a_block_that_wears_tokens_is_refused():
+    """As SD3.5's skip-layer guidance does, with later blocks: the text would stay too long."""
+    made, x = tiny("sd3"), tiny("sd3").inputs()
+    number = len(made.model.transformer_blocks)
+    tokens = make_soft_tokens(made.model, num_layers=number - 1).double()
+    attached = attach_soft_tokens(made.model, tokens)
+    with pytest.raises(ValueError, match=r"skip_layers: expected none of the first"):
+        made.model(**x, skip_layers=[0])
+    later = made.model(**x, skip_layers=[number - 1])[0]
+    assert not torch.equal(later, made.model(**x)[0])
+    with attached.using(Bank.OFF):
+        off = made.model(**x, skip_layers=[0])[0]
+    attached.detach()
+    assert torch.equal(made.model(**x, skip_layers=[0])[0], off)

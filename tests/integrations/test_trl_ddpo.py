@@ -273,3 +273,18 @@ def test_processes_train_one_model(folder, monkeypatch):
         for one, other in zip(ranks[0][part], ranks[1][part], strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert any(not torch.equal(a, b) for a, b in zip(ranks[0][0], ranks[0][1], strict=True))
+
+
+def test_own_samples_are_noised_by_seed_rank_and_micro_step():
+    from agsm_loss.integrations._trl_ddpo import BestSamples
+
+    def drawn(seed, rank, number):
+        own = BestSamples(1.0, 4, seed, rank)
+        own.latents, own.embeds = torch.zeros(4, 1, 2, 2), torch.zeros(4, 1)
+        own.prompts = ["a", "b", "c", "d"]
+        return own.batch(number).noise
+
+    first = drawn(0, 0, 0)
+    assert torch.equal(first, drawn(0, 0, 0))
+    for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
+        assert not torch.equal(first, drawn(*other))

@@ -1,14 +1,16 @@
 """Batches for post-training: the world's and a table's, functions of their index; edited captions."""
 
 import io
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from PIL import Image
 
-from captioned import TableBatches, WorldBatches, edited, edits, open_batches
+from captioned import TableBatches, WorldBatches, edited, edits, open_batches, open_table
 from world.captions import caption, hard_negatives
 from world.export import captioned, imagefolder
 from world.prompts import specs
@@ -104,6 +106,66 @@ def test_a_damaged_image_is_passed_over_and_counted():
         TableBatches(nothing, 2, 0, seed=0, size=8)[0]
 
 
+def broken_png():
+    """Its first chunks can be read, a later one cannot."""
+    whole = png("red", (300, 300))["bytes"]
+    return {"bytes": whole[:60] + b"\x00" * 8 + whole[68:], "path": None}
+
+
+@pytest.mark.parametrize(
+    ("column", "cell"),
+    [
+        ("caption", None),
+        ("caption", []),
+        ("image", None),
+        ("image", {"bytes": png("red")["bytes"][:40], "path": None}),
+        ("image", {"bytes": b"II*\x00" + b"\xff" * 40, "path": None}),
+        ("image", broken_png()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_one_bad_row_is_passed_over_and_told(column, cell, caplog):
+    lists = isinstance(cell, list)
+    rows = [{"image": png((i, 0, 0)), "caption": ["a"] if lists else "a"} for i in range(4)]
+    rows[1][column] = cell
+    batches = TableBatches(Dataset.from_list(rows), 4, 0, seed=0, size=8)
+    with caplog.at_level("WARNING"):
+        for index in range(3):
+            assert 1 not in batches[index].image_ids
+    assert batches.rows.unreadable == {1}
+    assert caplog.text.count("row 1 cannot be read") == 1
+
+
+def test_columns_that_are_not_asked_for_are_not_read():
+    rows = [{"image": png("red"), "caption": "a", "mask": {"bytes": b"junk", "path": None}}] * 2
+    table = Dataset.from_list(rows).cast_column("mask", ImageFeature())
+    assert TableBatches(table, 2, 0, seed=0, size=8)[0].captions == ["a", "a"]
+
+
+def test_pictures_are_turned_as_their_exif_says():
+    """Left of red is blue; the file holds it turned by a quarter."""
+    picture = Image.new("RGB", (8, 8), "red")
+    picture.paste("blue", (0, 0, 4, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    picture.transpose(Image.Transpose.ROTATE_90).save(buffer, format="PNG", exif=exif)
+    table = Dataset.from_list(
+        [{"image": {"bytes": buffer.getvalue(), "path": None}, "caption": ""}]
+    )
+    red, _, blue = TableBatches(table, 1, 0, seed=0, size=8)[0].pixels[0]
+    assert (red[:, 4:] > 0).all() and (blue[:, :4] > 0).all() and (red[:, :4] < 0).all()
+
+
+def test_a_table_is_shuffled_once_an_epoch(monkeypatch):
+    rows = [{"image": png("red"), "caption": f"{i}"} for i in range(4)]
+    batches = TableBatches(Dataset.from_list(rows), 3, 0, seed=0, size=8)
+    seen = [batches[index].image_ids for index in range(8)]
+    assert len(batches.rows._orders) == 2
+    again = TableBatches(Dataset.from_list(rows), 3, 0, seed=0, size=8)
+    assert again[7].image_ids == seen[7] and again[2].image_ids == seen[2]
+
+
 def test_several_captions_an_image_are_drawn_from():
     table = Dataset.from_list([{"image": png("red"), "caption": ["one", "two", "three"]}])
     drawn = {t for i in range(20) for t in TableBatches(table, 1, 0, seed=0, size=8)[i].captions}
@@ -114,11 +176,34 @@ def test_files_and_folders_are_opened(tmp_path):
     data = captioned(6, seed=0)
     data.to_parquet(tmp_path / "w.parquet")
     imagefolder(data, tmp_path / "folder")
-    for source in (tmp_path / "w.parquet", tmp_path / "folder"):
+    (tmp_path / "shards" / "data").mkdir(parents=True)
+    for half in range(2):
+        shard = data.shard(2, half, contiguous=True)
+        shard.to_parquet(tmp_path / "shards" / "data" / f"train-0000{half}-of-00002.parquet")
+    for source in (
+        tmp_path / "w.parquet",
+        tmp_path / "folder",
+        tmp_path / "shards",
+        tmp_path / "shards" / "data" / "train-*.parquet",
+    ):
+        assert len(open_table(str(source), "train")) == 6
         batch = open_batches(str(source), 2, 1, seed=0, size=24)[0]
         assert batch.pixels.shape == (2, 3, 24, 24)
         assert set(batch.captions) <= set(data["caption"])
     assert isinstance(open_batches("world", 2, 0, seed=0, size=24), WorldBatches)
+
+
+def test_webdataset_is_read(tmp_path):
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for i in range(3):
+            for ending, content in (("png", png("red")["bytes"]), ("txt", f"text {i}".encode())):
+                info = tarfile.TarInfo(f"{i:03}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    batches = open_batches(
+        str(tmp_path / "*.tar"), 3, 0, seed=0, size=8, image="png", text="txt"
+    )  # fmt: skip
+    assert sorted(batches[0].captions) == ["text 0", "text 1", "text 2"]
 
 
 def test_wrong_data_are_named(tmp_path):

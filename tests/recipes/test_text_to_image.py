@@ -51,6 +51,17 @@ def test_latents_decode_to_what_the_vae_would_give(folder):
     assert not any(p.requires_grad for p in model.denoiser.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_pipeline_in_half_precision_samples(folder, dtype):
+    """Its VAE is held in float32, and the stock pipelines don't cast the latents."""
+    from generate import sample
+
+    model = TextToImage.load(str(folder), dtype)
+    images = sample(model.pipe, ["a red circle"], seeds=[0], steps=1, cfg=2.0)
+    assert images.dtype == "uint8" and images.shape[0] == 1 and images.std() > 0
+    assert model.pipe.vae.dtype == torch.float32
+
+
 def test_a_run_on_a_table_saves_tokens(folder, tmp_path):
     captioned(6, seed=0).to_parquet(tmp_path / "w.parquet")
     flags = ["--model", str(folder), "--data", str(tmp_path / "w.parquet"), "--resolution", "8",

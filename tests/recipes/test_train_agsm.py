@@ -208,7 +208,9 @@ def test_prompts_are_encoded_once_and_the_cache_is_bounded(flow_base, monkeypatc
     from text_to_image import TextToImage
 
     model = TextToImage.load(str(flow_base), torch.float32)
-    model.cached_prompts = 2
+    kept = model.encode_prompts(["a square"])
+    one = sum(value.nbytes for value in kept.values())
+    model = TextToImage(model.pipe, cached_bytes=2 * one)
     asked = []
     encode = model._encode
     monkeypatch.setattr(model, "_encode", lambda prompts: asked.append(prompts) or encode(prompts))
