@@ -19,7 +19,8 @@ torch.manual_seed(0)
 places, text = torch.tensor([[-2.0, 0], [2, 0], [0, 2], [0, -2]]), torch.randn(4, 16)
 model = Denoiser()
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-agsm = AGSMRegularizer(model, EMA(model.parameters(), decay=0.99), AGSMLoss(neg_scale=0.1))
+ema, shared = EMA(model.parameters(), decay=0.99), model.net.parameters()
+agsm = AGSMRegularizer(model, ema, AGSMLoss(neg_scale=0.1), shared=shared)  # γ⁻ is for the tokens
 
 for step in range(501):
     caption, t, eps = torch.randint(4, (64,)), torch.randint(1000, (64,)), torch.randn(64, 2)
