@@ -214,7 +214,8 @@ class _Means:
     def add(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             total, count = self.sums.get(name, (torch.zeros(()), 0))
-            self.sums[name] = total + torch.as_tensor(value).detach().float().cpu(), count + 1
+            # Left where it is: to fetch it would wait for the device in every micro-step.
+            self.sums[name] = total + torch.as_tensor(value).detach().float(), count + 1
 
     def take(self) -> dict[str, float]:
         means = {name: (total / count).item() for name, (total, count) in self.sums.items()}
