@@ -193,6 +193,16 @@ def test_shipped_plans_are_read(recipes):
         assert {"SoftREPA", "AGSM"} <= set(plan.methods)
 
 
+def test_every_shipped_study_has_its_report(recipes):
+    files = sorted((recipes / "configs").glob("study_*.yaml"))
+    assert len(files) > 5
+    for file in files:
+        plan = study.read_plan(file)
+        assert plan.output == f"runs/{file.stem}"
+        text = (recipes / "results" / file.stem / "report.md").read_text()
+        assert all(f"| {name} |" in text for name in plan.methods), file.stem
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [
