@@ -51,6 +51,11 @@ def _bytes_of(encoded: dict[str, Tensor]) -> int:
     return sum(value.nbytes for value in encoded.values())
 
 
+# Prompts a pass of the text encoders, always: the last bits of a row depend on how many share its pass, and a
+# resumed run, whose cache is empty, would have others in it.
+ENCODED = 8
+
+
 class TextToImage:
     """A frozen pipeline.
 
@@ -129,9 +134,10 @@ class TextToImage:
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """One row a prompt in every tensor, as `TokenDenoiser` names them."""
         missing = [text for text in dict.fromkeys(prompts) if text not in self._cache]
-        if missing:
-            encoded = self._encode(missing)
-            for row, text in enumerate(missing):
+        for first in range(0, len(missing), ENCODED):
+            group = missing[first : first + ENCODED]
+            encoded = self._encode(group + group[-1:] * (ENCODED - len(group)))
+            for row, text in enumerate(group):
                 # Clones, as a row would keep its whole batch.
                 kept = {name: value[row].cpu().clone() for name, value in encoded.items()}
                 self._cache[text] = kept

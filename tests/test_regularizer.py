@@ -403,7 +403,7 @@ def test_one_autocast_around_it_all_changes_nothing(reuse):
             x, t, _, cond = batch
             pred = net(x, t, cond, torch.zeros(B, dtype=torch.long)) if reuse else None
             out = agsm(*batch, captions=CAPTIONS, pred=pred)
-        seen[cached] = [out.loss, *grads(net, out.loss)]
+        seen[cached] = [out.loss.detach(), *grads(net, out.loss)]
     close(seen[True], seen[False])
 
 
