@@ -131,8 +131,8 @@ def _keep_buffers(module: nn.Module) -> None:
 def no_grad_pass() -> Iterator[None]:
     """`torch.no_grad` for a pass of what is trained, also inside autocast; a decorator as well.
 
-    Before PyTorch 2.10 autocast kept the cast weights of a pass without gradient, and the passes after
-    it had none (pytorch issue 112583); they are dropped here.
+    In older PyTorch autocast keeps the cast weights of a pass without gradient, and the passes after it
+    have none (pytorch issue 112583, mended by 165068); they are dropped here.
     """
     with torch.no_grad():
         yield
@@ -247,10 +247,8 @@ def noise_levels(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tenso
 
     In bfloat16 σ would be 0 at the cleanest timesteps of Stable Diffusion.
     """
-    steps, dtype = (
-        scheduler.config.num_train_timesteps,
-        torch.promote_types(like.dtype, torch.float32),
-    )
+    steps = scheduler.config.num_train_timesteps
+    dtype = torch.promote_types(like.dtype, torch.float32)
     if prediction_type(scheduler) == "flow":
         sigma = timesteps.to(like.device, dtype) / steps
         alpha = 1 - sigma

@@ -83,8 +83,9 @@ def world_edits(spec: Spec, number: int, rng: np.random.Generator) -> list[str]:
 class Rows:
     """A table's rows in an order that the seed gives, with their images read and fitted.
 
-    A row with an image that cannot be read, or without a text, is replaced by the next one, and counted in
-    `unreadable`; the log tells of the 1st, 10th, 100th… Images are turned as their EXIF says, resized to cover `size` pixels a side, and cropped in the middle.
+    A row with an image that cannot be read, or without a text, is replaced by the next one, and
+    counted in `unreadable`; the log tells of the 1st, 10th, 100th… Images are turned as their EXIF
+    says, resized to cover `size` pixels a side, and cropped in the middle.
     """
 
     def __init__(
@@ -229,8 +230,13 @@ def open_table(data: str, split: str) -> Any:
     from datasets import load_dataset
 
     path = Path(data)
-    kinds = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-    kinds[".tar"] = "webdataset"
+    kinds = {
+        ".parquet": "parquet",
+        ".jsonl": "json",
+        ".json": "json",
+        ".csv": "csv",
+        ".tar": "webdataset",
+    }
     if path.is_dir():
         pictures = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
         if any(file.suffix.lower() in pictures for file in path.rglob("*")):

@@ -31,7 +31,7 @@ def test_the_quickstart_shows_a_falling_loss():
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"loss ([\d.]+)  matching caption ranked first ([\d.]+)", done.stdout)
     losses, won = zip(*((float(a), float(b)) for a, b in rows), strict=True)
-    assert losses[-1] < 0.6 * losses[0] and won[-1] > won[0]
+    assert losses[-1] < 0.5 * losses[0] and won[-1] > won[0]
 
 
 def test_the_commands_exist():

@@ -1,9 +1,11 @@
 """Prompts to images in GenEval's layout, and images to scores."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import evaluate
@@ -131,3 +133,21 @@ def test_intervals_cover_what_they_should():
     sure = [Verdict("counting", True, None, 1, 1)] * 50
     summary = evaluate.summarize_with_intervals(sure)
     assert summary["high"] == 1.0 and 0.9 < summary["low"] < 1.0
+
+
+@pytest.mark.parametrize(("size", "scale", "number"), [(24, 1, 64), (64, 8, 4), ([64, 96], 8, 4)])
+def test_large_pictures_are_sampled_few_a_call(size, scale, number, monkeypatch):
+    """64 of the world's size; of Stable Diffusion's a call's activations would fill a GPU."""
+    asked = []
+
+    class Pipe:
+        unet, vae_scale_factor = torch.nn.Identity(), scale
+
+        def __call__(self, prompts, **settings):
+            asked.append(len(prompts))
+            return SimpleNamespace(images=np.zeros((len(prompts), 2, 2, 3)))
+
+    Pipe.unet.config = SimpleNamespace(sample_size=size)
+    monkeypatch.setattr("world_models.pipeline_arguments", lambda pipe: {})
+    images = generate.sample(Pipe(), ["a"] * 70, seeds=range(70), steps=1, cfg=1.0)
+    assert max(asked) == number and len(images) == sum(asked) == 70
