@@ -18,7 +18,7 @@ import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 
 from agsm_loss import Bank
-from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
+from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
 SD15: dict[str, Any] = {"cross_attention_dim": 768, "sample_size": 64}
 SDXL: dict[str, Any] = {

@@ -25,12 +25,12 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
-from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
-from agsm_loss.integrations.diffusion_dpo import DiffusionDPO
-from agsm_loss.integrations.host import Host, adapters_off
-from agsm_loss.integrations.inpo import InPO
-from agsm_loss.integrations.spo import SPO, Clean, Pairs
-from agsm_loss.integrations.training import PlainDenoiser, TokenDenoiser
+from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
+from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
+from agsm_loss.integrations.hosts.inpo import InPO
+from agsm_loss.integrations.hosts.spo import SPO, Clean, Pairs
+from agsm_loss.integrations.hosts.step import Host, adapters_off
+from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 from bench_backbones import timed
 from bench_loss import resident_mib
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from options import option, parse
+from common.options import option, parse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,9 +100,9 @@ def _calls(
     """The images of one call of the pipeline after the other."""
     import numpy as np
 
-    from agsm_loss.integrations.pipelines import denoiser_of
-    from loop import draws
-    from world_models import pipeline_arguments
+    from agsm_loss.integrations.tokens.pipelines import denoiser_of
+    from common.loop import draws
+    from world.models import pipeline_arguments
 
     if batch_size == 0:
         size = getattr(pipe, "default_sample_size", None) or denoiser_of(pipe).config.sample_size
@@ -127,8 +127,8 @@ def main(arguments: list[str] | None = None) -> None:
     from PIL import Image
     from tqdm.auto import tqdm
 
-    from agsm_loss.integrations.pipelines import Sampling
-    from text_to_image import TextToImage
+    from agsm_loss.integrations.tokens.pipelines import Sampling
+    from common.pipeline import TextToImage
 
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from options import option, parse
+from common.options import option, parse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,8 +98,8 @@ def guided_samples(
     """
     import torch
 
-    from agsm_loss.integrations.training import PlainDenoiser
-    from loop import draws
+    from agsm_loss.integrations.denoisers import PlainDenoiser
+    from common.loop import draws
 
     denoiser, scheduler = PlainDenoiser(model.denoiser), model.pipe.scheduler
     scaled = getattr(scheduler, "scale_model_input", lambda x, _: x)  # flow schedules have none
@@ -127,11 +127,11 @@ def run(options: Options, say: Callable[[str], Any] = print) -> list[str]:
     import numpy as np
     import torch
 
-    from text_to_image import TextToImage
+    from common.pipeline import TextToImage
     from world.captions import caption, metadata
     from world.prompts import deal
     from world.scene import MAX_COUNT
-    from world_eval import verdicts
+    from world.verdicts import verdicts
 
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -106,7 +106,7 @@ def recipe_of(where: str, options: dict[str, Any]) -> Any:
 
     where: what an error's text begins with.
     """
-    from student import PostTrainingOptions
+    from common.trained import PostTrainingOptions
 
     name = options.get(RECIPE, "train_agsm")
     known = sorted(file.stem for file in Path(__file__).parent.glob("train_*.py"))
@@ -154,11 +154,11 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from evaluate import summarize_with_intervals
+    from common.pairs import implicit_accuracy
+    from common.pipeline import TextToImage
     from generate import sample
-    from pairs import implicit_accuracy
-    from text_to_image import TextToImage
-    from world_eval import verdicts
+    from score_images import summarize_with_intervals
+    from world.verdicts import verdicts
 
     folder = folder_of(plan, method, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
     began = time.time()
     run_all(given.config, plan, max(1, given.jobs))
 
-    from report import write
+    from studies.report import write
 
     written = write(plan, given.config, seconds=time.time() - began)
     print(f"\n{written.read_text()}\nSee {written} and {written.with_suffix('.html')}")

@@ -16,14 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from options import option, parse
-from student import Student, StudentOptions, competitors, data_settings, hard_per_image
+from common.options import option, parse
+from common.trained import Student, StudentOptions, competitors, data_settings, hard_per_image
 
 if TYPE_CHECKING:
     import torch
 
-    from captioned import Batch
-    from objectives import Inputs
+    from common.images import Batch
+    from common.objectives import Inputs
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Options(StudentOptions):
 def make_objective(options: Options, student: Student) -> Any:
     """The chosen objective over the (prepared) denoiser."""
     from agsm_loss import SoftREPALoss
-    from objectives import AGSM, Denoising, SoftREPA
+    from common.objectives import AGSM, Denoising, SoftREPA
 
     if options.objective == "agsm":
         return AGSM(student.agsm(options.batch_size))
@@ -64,8 +64,8 @@ def prepare(options: Options, student: Student, batch: Batch, generator: torch.G
     """Noises a batch and chooses who competes; the draws are the generator's alone."""
     import torch
 
-    from agsm_loss.integrations.training import add_noise, regression_target
-    from objectives import Inputs
+    from agsm_loss.integrations.noise import add_noise, regression_target
+    from common.objectives import Inputs
 
     model = student.model
     latents = model.encode_images(batch.pixels, generator)
@@ -92,8 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves the tokens."""
     options = parse(Options, __doc__, arguments)
 
-    from captioned import open_batches
-    from loop import draws, start
+    from common.images import open_batches
+    from common.loop import draws, start
 
     accelerator = start(options)
     student = Student.build(options, accelerator)

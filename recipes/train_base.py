@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from options import TrainingOptions, option, parse
+from common.options import TrainingOptions, option, parse
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +101,7 @@ def build(options: Options) -> torch.nn.Module:
     """The model to train, random or with the weights of `init_from`."""
     import diffusers
 
-    from world_models import BASES, NoiseLevels
+    from world.models import BASES, NoiseLevels
 
     model = BASES[options.base](
         width=options.width,
@@ -123,7 +123,7 @@ def evaluate(model: Any, options: Options, step: int) -> dict[str, Any]:
     from generate import sample
     from world.prompts import rows
     from world.score import summarize
-    from world_eval import sheet, verdicts
+    from world.verdicts import sheet, verdicts
 
     wanted = rows("validation", options.eval_per_category)
     pipe = model.pipeline()
@@ -168,10 +168,10 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from diffusers.training_utils import EMAModel
 
-    from loop import Hooks, draws, start, train
-    from model_card import write_card
-    from muon import MuonAdamW
-    from world_models import LATENT_SCALE
+    from common.loop import Hooks, draws, start, train
+    from world.model_card import write_card
+    from world.models import LATENT_SCALE
+    from world.muon import MuonAdamW
 
     accelerator = start(options)
     bare: Any = build(options)

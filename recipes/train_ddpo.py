@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.tracking import GeneralTracker
 
-from options import option, parse
-from student import PostTrainingOptions, Student, data_settings, hard_per_image
+from common.options import option, parse
+from common.trained import PostTrainingOptions, Student, data_settings, hard_per_image
 
 if TYPE_CHECKING:
-    from agsm_loss.integrations.host import Clean
+    from agsm_loss.integrations.hosts.step import Clean
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def main(arguments: list[str] | None = None) -> None:
     from accelerate.utils import parse_flag_from_env
     from tqdm.auto import tqdm
 
-    from agsm_loss.integrations.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
+    from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
     from agsm_loss.schedule import as_schedule, linear_warmup
-    from loop import last_checkpoint, truncate_log
+    from common.loop import last_checkpoint, truncate_log
 
     own_samples = options.agsm_weight and options.agsm_images == "best"
     range_ = (options.timestep_density, options.timestep_low, options.timestep_high)
@@ -163,8 +163,8 @@ def samples_sheet(data: Any, path: Path, most: int = 32) -> None:
     """What an epoch sampled, with its rewards; as trl's hook is given it."""
     import torch
 
-    from rewards import to_uint8
-    from world_eval import sheet
+    from common.rewards import to_uint8
+    from world.verdicts import sheet
 
     images = torch.cat([images for images, *_ in data])[:most]
     told = [
@@ -217,7 +217,7 @@ def trl_config(options: Options, tracker: GeneralTracker, resumed: Path | None) 
 
 def trl_reward(options: Options, device: Any) -> Callable[..., Any]:
     """The reward as trl calls it: images in [0, 1], prompts and what the prompts came with."""
-    from rewards import load
+    from common.rewards import load
 
     score = load(options.reward, device)
 
@@ -232,7 +232,7 @@ def prompts_of(options: Options) -> Callable[[], tuple[str, dict[str, Any]]]:
     import numpy as np
     import torch
 
-    from captioned import one_text, open_table
+    from common.images import one_text, open_table
     from world.captions import caption
     from world.prompts import draw_spec
 
@@ -255,8 +255,8 @@ def prompts_of(options: Options) -> Callable[[], tuple[str, dict[str, Any]]]:
 
 def data_batches(options: Options, student: Student, state: Any) -> Callable[[int], Clean]:
     """AGSM's batch of each micro-step: the data set's images, noised as the options say."""
-    from captioned import open_batches
-    from loop import draws
+    from common.images import open_batches
+    from common.loop import draws
 
     batches = open_batches(
         options.data,
@@ -278,7 +278,7 @@ def extra_tracker(options: Options) -> GeneralTracker | None:
     """The tracker that was asked for beside log.jsonl."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
-    from loop import missing_tracker
+    from common.loop import missing_tracker
 
     if not options.tracker:
         return None
@@ -333,7 +333,7 @@ class JsonLines(GeneralTracker):
 
     def write(self, values: Mapping[str, Any], step: int) -> None:
         """A line of its own."""
-        from loop import append_line, flat
+        from common.loop import append_line, flat
 
         self.flush()
         append_line(self.file, {"step": step, **values})
@@ -342,7 +342,7 @@ class JsonLines(GeneralTracker):
 
     def flush(self) -> None:
         """What has been logged so far is written."""
-        from loop import append_line
+        from common.loop import append_line
 
         if self.line:
             append_line(self.file, {"step": self.step, **self.line})

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from options import option, parse
-from preference import Pairs, PreferenceOptions, run_preference
+from common.options import option, parse
+from common.preference import Pairs, PreferenceOptions, run_preference
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     import torch
 
-    from agsm_loss.integrations.diffusion_dpo import DiffusionDPO
+    from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
 
     def make_step(student: Any, agsm: Any, settings: Any) -> DiffusionDPO:
         scheduler = student.model.pipe.scheduler

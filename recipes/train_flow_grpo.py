@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from options import option, parse
-from student import OnPolicyOptions, Student, on_policy_batches
+from common.options import option, parse
+from common.trained import OnPolicyOptions, Student, on_policy_batches
 
 if TYPE_CHECKING:
-    from captioned import Batch
+    from common.images import Batch
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from agsm_loss import Bank
-    from agsm_loss.integrations.flow_grpo import FlowGRPO, group_advantages, sample_sde
-    from agsm_loss.integrations.host import bank_of
-    from loop import draws, start
-    from rewards import load
+    from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO, group_advantages, sample_sde
+    from agsm_loss.integrations.hosts.step import bank_of
+    from common.loop import draws, start
+    from common.rewards import load
 
     accelerator = start(options)
     student = Student.build(options, accelerator)

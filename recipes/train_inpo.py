@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from options import option, parse
-from preference import Pairs, PreferenceOptions, run_preference
+from common.options import option, parse
+from common.preference import Pairs, PreferenceOptions, run_preference
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     import torch
 
-    from agsm_loss.integrations.host import Clean
-    from agsm_loss.integrations.inpo import InPO
+    from agsm_loss.integrations.hosts.inpo import InPO
+    from agsm_loss.integrations.hosts.step import Clean
 
     def make_step(student: Any, agsm: Any, settings: Any) -> InPO:
         scheduler = student.model.pipe.scheduler

@@ -16,11 +16,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from options import option, parse
-from student import OnPolicyOptions, Student, on_policy_batches
+from common.options import option, parse
+from common.trained import OnPolicyOptions, Student, on_policy_batches
 
 if TYPE_CHECKING:
-    from captioned import Batch
+    from common.images import Batch
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ def main(arguments: list[str] | None = None) -> None:
     from diffusers import DDIMScheduler
 
     from agsm_loss import Bank
-    from agsm_loss.integrations.host import best_rows
-    from agsm_loss.integrations.spo import SPO, Pairs, guided, sample_pairs
-    from agsm_loss.integrations.training import prediction_type
-    from loop import draws, start
-    from rewards import load
+    from agsm_loss.integrations.hosts.spo import SPO, Pairs, guided, sample_pairs
+    from agsm_loss.integrations.hosts.step import best_rows
+    from agsm_loss.integrations.noise import prediction_type
+    from common.loop import draws, start
+    from common.rewards import load
 
     if options.agsm_batch and options.agsm_images == "rollout":
         raise ValueError(

@@ -37,7 +37,9 @@ def test_the_light_import_test_can_fail():
 
 
 def test_a_missing_extra_is_named():
-    code = "import sys; sys.modules['safetensors'] = None; import agsm_loss.integrations.pretrained"
+    code = (
+        "import sys; sys.modules['safetensors'] = None; import agsm_loss.integrations.tokens.saved"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'pip install "agsm-loss[diffusers]"' in done.stderr
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from agsm_loss import AGSMRegularizer
-from agsm_loss.integrations.attach import AttachedTokens
-from agsm_loss.integrations.pretrained import SavedTokens
+from agsm_loss.integrations.tokens.attach import AttachedTokens
+from agsm_loss.integrations.tokens.saved import SavedTokens
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -6,8 +6,8 @@ from integrations_tiny import NAMES, TEXT, tiny
 from torch import nn
 
 from agsm_loss import Bank, SoftTokens
-from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens, unwrap
-from agsm_loss.integrations.unet_tokens import bos_embedding
+from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens, unwrap
+from agsm_loss.integrations.tokens.unet import bos_embedding
 
 
 def tokens_for(made, **settings):

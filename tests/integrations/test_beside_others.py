@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from workers import run_ranks
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
-from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
-from agsm_loss.integrations.training import TokenDenoiser
+from agsm_loss.integrations.denoisers import TokenDenoiser
+from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
 
 def attach(made):
@@ -66,7 +66,7 @@ def test_attention_slicing_and_processors():
 
 def test_compiled_equals_eager():
     """In a fresh process, because executed shape annotations cannot be traced."""
-    script = Path(__file__).parent.parent / "compile_backbones_check.py"
+    script = Path(__file__).parents[1] / "helpers" / "compile_backbones_check.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["unet", "sd3", "flux", "qwen", "sana"]

@@ -6,7 +6,7 @@ from integrations_tiny import NAMES, tiny
 from torch.utils.checkpoint import checkpoint
 
 from agsm_loss import Bank
-from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
+from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
 
 def two_forwards(made, tokens, attached):

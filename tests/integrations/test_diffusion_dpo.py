@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from preference_setup import SCHEDULERS, Setup
 
 from agsm_loss import EMA, Bank
-from agsm_loss.integrations.diffusion_dpo import diffusion_dpo_loss
-from agsm_loss.integrations.host import adapters_off
-from agsm_loss.integrations.training import add_noise, regression_target
+from agsm_loss.integrations.hosts.diffusion_dpo import diffusion_dpo_loss
+from agsm_loss.integrations.hosts.step import adapters_off
+from agsm_loss.integrations.noise import add_noise, regression_target
 
 
 def restated(pred, ref, target, beta, kind):

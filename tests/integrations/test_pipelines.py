@@ -17,14 +17,14 @@ from peft import LoraConfig
 from pipelines_tiny import saved_pipeline
 
 from agsm_loss import Bank
-from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
-from agsm_loss.integrations.pipelines import (
+from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
+from agsm_loss.integrations.tokens.pipelines import (
     Sampling,
     denoiser_of,
     load_soft_tokens,
     set_sampling,
 )
-from agsm_loss.integrations.pretrained import SavedTokens
+from agsm_loss.integrations.tokens.saved import SavedTokens
 
 STEPS, GUIDANCE = 3, 4.0
 NAMES = ("unet", "unet_sdxl", "sd3")

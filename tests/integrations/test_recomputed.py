@@ -6,7 +6,7 @@ import pytest
 import torch
 from integrations_tiny import LAYERED, TEXT, tiny
 
-from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
+from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
 BANK = torch.tensor([1, 0])
 T = torch.tensor([37.0, 905.0])  # what integrations_tiny gives the first two samples

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from preference_setup import Setup
 
 from agsm_loss import Bank
-from agsm_loss.integrations.host import Clean, adapters_off, best_rows, mean_log_prob
-from agsm_loss.integrations.spo import (
+from agsm_loss.integrations.hosts.spo import (
     SPO,
     Pairs,
     choose_pairs,
@@ -21,7 +20,8 @@ from agsm_loss.integrations.spo import (
     sample_pairs,
     spo_loss,
 )
-from agsm_loss.integrations.training import add_noise
+from agsm_loss.integrations.hosts.step import Clean, adapters_off, best_rows, mean_log_prob
+from agsm_loss.integrations.noise import add_noise
 
 
 def scheduler_of(kind="epsilon"):

@@ -8,17 +8,15 @@ from peft import LoraConfig
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank
 from agsm_loss import functional as AF
-from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
-from agsm_loss.integrations.training import (
-    PlainDenoiser,
-    TokenDenoiser,
+from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser, compute_dtype
+from agsm_loss.integrations.noise import (
     add_noise,
-    compute_dtype,
     noise_levels,
     prediction_type,
     regression_target,
     reward_weight,
 )
+from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
 KINDS = ("epsilon", "v_prediction", "sample", "flow")
 
@@ -166,7 +164,7 @@ def test_a_denoiser_calls_the_model_as_the_host_has_wrapped_it(name):
 def test_flux_and_qwen_latents_are_packed_as_their_pipelines_do():
     from diffusers import FluxPipeline, QwenImagePipeline
 
-    from agsm_loss.integrations.soft_token_hooks import patches, unpatched
+    from agsm_loss.integrations.tokens.hooks import patches, unpatched
 
     latents = torch.randn(2, 4, 6, 8)
     for pipeline in (FluxPipeline, QwenImagePipeline):

@@ -14,10 +14,10 @@ pytest.importorskip("trl")
 from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
-from agsm_loss.integrations import trl_ddpo
-from agsm_loss.integrations.attach import attach_soft_tokens, make_soft_tokens
-from agsm_loss.integrations.host import Clean, agsm_on
-from agsm_loss.integrations.trl_ddpo import AGSMDDPOTrainer
+from agsm_loss.integrations.hosts import trl_ddpo
+from agsm_loss.integrations.hosts.step import Clean, agsm_on
+from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer
+from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:DDPOTrainer is deprecated"),
@@ -276,7 +276,7 @@ def test_processes_train_one_model(folder, monkeypatch):
 
 
 def test_own_samples_are_noised_by_seed_rank_and_micro_step():
-    from agsm_loss.integrations._trl_ddpo import BestSamples
+    from agsm_loss.integrations.hosts.best_samples import BestSamples
 
     def drawn(seed, rank, number):
         own = BestSamples(1.0, 4, seed, rank)

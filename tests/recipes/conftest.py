@@ -35,7 +35,7 @@ def epsilon_base(tmp_path_factory):
 def _saved(kind, tmp_path_factory):
     import torch
 
-    import world_models
+    from world import models as world_models
 
     torch.manual_seed(0)
     model = world_models.BASES[kind](width={"flow": 32, "epsilon": 8}[kind], layers=1)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
 import generate
 from world.prompts import rows
 from world.render import render
@@ -17,7 +16,7 @@ from world.score import Verdict
 
 def files(folder):
     found = sorted(folder.glob("*/samples/*.png"))
-    return {str(f.relative_to(folder)): evaluate.pixels(f) for f in found}
+    return {str(f.relative_to(folder)): score_images.pixels(f) for f in found}
 
 
 def run(model, folder, *flags):
@@ -85,7 +84,7 @@ def _row(spec):
 
 def test_scores_of_a_folder(tmp_path, capsys):
     drawn(tmp_path)
-    evaluate.main(["--images", str(tmp_path)])
+    score_images.main(["--images", str(tmp_path)])
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["overall"] == 0.5 and scores["n"] == 24 and scores["palette_error"] == 0
     for category in scores["categories"].values():
@@ -113,25 +112,25 @@ def test_genevals_own_results_make_the_same_table(tmp_path):
     ]
     results = tmp_path / "results.jsonl"
     results.write_text("\n".join(json.dumps(line) for line in lines))
-    evaluate.main(["--images", str(tmp_path), "--results", str(results)])
+    score_images.main(["--images", str(tmp_path), "--results", str(results)])
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["overall"] == 0.5 and "palette_error" not in scores
     assert "over" not in scores["categories"]["counting"]  # its evaluator doesn't say
     results.write_text(json.dumps(lines[0]))
     with pytest.raises(ValueError, match="no result for 00001"):
-        evaluate.main(["--images", str(tmp_path), "--results", str(results)])
+        score_images.main(["--images", str(tmp_path), "--results", str(results)])
 
 
 def test_an_empty_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no images"):
-        evaluate.main(["--images", str(tmp_path)])
+        score_images.main(["--images", str(tmp_path)])
 
 
 def test_intervals_cover_what_they_should():
-    low, high = evaluate.wilson(10, 20)
+    low, high = score_images.wilson(10, 20)
     assert low == pytest.approx(0.2993, abs=1e-4) and high == pytest.approx(0.7007, abs=1e-4)
     sure = [Verdict("counting", True, None, 1, 1)] * 50
-    summary = evaluate.summarize_with_intervals(sure)
+    summary = score_images.summarize_with_intervals(sure)
     assert summary["high"] == 1.0 and 0.9 < summary["low"] < 1.0
 
 
@@ -148,6 +147,6 @@ def test_large_pictures_are_sampled_few_a_call(size, scale, number, monkeypatch)
             return SimpleNamespace(images=np.zeros((len(prompts), 2, 2, 3)))
 
     Pipe.unet.config = SimpleNamespace(sample_size=size)
-    monkeypatch.setattr("world_models.pipeline_arguments", lambda pipe: {})
+    monkeypatch.setattr("world.models.pipeline_arguments", lambda pipe: {})
     images = generate.sample(Pipe(), ["a"] * 70, seeds=range(70), steps=1, cfg=1.0)
     assert max(asked) == number and len(images) == sum(asked) == 70

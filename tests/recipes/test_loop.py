@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-import loop
-from options import TrainingOptions
+from common import loop
+from common.options import TrainingOptions
 
 
 class Numbers(torch.utils.data.Dataset):

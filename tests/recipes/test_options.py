@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from options import TrainingOptions, option, parse
+from common.options import TrainingOptions, option, parse
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from pairs import TablePairs, WorldPairs, implicit_accuracy, open_pairs
-from text_to_image import TextToImage
+from common.pairs import TablePairs, WorldPairs, implicit_accuracy, open_pairs
+from common.pipeline import TextToImage
 from world.detect import detect
 from world.export import preferences
 from world.prompts import rows as prompt_rows

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import probe_guidance
+from common.pipeline import TextToImage
 from generate import sample
 from probe_guidance import guided_samples, wrong_captions
-from text_to_image import TextToImage
 from world.captions import caption
 from world.prompts import deal, specs
 from world.scene import Group, Spec

@@ -8,9 +8,8 @@ import pytest
 import yaml
 from PIL import Image
 
-import figures
-import report
 import study
+from studies import figures, report
 
 
 def plan_file(folder, model, **changes):
@@ -213,7 +212,7 @@ def test_every_shipped_study_has_its_report(recipes):
     ],
 )
 def test_plans_and_configs_of_the_hosts_say_the_same(name, config, recipes):
-    from options import parse
+    from common.options import parse
 
     plan = study.read_plan(recipes / "configs" / f"study_{name}.yaml")
     alone, joint, *_ = plan.methods.values()

@@ -8,12 +8,12 @@ from recipe_runs import log
 from safetensors.torch import load_file
 
 import train_base
-import world_models
+from common.options import parse
 from generate import sample
-from options import parse
+from world import models as world_models
 from world.captions import vocabulary
 from world.prompts import rows
-from world_eval import sheet, verdicts
+from world.verdicts import sheet, verdicts
 
 SMALL = ["--layers", "1", "--steps", "4", "--batch-size", "4", "--warmup", "1",
          "--decay", "2", "--log-every", "1", "--eval-every", "4", "--eval-per-category", "1",

@@ -4,9 +4,9 @@ import pytest
 import torch
 from recipe_runs import killing, log, trained
 
-import rewards
 import train_ddpo
 import train_flow_grpo
+from common import rewards
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:DDPOTrainer is deprecated"),

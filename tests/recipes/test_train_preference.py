@@ -5,10 +5,10 @@ import torch
 from recipe_runs import log
 from safetensors.torch import load_file
 
-import preference
 import train_agsm
 import train_dpo
 import train_inpo
+from common import preference
 from world.export import preferences
 
 FEW = ["--steps", "4", "--batch-size", "3", "--log-every", "1", "--eval-every", "4", "--beta", "50",
@@ -110,7 +110,7 @@ def test_dpo_on_a_flow_and_all_of_the_denoiser(flow_base, tmp_path):
 
 def test_a_tuned_lora_is_merged_before_the_next_method(flow_base, tmp_path):
     train("dpo", flow_base, tmp_path / "dpo", "--lora-rank", "2", "--lr", "0.05")
-    from text_to_image import TextToImage
+    from common.pipeline import TextToImage
 
     plain = TextToImage.load(str(flow_base), torch.float32)
     merged = TextToImage.load(str(flow_base), torch.float32)
@@ -160,7 +160,7 @@ def test_what_cannot_be_trained_is_refused(flow_base, tmp_path):
 
 
 def test_shipped_configs_parse(recipes):
-    from options import parse
+    from common.options import parse
 
     configs = recipes / "configs"
     files = [*sorted(configs.glob("dpo_sd*.yaml")), *sorted(configs.glob("inpo_sd*.yaml"))]

@@ -5,9 +5,9 @@ import pytest
 import torch
 from recipe_runs import killing, log, trained
 
-import rewards
 import train_spo
-from student import Student
+from common import rewards
+from common.trained import Student
 from world.captions import caption
 from world.prompts import scenes
 from world.render import render, to_model
@@ -77,7 +77,7 @@ def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeyp
 @pytest.mark.parametrize(("share", "kept"), [(0.5, 2), (0.1, 1), (1.0, 3)])
 def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, monkeypatch):
     """Of three images; a single one still has the others' captions to compete with."""
-    from agsm_loss.integrations import host
+    from agsm_loss.integrations.hosts import step as host
 
     scored, taken = [], []
 
@@ -123,7 +123,7 @@ def test_a_flow_is_refused(flow_base, tmp_path):
 
 
 def test_shipped_configs_parse(recipes):
-    from options import parse
+    from common.options import parse
 
     files = sorted((recipes / "configs").glob("spo_sd*.yaml"))
     assert len(files) == 2
@@ -148,7 +148,7 @@ def test_the_detector_scores_what_it_sees():
 def test_a_clip_model_scores_by_its_logits(tmp_path):
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-    from world_models import build_tokenizer
+    from world.models import build_tokenizer
 
     torch.manual_seed(0)
     words = build_tokenizer()

@@ -16,7 +16,7 @@ SPO = ["--sampling-steps", "3", "--first-step", "1", "--candidates", "2", "--thr
 
 
 def launch(model, folder, recipe, found, flags):
-    script = Path(__file__).with_name("two_processes.py")
+    script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                "2", str(script), recipe, found, str(folder), "--model", str(model), *FEW, *flags]  # fmt: skip
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

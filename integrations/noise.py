@@ -1,0 +1,116 @@
+"""Noise levels, noised samples and regression targets of a diffusers scheduler, by its own config.
+
+    noisy = add_noise(scheduler, latents, noise, timesteps)
+    target = regression_target(scheduler, latents, noise, timesteps)
+
+For eps-, v- and x_0-prediction and for flow matching; αx_0 + σε is the noised sample in all of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def prediction_type(scheduler: Any) -> str:
+    """ "epsilon", "v_prediction", "sample" or "flow", by the scheduler's config."""
+    if "FlowMatch" in type(scheduler).__name__:
+        return "flow"
+    kind = scheduler.config.get("prediction_type")
+    kind = "flow" if kind == "flow_prediction" else kind
+    if kind not in ("epsilon", "v_prediction", "sample", "flow"):
+        raise ValueError(
+            f"scheduler: expected prediction_type epsilon, v_prediction, sample or flow matching, "
+            f"got {kind!r} of {type(scheduler).__name__}."
+        )
+    return str(kind)
+
+
+def add_noise(scheduler: Any, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """x_t = αx_0 + σε, (B, *D); for flow matching α = 1 − σ and σ = t/1000, t need not be whole."""
+    alpha, sigma = noise_levels(scheduler, timesteps, x_0)
+    return (alpha * x_0 + sigma * noise).to(x_0.dtype)
+
+
+def regression_target(scheduler: Any, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """τ (B, *D): ε, v = αε − σx_0, x_0, or ε − x_0 for flow matching."""
+    kind = prediction_type(scheduler)
+    if kind == "epsilon":
+        return noise
+    if kind == "sample":
+        return x_0
+    if kind == "flow":
+        return noise - x_0
+    alpha, sigma = noise_levels(scheduler, timesteps, x_0)
+    return (alpha * noise - sigma * x_0).to(noise.dtype)
+
+
+def reward_weight(scheduler: Any) -> Callable[[Tensor], Tensor]:
+    """A(t) that turns each parametrisation's squared error into that of ε: (B,) to (B,).
+
+    1 for ε; α² for v; (α/σ)² for x_0; (1 − σ)² for flow matching (x_t given, an error δ in ε − x_0
+    is an error (1 − σ)δ in ε). `AGSMLoss(reward_weight=...)` then weighs captions alike in all.
+    """
+    kind = prediction_type(scheduler)
+
+    def weight(timesteps: Tensor) -> Tensor:
+        alpha, sigma = noise_levels(scheduler, timesteps, timesteps.float())
+        if kind == "epsilon":
+            return torch.ones_like(alpha)
+        if kind == "sample":
+            return (alpha / sigma) ** 2
+        return alpha**2
+
+    return weight
+
+
+def clean_and_noise(
+    scheduler: Any, x_t: Tensor, pred: Tensor, timesteps: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The (x_0, ε) that a prediction (B, *D) at x_t means; ours is float32 at least.
+
+    timesteps: those of x_t (B,); None where x_t is a clean image (not for x_0-prediction, which
+    says nothing of ε there).
+    """
+    if timesteps is None:
+        alpha, sigma = torch.ones_like(x_t), torch.zeros_like(x_t)
+    else:
+        alpha, sigma = noise_levels(scheduler, timesteps, x_t)
+    kind = prediction_type(scheduler)
+    if kind == "epsilon":
+        return (x_t - sigma * pred) / alpha, pred
+    if kind == "v_prediction":
+        return alpha * x_t - sigma * pred, alpha * pred + sigma * x_t
+    if kind == "flow":
+        return x_t - sigma * pred, x_t + alpha * pred
+    return pred, (x_t - alpha * pred) / sigma
+
+
+def ddim_sigma(scheduler: Any, timesteps: Tensor, previous: Tensor, like: Tensor) -> Tensor:
+    """DDIM's σ at η = 1 between t and the less noisy t − 1 (arXiv 2010.02502, eq. 16), to multiply `like`."""
+    alpha, sigma = noise_levels(scheduler, timesteps, like)
+    alpha_0, sigma_0 = noise_levels(scheduler, previous, like)
+    return sigma_0 / sigma * (1 - (alpha / alpha_0) ** 2).clamp(min=0).sqrt()
+
+
+def noise_levels(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(α, σ) of each timestep, shaped to multiply `like` (B, *D); in float32 at least.
+
+    In bfloat16 σ would be 0 at the cleanest timesteps of Stable Diffusion.
+    """
+    steps = scheduler.config.num_train_timesteps
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if prediction_type(scheduler) == "flow":
+        sigma = timesteps.to(like.device, dtype) / steps
+        alpha = 1 - sigma
+    else:
+        if timesteps.is_floating_point() and not bool((timesteps == timesteps.round()).all()):
+            raise ValueError(
+                f"timesteps: expected whole numbers in 0..{steps - 1} for {prediction_type(scheduler)} "
+                f"prediction, got {timesteps.tolist()}."
+            )
+        squared = scheduler.alphas_cumprod.to(like.device)[timesteps.long()].to(dtype)
+        alpha, sigma = squared.sqrt(), (1 - squared).sqrt()
+    shape = alpha.shape + (1,) * (like.ndim - alpha.ndim)
+    return alpha.reshape(shape), sigma.reshape(shape)

@@ -1,0 +1,108 @@
+"""Soft tokens in stock diffusers pipelines: load once, then `pipe(prompt)` as ever.
+
+The denoiser carries them, so the img2img, inpaint and ControlNet variants that share it wear them too.
+"""
+
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from agsm_loss import Bank, SoftTokens
+from agsm_loss.integrations.tokens.attach import AttachedTokens, attach_soft_tokens, move_to
+from agsm_loss.integrations.tokens.saved import SavedTokens
+
+
+class Sampling(Enum):
+    """Who wears what under classifier-free guidance."""
+
+    BOTH = "both"
+    """ψ⁺ in both branches: the paper's choice for SD1.5 and SD3."""
+    NEGATIVE_UNCONDITIONAL = "negative_unconditional"
+    """ψ⁻ in the unconditional branch, ψ⁺ in the other: the released SDXL sampling."""
+    CONDITIONAL_ONLY = "conditional_only"
+    """ψ⁺ in the conditional branch, none in the other; the denoiser is then called once a branch."""
+    OFF = "off"
+    """None: the pipeline as it was, bit for bit."""
+
+
+def load_soft_tokens(
+    pipe: Any, source: str | Path | SavedTokens | SoftTokens, sampling: Sampling = Sampling.BOTH
+) -> AttachedTokens:
+    """Attach tokens to a pipeline's denoiser (`pipe.unet` or `pipe.transformer`).
+
+    Args:
+        pipe: a diffusers pipeline.
+        source: a folder or hub id of `SavedTokens`, or tokens at hand.
+        sampling: who wears what; change it later with `set_sampling`.
+
+    Returns:
+        The handle; `detach()` takes the tokens off. On an error the pipeline is as it was.
+    """
+    _check_branches(pipe, sampling)
+    model = denoiser_of(pipe)
+    if isinstance(source, SoftTokens):
+        attached = attach_soft_tokens(model, source)
+    else:
+        saved = source if isinstance(source, SavedTokens) else SavedTokens.from_pretrained(source)
+        attached = saved.attach(model)
+    move_to(attached.tokens, model)
+    set_sampling(pipe, attached, sampling)
+    return attached
+
+
+def set_sampling(pipe: Any, attached: AttachedTokens, sampling: Sampling) -> None:
+    """Choose who wears what in the pipeline's calls to come."""
+    _check_branches(pipe, sampling)
+    if sampling is Sampling.BOTH:
+        attached.bank = Bank.POSITIVE
+    elif sampling is Sampling.OFF:
+        attached.bank = Bank.OFF
+    else:
+        bare = sampling is Sampling.CONDITIONAL_ONLY
+        attached.bank = _Branches(pipe, Bank.OFF if bare else Bank.NEGATIVE)
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
+    """The pipeline's denoiser."""
+    for name in ("unet", "transformer"):
+        model = getattr(pipe, name, None)
+        if isinstance(model, nn.Module):
+            return model
+    raise TypeError(
+        f"pipe: expected a pipeline with a unet or a transformer, got {type(pipe).__name__}. "
+        "Attach the tokens to its denoiser with attach_soft_tokens."
+    )
+
+
+class _Branches:
+    """Banks of the doubled batch [unconditional, conditional] that guided pipelines run."""
+
+    def __init__(self, pipe: Any, unconditional: Bank) -> None:
+        self.pipe = pipe
+        self.unconditional = int(unconditional)
+
+    def __call__(self, batch: int) -> list[int]:
+        if getattr(self.pipe, "do_perturbed_attention_guidance", False):
+            raise ValueError(
+                "sampling: perturbed-attention guidance has a third branch; only Sampling.BOTH "
+                "and Sampling.OFF are defined for it."
+            )
+        if not self.pipe.do_classifier_free_guidance:
+            return [int(Bank.POSITIVE)] * batch
+        half = batch // 2
+        return [self.unconditional] * half + [int(Bank.POSITIVE)] * half
+
+
+def _check_branches(pipe: Any, sampling: Sampling) -> None:
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling: expected a Sampling, got {sampling!r}.")
+    uniform = sampling in (Sampling.BOTH, Sampling.OFF)
+    # Asked of the class: on a pipeline that has not run yet the property itself fails.
+    if not uniform and not hasattr(type(pipe), "do_classifier_free_guidance"):
+        raise ValueError(
+            f"sampling: {type(pipe).__name__} runs its branches in calls of their own, which the "
+            "denoiser can't tell apart. Use Sampling.BOTH, or write the loop with "
+            "attached.using(bank) around each call."
+        )

@@ -1,0 +1,90 @@
+"""Soft tokens in `QwenImageTransformer2DModel`: appended to the text of the first L blocks.
+
+The text's rotary positions count on through its padding, so positions behind it would depend
+on how long the batch was padded; the tokens are not rotated. Where there is a mask they are never
+masked.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from agsm_loss.integrations.tokens.hooks import (
+    Arguments,
+    Call,
+    JointBackbone,
+    Names,
+    parameter_names,
+    patches,
+    unpatched,
+)
+
+MASK = "encoder_hidden_states_mask"
+
+
+class QwenImageBackbone(JointBackbone):
+    model_classes = ("QwenImageTransformer2DModel",)
+    entry = "txt_in"
+    sees_tokens = True
+
+    def width(self, model: Any) -> int:
+        return int(model.config.num_attention_heads * model.config.attention_head_dim)
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        return list(model.transformer_blocks)
+
+    def timesteps(self, model: nn.Module, call: Arguments) -> Any:
+        return call["timestep"] * 1000
+
+    def names(self, model: Any) -> Names:
+        return Names(optional=("prompt_embeds_mask",))
+
+    def denoise(
+        self,
+        model: Any,
+        timesteps: Tensor,
+        noisy: Tensor,
+        conditioning: dict[str, Tensor],
+        image: dict[str, Tensor],
+    ) -> Tensor:
+        n, _, height, width = noisy.shape
+        out = model(
+            patches(noisy),
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            encoder_hidden_states_mask=conditioning.get("prompt_embeds_mask"),
+            timestep=timesteps / 1000,
+            img_shapes=[[(1, height // 2, width // 2)]] * n,
+            return_dict=False,
+        )
+        return unpatched(out[0], noisy)
+
+    def register(self, model: nn.Module, attachment: Any) -> list[RemovableHandle]:
+        names = parameter_names(model)
+
+        def lengthen(model: nn.Module, args: Any, kwargs: Any) -> Call | None:
+            """The model compares the mask with the text, which carries all the tokens by then."""
+            call, tokens = Arguments(names, args, kwargs), attachment.pending
+            if tokens is None or call[MASK] is None:
+                return None
+            carried = tokens.shape[1] * tokens.shape[2]
+            return call.replaced(**{MASK: _fit_mask(call[MASK], call[MASK].shape[1], carried)})
+
+        handle = model.register_forward_pre_hook(lengthen, with_kwargs=True)
+        return [handle, *super().register(model, attachment)]
+
+    def fitted(self, call: Arguments, length: int, num_tokens: int) -> dict[str, Any]:
+        image, text = call["image_rotary_emb"]
+        unrotated = torch.ones_like(text[:num_tokens])
+        changed: dict[str, Any] = {
+            "image_rotary_emb": (image, torch.cat([text[:length], unrotated]))
+        }
+        if call[MASK] is not None:
+            changed[MASK] = _fit_mask(call[MASK], length, num_tokens)
+        return changed
+
+
+def _fit_mask(mask: Tensor, length: int, added: int) -> Tensor:
+    """(N, length + added) from a mask (N, ≥ length), True (attend) for what is added."""
+    return torch.cat([mask[:, :length], mask.new_ones(mask.shape[0], added)], dim=1)

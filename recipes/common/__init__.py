@@ -1,0 +1,1 @@
+"""What the recipes share: options, the training loop, data, objectives, sampling. Nothing here knows the toy world."""

@@ -1,0 +1,233 @@
+"""A diffusers text-to-image pipeline, taken apart for training: text, latents, timesteps.
+
+    model = TextToImage.load("stabilityai/stable-diffusion-3-medium-diffusers", torch.bfloat16)
+    conditioning = model.encode_prompts(captions)      # what TokenDenoiser takes
+    latents = model.encode_images(pixels)              # (B, C, h, w)
+
+Everything is frozen. Known: Stable Diffusion 1.x and 2.x, SDXL, SD3 and SD3.5, Flux.1.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import compute_density_for_timestep_sampling
+from torch import Tensor, nn
+
+from agsm_loss.integrations.noise import prediction_type
+from agsm_loss.integrations.tokens.pipelines import Sampling, denoiser_of, load_soft_tokens
+from world.models import pipeline_arguments
+
+# Which outputs of `encode_prompt` are which conditioning.
+_OUTPUTS: dict[str, dict[str, int]] = {
+    "StableDiffusionPipeline": {"prompt_embeds": 0},
+    "StableDiffusionXLPipeline": {"prompt_embeds": 0, "pooled_prompt_embeds": 2},
+    "StableDiffusion3Pipeline": {"prompt_embeds": 0, "pooled_prompt_embeds": 2},
+    "FluxPipeline": {"prompt_embeds": 0, "pooled_prompt_embeds": 1},
+}
+# Projections of the image stream and, in joint attention, of the text stream.
+_ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+)
+
+
+def _hold_in_float32(vae: Any) -> None:
+    """The VAE in float32 beside a pipeline in half precision, whose latents it then has to cast."""
+    decode = vae.to(torch.float32).decode
+
+    def cast(latents: Tensor, *args: Any, **settings: Any) -> Any:
+        return decode(latents.to(vae.dtype), *args, **settings)
+
+    vae.decode = cast
+
+
+def _bytes_of(encoded: dict[str, Tensor]) -> int:
+    return sum(value.nbytes for value in encoded.values())
+
+
+# Prompts a pass of the text encoders, always: the last bits of a row depend on how many share its pass, and a
+# resumed run, whose cache is empty, would have others in it.
+ENCODED = 8
+
+
+class TextToImage:
+    """A frozen pipeline.
+
+    Args:
+        pipe: the pipeline.
+        cached_bytes: so much of the latest prompts' encodings is kept, on the CPU.
+        guidance: the distilled guidance scale that Flux.1-dev is given in training.
+    """
+
+    def __init__(self, pipe: Any, *, cached_bytes: int = 2**30, guidance: float = 3.5) -> None:
+        names = [kind.__name__ for kind in type(pipe).__mro__]
+        self.outputs = next((_OUTPUTS[name] for name in names if name in _OUTPUTS), None)
+        if self.outputs is None:
+            raise TypeError(
+                f"model: expected one of {sorted(_OUTPUTS)}, got {type(pipe).__name__}. For another "
+                "pipeline write the step with agsm_loss.integrations.training."
+            )
+        self.pipe = pipe
+        self.guidance = guidance
+        self.cached_bytes = cached_bytes
+        self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._cached = 0
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, model: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+        """From a saved folder or a hub id; the VAE in float32, where SDXL's is not finite in fp16."""
+        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
+        pipe.to(device)
+        if pipe.dtype != dtype:  # earlier diffusers know the argument by another name
+            pipe.to(dtype)
+        if hasattr(pipe, "unet"):
+            pipe.unet.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+        if dtype is not torch.float32:
+            _hold_in_float32(pipe.vae)
+        pipe.set_progress_bar_config(disable=True)
+        return cls(pipe)
+
+    def add_lora(self, rank: int) -> None:
+        """A trainable LoRA (arXiv 2106.09685) in float32 on every attention projection."""
+        from diffusers.training_utils import cast_training_params
+        from peft import LoraConfig
+
+        self.denoiser.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_ATTENTION))
+        )
+        cast_training_params(self.denoiser, torch.float32)
+
+    def merge_lora(self, lora: str) -> None:
+        """Adds a LoRA, from a folder or a hub id, to the denoiser's own weights for good."""
+        self.load_extras("", lora)
+        self.denoiser.fuse_lora()
+        self.denoiser.unload_lora()
+        self.denoiser.requires_grad_(False)
+
+    def load_extras(self, tokens: str, lora: str, sampling: Sampling = Sampling.BOTH) -> None:
+        """Soft tokens and a LoRA onto the denoiser, each from a folder or a hub id; "" for none."""
+        if lora:
+            name = "pytorch_lora_weights.safetensors"
+            self.denoiser.load_lora_adapter(lora, prefix=None, weight_name=name)
+        if tokens:
+            load_soft_tokens(self.pipe, tokens, sampling)
+
+    @property
+    def denoiser(self) -> Any:
+        """The UNet or transformer."""
+        return denoiser_of(self.pipe)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """One row a prompt in every tensor, as `TokenDenoiser` names them."""
+        missing = [text for text in dict.fromkeys(prompts) if text not in self._cache]
+        for first in range(0, len(missing), ENCODED):
+            group = missing[first : first + ENCODED]
+            encoded = self._encode(group + group[-1:] * (ENCODED - len(group)))
+            for row, text in enumerate(group):
+                # Clones, as a row would keep its whole batch.
+                kept = {name: value[row].cpu().clone() for name, value in encoded.items()}
+                self._cache[text] = kept
+                self._cached += _bytes_of(kept)
+        rows = [self._cache[text] for text in prompts]
+        for text in prompts:
+            self._cache.move_to_end(text)
+        while self._cached > self.cached_bytes:
+            self._cached -= _bytes_of(self._cache.popitem(last=False)[1])
+        return {n: torch.stack([row[n] for row in rows]).to(self.device) for n in rows[0]}
+
+    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        known = inspect.signature(self.pipe.encode_prompt).parameters
+        wanted = {
+            "prompt": prompts,
+            "prompt_2": None,
+            "prompt_3": None,
+            "device": self.device,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+            **pipeline_arguments(self.pipe),
+        }
+        given = {name: value for name, value in wanted.items() if name in known}
+        encoded = self.pipe.encode_prompt(**given)
+        assert self.outputs is not None
+        return {name: encoded[place] for name, place in self.outputs.items()}
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w) in float32."""
+        vae = self.pipe.vae
+        encoded = vae.encode(pixels.to(self.device, vae.dtype))
+        if hasattr(encoded, "latents"):
+            latents = encoded.latents
+        else:
+            # The generator lives on the CPU, so that any device draws alike.
+            spread = encoded.latent_dist
+            noise = torch.randn(spread.mean.shape, generator=generator).to(spread.mean)
+            latents = spread.mean + spread.std * noise
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return (latents.float() - shift) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> (B, 3, H, W) around [-1, 1], in float32."""
+        vae = self.pipe.vae
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        plain = latents / vae.config.scaling_factor + shift
+        return vae.decode(plain.to(vae.dtype)).sample.float()
+
+    def image_conditioning(self, pixels: Tensor) -> dict[str, Tensor]:
+        """SDXL's time ids (uncropped, at full size) and Flux's guidance, one row an image."""
+        batch, _, height, width = pixels.shape
+        if "StableDiffusionXLPipeline" in [kind.__name__ for kind in type(self.pipe).__mro__]:
+            ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device)
+            return {"add_time_ids": ids.repeat(batch, 1).float()}
+        if getattr(self.denoiser.config, "guidance_embeds", False):
+            return {"guidance": torch.full((batch,), self.guidance, device=self.device)}
+        return {}
+
+    def timesteps(
+        self,
+        number: int,
+        density: str,
+        generator: torch.Generator,
+        low: float = 0.0,
+        high: float = 1.0,
+    ) -> Tensor:
+        """(number,) training timesteps: whole ones for a DDPM schedule, real ones for flows.
+
+        density: "uniform", or "logit_normal" (SD3's, flows only), over the timesteps between the
+        shares `low` and `high` of the schedule (1: pure noise).
+        """
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"expected 0 <= timestep_low < timestep_high <= 1, got {low}, {high}")
+        steps = self.pipe.scheduler.config.num_train_timesteps
+        flow = prediction_type(self.pipe.scheduler) == "flow"
+        if density == "logit_normal" and not flow:
+            raise ValueError(
+                "timestep_density: logit_normal is defined for flow matching; expected uniform for "
+                f"{type(self.pipe.scheduler).__name__}."
+            )
+        if not flow:
+            first, last = int(low * steps), max(int(high * steps), int(low * steps) + 1)
+            return torch.randint(first, last, (number,), generator=generator).to(self.device)
+        share = compute_density_for_timestep_sampling(
+            density.replace("uniform", "none"),
+            number,
+            logit_mean=0.0,
+            logit_std=1.0,
+            generator=generator,
+        )
+        return ((low + (high - low) * share) * steps).to(self.device)

@@ -1,0 +1,173 @@
+"""Scores images in GenEval's layout: a table with 95 % intervals, JSON, and a sheet of pictures.
+
+    python recipes/score_images.py --images runs/a                    by the embedded world's detector
+    python recipes/score_images.py --images runs/a --results results.jsonl    by GenEval's evaluator
+
+The second form reads what GenEval's own `evaluate_images.py` writes for real models (one row an
+image: filename, tag, correct, reason). Writes scores.json, scores.md and sheet.png into --images; by the
+detector also how far the pixels are from the world's colours, which no verdict shows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.options import option, parse
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from world.score import Verdict
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option, its default and its meaning."""
+
+    images: str = option("runs/images", "folder that generate.py wrote")
+    results: str = option("", "results of GenEval's evaluator; none for the world's detector")
+    sheet: int = option(48, "images on the sheet")
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson's score interval)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def summarize_with_intervals(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """`world.score.summarize`, with `low` and `high` of every category and of the overall score.
+
+    The overall score is a mean of independent shares; its interval puts their Wilson intervals
+    together by squares (Newcombe 1998, "square and add").
+    """
+    from world.score import summarize
+
+    summary = summarize(verdicts)
+    below = above = 0.0
+    for category in summary["categories"].values():
+        score = category["score"]
+        low, high = wilson(round(score * category["n"]), category["n"])
+        category["low"], category["high"] = low, high
+        below, above = below + (score - low) ** 2, above + (high - score) ** 2
+    number = len(summary["categories"])
+    summary["low"] = summary["overall"] - below**0.5 / number
+    summary["high"] = summary["overall"] + above**0.5 / number
+    return summary
+
+
+def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table: one row a method, one column a category, intervals in brackets."""
+    from world.scene import TAGS
+
+    first = next(iter(summaries.values()))
+    tags = [tag for tag in TAGS if tag in first["categories"]]
+    lines = [
+        "| | overall | " + " | ".join(tag.replace("_", " ") for tag in tags) + " |",
+        "| --- |" + " --- |" * (len(tags) + 1),
+    ]
+    for name, summary in summaries.items():
+        cells = [_cell(summary["overall"], summary)]
+        cells += [
+            _cell(summary["categories"][tag]["score"], summary["categories"][tag]) for tag in tags
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(score: float, interval: Mapping[str, float]) -> str:
+    return f"{score:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+
+
+def read_images(folder: Path) -> tuple[list[Path], list[dict[str, Any]]]:
+    """Every image of a folder in GenEval's layout and its row."""
+    files, rows = [], []
+    for metadata in sorted(folder.glob("*/metadata.jsonl")):
+        row = json.loads(metadata.read_text())
+        found = sorted((metadata.parent / "samples").glob("*.png"))
+        files += found
+        rows += [row] * len(found)
+    if not files:
+        raise FileNotFoundError(
+            f"{folder}: no images. Expected NNNNN/metadata.jsonl and NNNNN/samples/*.png, as "
+            "recipes/generate.py writes them."
+        )
+    return files, rows
+
+
+def pixels(file: Path) -> npt.NDArray[np.uint8]:
+    """An image file as (H, W, 3)."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def read_results(results: Path, files: Sequence[Path], folder: Path) -> list[Verdict]:
+    """GenEval's verdicts, in the order of `files`; its evaluator doesn't tell how many it found."""
+    from world.score import Verdict
+
+    by_name: dict[str, dict[str, Any]] = {}
+    for line in results.read_text().splitlines():
+        row = json.loads(line)
+        by_name["/".join(Path(row["filename"]).parts[-3:])] = row
+    judged = []
+    for file in files:
+        name = "/".join(file.parts[-3:])
+        if name not in by_name:
+            raise ValueError(f"{results}: no result for {name} of {folder}")
+        row = by_name[name]
+        metadata = row.get("metadata", {"include": []})
+        if isinstance(metadata, str):  # as GenEval's evaluator writes it
+            metadata = json.loads(metadata)
+        expected = sum(one["count"] for one in metadata["include"])
+        reason = None if row["correct"] else str(row.get("reason") or "wrong")
+        judged.append(Verdict(row["tag"], bool(row["correct"]), reason, expected, None))
+    return judged
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Scores and writes."""
+    options = parse(Options, __doc__, arguments)
+
+    import numpy as np
+
+    from world.detect import palette_error
+    from world.verdicts import sheet, verdicts
+
+    folder = Path(options.images)
+    files, rows = read_images(folder)
+    dirt: dict[str, float] = {}
+    if options.results:
+        judged = read_results(Path(options.results), files, folder)
+    else:
+        images = np.stack([pixels(file) for file in files])
+        judged = verdicts(images, rows)
+        dirt["palette_error"] = float(palette_error(images).mean())
+    summary = summarize_with_intervals(judged) | dirt
+    text = table({folder.name: summary})
+    for value in dirt.values():
+        text += f"\n\nPalette error (of 255; a rendered scene has 0): {value:.2f}"
+    (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / "scores.md").write_text(text + "\n")
+    shown = np.linspace(0, len(files) - 1, min(options.sheet, len(files))).astype(int)
+    sheet(
+        np.stack([pixels(files[i]) for i in shown]),
+        [rows[i] for i in shown],
+        [judged[i] for i in shown],
+        folder / "sheet.png",
+    )
+    print(text)
+    print(f"scores.json, scores.md and sheet.png are in {folder}")
+
+
+if __name__ == "__main__":
+    main()

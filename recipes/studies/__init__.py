@@ -1,0 +1,1 @@
+"""Studies: several methods and seeds, trained and scored alike, and a report of them."""

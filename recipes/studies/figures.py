@@ -1,0 +1,125 @@
+"""A study's curves.png and images.png, and what they are drawn from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from study import BASE, Plan, folder_of
+
+
+def curves(plan: Plan, path: Path) -> None:
+    """Loss, validation scores and the plan's own panels against steps: mean over seeds, band from
+    least to most."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels: list[tuple[str, Callable[[dict[str, Any]], float | None]]] = [
+        ("training loss", _logged("loss")),
+        ("validation: overall", lambda line: _score(line, "overall")),
+        ("validation: counting", lambda line: _score(line, "counting", "score")),
+        ("validation: share with too many", lambda line: _score(line, "counting", "over")),
+        *((title, _logged(metric)) for title, metric in plan.panels.items()),
+    ]
+    number = len(panels) + bool(plan.frontier)
+    height = -(-number // 4)
+    figure, grid = plt.subplots(height, 4, figsize=(16, 3.6 * height), layout="constrained")
+    axes = grid.flatten()
+    for axis in axes[number:]:
+        axis.set_axis_off()
+    for axis, (title, read) in zip(axes, panels, strict=False):
+        for name in plan.methods:
+            by_step: dict[int, list[float]] = {}
+            for seed in plan.seeds:
+                for line in log_of(plan, name, seed):
+                    value = read(line)
+                    if value is not None:
+                        by_step.setdefault(line["step"], []).append(value)
+            steps = sorted(by_step)
+            values = [by_step[step] for step in steps]
+            middle = [np.mean(v) for v in values]
+            (drawn,) = axis.plot(steps, middle, marker=".", label=name)
+            least, most = [min(v) for v in values], [max(v) for v in values]
+            axis.fill_between(steps, least, most, alpha=0.15, color=drawn.get_color())
+        axis.set(title=title, xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+    if plan.frontier:
+        axis = axes[number - 1]
+        for name in plan.methods:
+            points = frontier(plan, name)
+            axis.plot([x for _, x, _ in points], [y for _, _, y in points], "o-", label=name)
+        axis.set(title=f"validation: overall, against {plan.frontier}", xlabel=plan.frontier)
+        axis.grid(alpha=0.3)
+    if axes[0].dataLim.y0 > 0:  # a policy gradient's loss has either sign
+        axes[0].set_yscale("log")
+    axes[3].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def pictures(plan: Plan, path: Path, counting: int = 8) -> None:
+    """The same prompts and noise, a column a method, with verdicts."""
+    from world.detect import detect
+    from world.score import judge
+    from world.verdicts import sheet
+
+    wanted = plan.prompts("heldout", plan.per_category)
+    first = {tag: i for i, tag in reversed(list(enumerate(row["tag"] for row in wanted)))}
+    several = range(first["counting"], first["counting"] + min(counting, plan.per_category))
+    shown = sorted({*first.values(), *several})
+    methods = [BASE, *plan.methods]
+    images = {name: images_of(plan, name, plan.seeds[0]) for name in methods}
+    picked = [(name, i) for i in shown for name in methods]
+    stack = np.stack([images[name][i] for name, i in picked])
+    told = [wanted[i] for _, i in picked]
+    judged = [judge(detect(image), row) for image, row in zip(stack, told, strict=True)]
+    sets = max(1, 9 // len(methods))  # prompts a line of the sheet
+    sheet(stack, told, judged, path, columns=sets * len(methods), titles=methods * sets, side=96)
+
+
+def frontier(plan: Plan, method: str) -> list[tuple[int, float, float]]:
+    """(step, the frontier's metric since the validation before, overall score) of each validation.
+
+    Means over the seeds.
+    """
+    points: dict[int, list[tuple[float, float]]] = {}
+    for seed in plan.seeds:
+        since: list[float] = []
+        for line in log_of(plan, method, seed):
+            since += [line[plan.frontier]] if plan.frontier in line else []
+            score = _score(line, "overall")
+            if score is not None and since:
+                points.setdefault(line["step"], []).append((float(np.mean(since)), score))
+                since = []
+    means = {step: np.mean(pairs, axis=0) for step, pairs in sorted(points.items())}
+    return [(step, float(x), float(y)) for step, (x, y) in means.items()]
+
+
+def log_of(plan: Plan, method: str, seed: int) -> list[dict[str, Any]]:
+    """The lines of a run's log.jsonl."""
+    text = (folder_of(plan, method, seed) / "train" / "log.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def images_of(plan: Plan, method: str, seed: int) -> npt.NDArray[np.uint8]:
+    """A run's held-out pictures (N, H, W, 3)."""
+    with np.load(folder_of(plan, method, seed) / "images.npz") as file:
+        return np.asarray(file["images"])
+
+
+def _score(line: Mapping[str, Any], name: str, key: str | None = None) -> float | None:
+    scores = line.get("scores")
+    if not scores:
+        return None
+    return float(scores[name] if key is None else scores["categories"][name][key])
+
+
+def _logged(metric: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda line: line.get(metric)

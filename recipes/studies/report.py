@@ -1,0 +1,317 @@
+"""A study's results -> report.md, report.html, curves.png, images.png and results.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from studies.figures import curves, frontier, images_of, log_of, pictures
+from study import BASE, Plan, folder_of, jobs_of
+from world.detect import palette_error
+from world.prompts import specs
+
+Floats = npt.NDArray[np.float64]
+
+
+def write(plan: Plan, config: Path, *, seconds: float) -> Path:
+    """Writes everything under the plan's output; returns the path of report.md."""
+    output = Path(plan.output)
+    results = _results(plan)
+    (output / "results.json").write_text(json.dumps(results) + "\n")
+    curves(plan, output / "curves.png")
+    pictures(plan, output / "images.png")
+    text = markdown(plan, results, config, seconds)
+    (output / "report.md").write_text(text)
+    (output / "report.html").write_text(_html(plan.title, text))
+    return output / "report.md"
+
+
+def _results(plan: Plan) -> list[dict[str, Any]]:
+    files = [folder_of(plan, method, seed) / "result.json" for method, seed in jobs_of(plan)]
+    return [json.loads(file.read_text()) for file in files]
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half of its 95 % interval over seeds (Student's t); nan for a single seed."""
+    from scipy.stats import t
+
+    array = np.asarray(values, dtype=float)
+    if len(array) < 2:
+        return float(array.mean()), float("nan")
+    half = t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / len(array) ** 0.5
+    return float(array.mean()), float(half)
+
+
+def paired(one: Floats, other: Floats, prompts: npt.NDArray[Any]) -> tuple[float, float]:
+    """Mean of one - other over the same images, and half of its 95 % interval over prompts.
+
+    Images of one prompt are right or wrong together, so prompts are what was drawn: the cluster-robust
+    standard error of a mean, with Student's t (Cameron & Miller 2015, section II). One prompt: nan.
+    """
+    from scipy.stats import t
+
+    gaps = one - other
+    _, cluster = np.unique(prompts, return_inverse=True)
+    sums = np.bincount(cluster, gaps - gaps.mean())
+    if len(sums) < 2:
+        return float(gaps.mean()), float("nan")
+    error = (len(sums) / (len(sums) - 1) * (sums**2).sum()) ** 0.5 / len(gaps)
+    return float(gaps.mean()), float(t.ppf(0.975, len(sums) - 1) * error)
+
+
+def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: float) -> str:
+    """The report's text."""
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    by_method = {name: [r for r in results if r["method"] == name] for name in methods}
+    several = len(plan.seeds) > 1
+    interval = (
+        f"mean ± half of the 95 % interval over {len(plan.seeds)} seeds (Student's t)"
+        if several
+        else "score [95 % interval: Wilson's; overall: the categories' put together]"
+    )
+    chosen = (
+        f"Each at the guidance scale (CFG) that was best on {plan.sweep_per_category} validation "
+        f"prompts a category, of {plan.cfgs}."
+        if len(plan.cfgs) > 1
+        else f"All at guidance scale (CFG) {plan.cfgs[0]:g}."
+    )
+    lines = [
+        f"# {plan.title}",
+        "",
+        (
+            f"Model: `{plan.model}`. Seeds {plan.seeds}, {plan.per_category} held-out prompts a category, "
+            f"{plan.sampling_steps} sampling steps, the same noise for every method. {chosen} "
+            f"Cells: {interval}. Different held-out prompts: "
+            + ", ".join(
+                f"{tag.replace('_', ' ')} {len(specs(tag, 'heldout'))}" for tag in plan.categories
+            )
+            + "; each is drawn many times, and the intervals of this table leave that out."
+        ),
+        "",
+        "| | CFG | overall | "
+        + " | ".join(tag.replace("_", " ") for tag in plan.categories)
+        + " |",
+        "| --- |" + " --- |" * (len(plan.categories) + 2),
+    ]
+    for name, group in by_method.items():
+        cells = [", ".join(dict.fromkeys(f"{result['cfg']:g}" for result in group))]
+        cells.append(_cell([result["heldout"] for result in group], "overall"))
+        for tag in plan.categories:
+            cells.append(_cell([r["heldout"]["categories"][tag] for r in group], "score"))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", *_by_guidance(plan, by_method), *_preferences(plan, by_method)]
+    lines += _differences(plan, by_method)
+    lines += [*_mistakes(by_method), "", *_cleanness(plan, by_method)]
+    lines += [
+        "## Training",
+        "",
+        "![curves](curves.png)",
+        "",
+        (
+            "Loss of each method (of other objectives: not to be compared), and the validation prompts' "
+            f"scores at CFG {plan.common.get('eval_cfg', 3.0):g} as training goes on."
+        ),
+        "",
+        *_final_metrics(plan),
+        *_frontier_table(plan),
+        "## Pictures",
+        "",
+        (
+            f"Held-out prompts, seed {plan.seeds[0]}, the first of each category and more of counting; "
+            "every row of methods on the same noise."
+        ),
+        "",
+        "![images](images.png)",
+        "",
+        f"Made by `python recipes/study.py --config {config}` in {seconds / 60:.1f} minutes"
+        + " (runs that were there already not counted).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(summaries: Sequence[Mapping[str, Any]], key: str) -> str:
+    if len(summaries) == 1:
+        one = summaries[0]
+        return f"{one[key]:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+    mean, half = spread([one[key] for one in summaries])
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def _by_guidance(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """The sweep: what each method scores at every guidance scale, mean over the seeds."""
+    if len(plan.cfgs) < 2:
+        return []
+    lines = [
+        "## By guidance scale",
+        "",
+        (
+            f"Overall and counting on the sweep's validation prompts ({plan.sweep_per_category} a "
+            "category); the mean over seeds."
+        ),
+        "",
+        "| | " + " | ".join(f"CFG {cfg:g}" for cfg in plan.cfgs) + " |",
+        "| --- |" + " --- |" * len(plan.cfgs),
+    ]
+    for name, group in by_method.items():
+        cells = []
+        for cfg in plan.cfgs:
+            swept = [result["sweep"][str(cfg)] for result in group]
+            overall = np.mean([one["overall"] for one in swept])
+            counting = np.mean([one["categories"]["counting"]["score"] for one in swept])
+            cells.append(f"{overall:.3f}, {counting:.3f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _preferences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Each method's implicit accuracy on held-out pairs, if the plan asks for it."""
+    if not plan.pairs:
+        return []
+    lines = [
+        "## Preference accuracy",
+        "",
+        (
+            f"Share of {plan.pairs} held-out pairs a seed (the caption's scene and one an edit away, the "
+            "same noise) in which the method, more than the base, denoises the right one better. "
+            "Chance: 0.5."
+        ),
+        "",
+        "| | implicit accuracy |",
+        "| --- | --- |",
+    ]
+    for name in plan.methods:
+        mean, half = spread([one["implicit_accuracy"] for one in by_method[name]])
+        lines.append(f"| {name} | {_told(mean, half)} |")
+    return [*lines, ""]
+
+
+def _told(mean: float, half: float, digits: int = 3) -> str:
+    return f"{mean:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
+
+
+def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Against the base and the plan's baselines, image by image on the same noise."""
+    asked = plan.prompts("heldout", plan.per_category)
+    prompts = np.tile([row["prompt"] for row in asked], len(plan.seeds))
+    right = {name: np.concatenate([r["correct"] for r in g]) for name, g in by_method.items()}
+    counting = np.tile([row["tag"] == "counting" for row in asked], len(plan.seeds))
+    lines = []
+    for baseline in (BASE, *plan.baselines):
+        lines += [
+            f"## Against {'the base' if baseline == BASE else baseline}, on the same prompts and noise",
+            "",
+            (
+                "Mean of the differences ± half of its 95 % interval over prompts (clusters of images; "
+                "the draw of the training seed is not in it)."
+            ),
+            "",
+            "| | overall | counting | counting, as a ratio |",
+            "| --- | --- | --- | --- |",
+        ]
+        for name in by_method:
+            if name in (BASE, baseline):
+                continue
+            # Categories have equal numbers, so the mean over images is the mean of the categories.
+            all_mean, all_half = paired(right[name], right[baseline], prompts)
+            mean, half = paired(right[name][counting], right[baseline][counting], prompts[counting])
+            ratio = right[name][counting].mean() / max(right[baseline][counting].mean(), 1e-9)
+            lines.append(
+                f"| {name} | {all_mean:+.3f} ± {all_half:.3f} | {mean:+.3f} ± {half:.3f} | {ratio:.2f} |"
+            )
+        lines.append("")
+    return lines
+
+
+def _mistakes(by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    lines = [
+        "## What went wrong in counting",
+        "",
+        "| | too many | too few | mean count error |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, group in by_method.items():
+        counting = [result["heldout"]["categories"]["counting"] for result in group]
+        cells = [
+            f"{np.mean([one[key] for one in counting]):.3f}"
+            for key in ("over", "under", "count_error")
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cleanness(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Pictures that count right can be dirty: the detector reads through what this measures."""
+    lines = [
+        "## How clean the pictures are",
+        "",
+        (
+            "Root mean square distance of their pixels to the nearest colour of the world's palette, of "
+            "0 to 255, mean over the held-out pictures. A rendered scene has 0."
+        ),
+        "",
+        "| | palette error |",
+        "| --- | --- |",
+    ]
+    for name, group in by_method.items():
+        errors = [palette_error(images_of(plan, name, r["seed"])).mean() for r in group]
+        lines.append(f"| {name} | {_told(*spread(errors), digits=2)} |")
+    return [*lines, ""]
+
+
+def _final_metrics(plan: Plan) -> list[str]:
+    """The plan's panels as a table: the last value in the log, over the seeds."""
+    if not plan.panels:
+        return []
+    lines = [
+        "| at the end of training | " + " | ".join(plan.panels) + " |",
+        "| --- |" + " --- |" * len(plan.panels),
+    ]
+    for name in plan.methods:
+        cells = []
+        for metric in plan.panels.values():
+            logs = [log_of(plan, name, seed) for seed in plan.seeds]
+            last = [[line[metric] for line in log if metric in line][-1:] for log in logs]
+            values = [value for one in last for value in one]
+            cells.append(_told(*spread(values)) if values else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _frontier_table(plan: Plan) -> list[str]:
+    if not plan.frontier:
+        return []
+    lines = [
+        f"Validation score (overall) beside {plan.frontier}, its mean since the validation before:",
+        "",
+    ]
+    by_method = {name: frontier(plan, name) for name in plan.methods}
+    steps = sorted({step for points in by_method.values() for step, _, _ in points})
+    lines += ["| | " + " | ".join(f"step {step}" for step in steps) + " |"]
+    lines += ["| --- |" + " --- |" * len(steps)]
+    for name, points in by_method.items():
+        at = {step: f"{y:.3f} at {x:.3f}" for step, x, y in points}
+        lines.append(f"| {name} | " + " | ".join(at.get(step, "") for step in steps) + " |")
+    return [*lines, ""]
+
+
+def _html(title: str, text: str) -> str:
+    import html
+
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt().enable("table").render(text)
+    style = (
+        "body{font:15px/1.5 sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}"
+        "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .6em}"
+        "img{max-width:100%}"
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{style}</style><body>{body}</body></html>\n"
+    )

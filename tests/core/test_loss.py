@@ -1,0 +1,211 @@
+"""The fixed list for every loss: smoke, dtype, degenerate cases, gradcheck, compile, equality."""
+
+import inspect
+import itertools
+import math
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from strategies import SEEDS, problems
+
+from agsm_loss import AGSMLoss, SoftREPALoss
+from agsm_loss import functional as AF
+
+
+def batch(shape=(2, 3, 4), dtype=torch.float64):
+    pred, ema_pred = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    return pred.requires_grad_(), ema_pred, torch.randn(shape[0], *shape[2:]).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 7), (2, 3, 4, 8, 8), (1, 2, 3, 4, 5, 6)])
+def test_any_number_of_trailing_axes(shape):
+    loss = AGSMLoss()(*batch(shape))
+    assert loss.shape == () and loss.isfinite()
+
+
+def test_module_and_function_have_the_same_settings_and_defaults():
+    for module, function, extra in (
+        (AGSMLoss, AF.agsm_loss, {"timesteps", "reward_weight"}),
+        (SoftREPALoss, AF.softrepa_loss, set()),
+    ):
+        made = inspect.signature(module).parameters
+        called = inspect.signature(module.forward).parameters
+        plain = inspect.signature(function).parameters
+        keyword = {n for n, p in plain.items() if p.kind is p.KEYWORD_ONLY}
+        assert set(made) == keyword
+        assert all(made[n].default == plain[n].default for n in made)
+        positional = [n for n, p in plain.items() if p.kind is not p.KEYWORD_ONLY]
+        assert [n for n in called if n not in {"self", *extra}] == positional
+    for name in ("agsm_terms", "guide"):
+        ours = inspect.signature(getattr(AF, name)).parameters
+        theirs = inspect.signature(AF.agsm_loss).parameters
+        assert all(ours[n].default == theirs[n].default for n in ours)
+
+
+@given(problems())
+def test_module_equals_function(problem):
+    settings = {"pos_scale": 0.7, "neg_scale": 0.3, "temperature": 0.2}
+    assert AGSMLoss(**settings)(*problem) == AF.agsm_loss(*problem, **settings)
+
+
+@given(problems())
+def test_ways_to_name_the_positives_agree(problem):
+    pred, ema_pred, target, _, mask = problem
+    columns = torch.zeros(len(target), dtype=torch.long)
+    if mask is not None:
+        columns = mask.int().argmax(1)
+    grid = columns.unsqueeze(1) == torch.arange(pred.shape[1])
+    by_column = AGSMLoss()(pred, ema_pred, target, columns, mask)
+    assert by_column == AGSMLoss()(pred, ema_pred, target, grid, mask)
+    if (columns == 0).all():
+        assert by_column == AGSMLoss()(pred, ema_pred, target, None, mask)
+
+
+@given(problems(min_candidates=2), SEEDS)
+def test_permuting_candidates_changes_nothing(problem, seed):
+    pred, ema_pred, target, _, _ = problem
+    order = torch.randperm(pred.shape[1], generator=torch.Generator().manual_seed(seed))
+    where = torch.full((len(target),), int((order == 0).nonzero()))
+    torch.testing.assert_close(
+        AGSMLoss()(pred[:, order], ema_pred[:, order], target, where),
+        AGSMLoss()(pred, ema_pred, target),
+    )
+
+
+@given(problems())
+def test_the_batch_is_the_mean_of_its_images(problem):
+    pred, ema_pred, target, positives, mask = problem
+    alone = [
+        AGSMLoss()(*(x if x is None else x[i : i + 1] for x in problem)) for i in range(len(pred))
+    ]
+    whole = AGSMLoss().terms(pred, ema_pred, target, positives, mask)
+    torch.testing.assert_close(torch.stack(alone).mean(), whole.loss)
+    torch.testing.assert_close(torch.stack(alone), whole.per_image)
+
+
+def test_masked_places_are_never_read():
+    pred, ema_pred, target = batch()
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    clean = AGSMLoss()(pred, ema_pred, target, mask=mask)
+    (slope,) = torch.autograd.grad(clean, pred)
+    dirty = pred.detach().masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
+    loss = AGSMLoss()(
+        dirty, ema_pred.masked_fill(~mask.unsqueeze(-1), torch.inf), target, mask=mask
+    )
+    loss.backward()
+    assert loss == clean
+    assert torch.equal(dirty.grad, slope) and (slope[~mask] == 0).all()
+    first = torch.zeros(2, dtype=torch.long)
+    clean = SoftREPALoss()(pred, target, first, mask)
+    assert SoftREPALoss()(dirty, target, first, mask) == clean
+    alone = torch.tensor([[True, False, False]] * 2)
+    assert SoftREPALoss()(dirty, target, first, alone) == 0
+
+
+def plain_score_matching(pred, target):
+    return (pred - target).square().mean()
+
+
+def test_degenerate_rows_are_plain_score_matching():
+    pred, ema_pred, target = batch()
+    first = plain_score_matching(pred[:, 0], target)
+    one = AGSMLoss()(pred[:, :1], ema_pred[:, :1], target)
+    torch.testing.assert_close(one, first)
+    mask = torch.tensor([[True, False, False]] * 2)
+    torch.testing.assert_close(AGSMLoss()(pred, ema_pred, target, mask=mask), first)
+    terms = AGSMLoss().terms(pred, ema_pred, target, mask=mask)
+    assert terms.win_rate == 0 and terms.score_margin == 0 and terms.chance_weight == 1
+    assert all(value.isfinite().all() for value in terms)
+
+
+def test_no_negative_scale_drops_the_negative_term():
+    pred, ema_pred, target = batch()
+    terms = AGSMLoss(neg_scale=0.0).terms(pred, ema_pred, target)
+    assert terms.negative_term == 0 and terms.loss == terms.positive_term
+    terms.loss.backward()
+    assert (pred.grad[:, 1:] == 0).all() and (pred.grad[:, 0] != 0).all()
+    off = AGSMLoss(pos_scale=0.0, neg_scale=0.0)(pred, ema_pred, target)
+    torch.testing.assert_close(off, plain_score_matching(pred[:, 0], target))
+
+
+def test_equal_predictions_give_the_plain_error_twice():
+    pred, _, target = batch()
+    same = pred[:, :1].expand_as(pred)
+    torch.testing.assert_close(
+        AGSMLoss()(same, same, target), 2 * plain_score_matching(pred[:, 0], target)
+    )
+
+
+def test_diagnostics_by_hand():
+    ema_pred = torch.tensor([[[1.0], [2.0]], [[3.0], [0.0]], [[0.0], [0.0]]])
+    target, mask = torch.zeros(3, 1), torch.tensor([[True, True], [True, True], [True, False]])
+    terms = AGSMLoss(temperature=1.0).terms(ema_pred, ema_pred, target, mask=mask)
+    first, second = 1 / (1 + math.exp(-3)), 1 / (1 + math.exp(9))
+    assert terms.win_rate.item() == pytest.approx(1 / 2)
+    assert terms.score_margin.item() == pytest.approx((2 * first - 1 + 2 * second - 1) / 2)
+    assert terms.positive_weight.item() == pytest.approx((first + second + 1) / 3)
+    assert terms.chance_weight.item() == pytest.approx((0.5 + 0.5 + 1) / 3)
+    entropy = sum(-p * math.log(p) - (1 - p) * math.log(1 - p) for p in (first, second)) / 3
+    assert terms.weight_entropy.item() == pytest.approx(entropy, rel=1e-5)
+    # |Δ_1| = (1 − w_1)·|p̂_1 − p̂_2| for two candidates, and Δ = 0 for one.
+    norm = (1 - first) * 1 + first * 1 + (1 - second) * 3 + second * 3
+    assert terms.guidance_norm.item() == pytest.approx(norm / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    pred, ema_pred, target = (x.detach() for x in batch(dtype=dtype))
+    pred.requires_grad_()
+    wide = AGSMLoss()(pred.float(), ema_pred.float(), target.float())
+    loss = AGSMLoss()(pred, ema_pred, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = AGSMLoss()(pred, ema_pred, target)
+    assert loss.dtype == cast.dtype == torch.float32
+    assert loss == wide and cast == wide
+    loss.backward()
+    assert pred.grad.dtype == dtype
+
+
+def test_gradcheck_and_double_backward():
+    pred, ema_pred, target = batch()
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    several = torch.tensor([[True, True, False], [False, True, False]])
+    for positives in (None, torch.tensor([1, 0]), several):
+        run = partial(
+            AGSMLoss(neg_scale=0.3),
+            ema_pred=ema_pred,
+            target=target,
+            positives=positives,
+            mask=mask,
+        )
+        assert torch.autograd.gradcheck(run, pred)
+        assert torch.autograd.gradgradcheck(run, pred)
+    assert torch.autograd.gradcheck(
+        lambda p: SoftREPALoss(denoising_weight=0.1)(p, target, torch.tensor([1, 2])), pred
+    )
+
+
+def test_compiles_without_a_graph_break():
+    """In a fresh process, because executed shape annotations cannot be traced."""
+    script = Path(__file__).parents[1] / "helpers" / "compile_check.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["AGSMLoss", "AdaptiveTemperature", "SoftREPALoss"]
+
+
+def test_loss_moves_down_a_free_prediction():
+    pred, ema_pred, target = batch()
+    optimizer, loss = torch.optim.SGD([pred], lr=1.0), AGSMLoss()
+    values = []
+    for _ in range(50):
+        value = loss(pred, ema_pred, target)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert all(b < a for a, b in itertools.pairwise(values)) and values[-1] < 1e-3

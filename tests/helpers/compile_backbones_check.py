@@ -1,0 +1,33 @@
+"""Run by test_beside_others.py in a process of its own: compiled denoisers with tokens attached."""
+
+import torch
+from integrations_tiny import tiny
+
+from agsm_loss import Bank
+from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
+
+COMPILED = ("unet", "sd3", "flux", "qwen", "sana")
+
+
+def main():
+    for name in COMPILED:
+        torch.compiler.reset()
+        made = tiny(name)
+        tokens = make_soft_tokens(made.model, num_tokens=2, std=1.0).double()
+        attached = attach_soft_tokens(made.model, tokens)
+        compiled = torch.compile(made.model, backend="aot_eager", fullgraph=True)
+        split = [[-1, 1]] if name == "sd3" else []
+        for bank in (Bank.POSITIVE, torch.tensor([1, 0]), *split, Bank.OFF):
+            x = made.inputs()
+            with attached.using(bank):
+                eager, ours = made.model(**x)[0], compiled(**x)[0]
+            torch.testing.assert_close(ours, eager)
+            if bank is Bank.OFF:
+                continue
+            grads = [torch.autograd.grad(o.square().sum(), tokens.tokens)[0] for o in (ours, eager)]
+            torch.testing.assert_close(*grads)
+        print(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What each rank does in the tests with several processes (importable by the spawned ones)."""
+
+import os
+import socket
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from integrations_tiny import tiny
+from strategies import errors_of
+from torch import nn
+
+from agsm_loss import EMA, AdaptiveTemperature, AGSMLoss, AGSMRegularizer, Bank
+from agsm_loss.integrations.denoisers import TokenDenoiser as Denoiser
+from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
+
+
+def run_ranks(worker, world_size=2):
+    """`worker(rank)` in each of `world_size` gloo processes; the results by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, args=(worker, world_size, port, folder), nprocs=world_size)
+        return {rank: torch.load(f"{folder}/{rank}.pt") for rank in range(world_size)}
+
+
+def _rank(rank, worker, world_size, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    patience = timedelta(seconds=120)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=patience)
+    torch.save(worker(rank), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def adaptive_temperature(rank):
+    """Rank 1 has no informative row: it takes part, and takes over rank 0's estimate."""
+    return float(AdaptiveTemperature()(errors_of(0) if rank == 0 else torch.ones(4, 4).double()))
+
+
+class TokenDenoiser(nn.Module):
+    """What DDP wraps: the frozen denoiser and the tokens that it wears."""
+
+    def __init__(self, made, checkpointing):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = made.model
+        self.tokens = make_soft_tokens(made.model, num_tokens=2, std=1.0).double()
+        self.attached = attach_soft_tokens(made.model, self.tokens)
+        if checkpointing:
+            self.model.train().enable_gradient_checkpointing()
+
+    def forward(self, x, bank):
+        with self.attached.using(bank):
+            return self.model(**x)[0]
+
+
+def token_gradients(batch, rows=slice(None), wrap=lambda module: module, checkpointing=False):
+    """Gradients of the mean over the batch's rows of two calls' outputs."""
+    made = tiny("sd3")
+    denoiser = TokenDenoiser(made, checkpointing)
+    wrapped = wrap(denoiser)
+    x = {n: v[rows] if isinstance(v, torch.Tensor) else v for n, v in made.inputs(batch).items()}
+    first = wrapped(x, Bank.POSITIVE)
+    second = wrapped(x, Bank.NEGATIVE)
+    (first.square() + 2 * second.square()).mean().backward()
+    denoiser.attached.detach()
+    return [p.grad for p in denoiser.tokens.parameters()]
+
+
+def _ddp(rank, checkpointing):
+    return token_gradients(
+        4, slice(2 * rank, 2 * rank + 2), nn.parallel.DistributedDataParallel, checkpointing
+    )
+
+
+def ddp_plain(rank):
+    return _ddp(rank, checkpointing=False)
+
+
+def ddp_checkpointed(rank):
+    return _ddp(rank, checkpointing=True)
+
+
+def regularizer(rank):
+    """AGSM on SD3 (it has buffers) in DDP as it comes; rank 1 has nobody to compete, so fewer calls."""
+    made = tiny("sd3")
+    model = made.model.float().requires_grad_(False)
+    assert list(model.buffers())
+    torch.manual_seed(rank)  # DDP gives all ranks the first one's
+    tokens = make_soft_tokens(model, num_tokens=2, banks="positive_only")
+    ddp = nn.parallel.DistributedDataParallel(Denoiser(attach_soft_tokens(model, tokens)))
+    optimizer = torch.optim.SGD([p for p in tokens.parameters() if p.requires_grad], lr=0.1)
+
+    def regularized(seed):
+        loss = AGSMLoss(neg_scale=0.5)
+        ema = EMA(tokens.parameters())
+        return AGSMRegularizer(ddp, ema, loss, seed=seed, allow_empty=True)
+
+    generator = torch.Generator().manual_seed(rank)
+    noisy, target = torch.randn(2, 2, 4, 8, 8, generator=generator)
+    text = {
+        "prompt_embeds": torch.randn(2, 6, 16, generator=generator),
+        "pooled_prompt_embeds": torch.randn(2, 12, generator=generator),
+    }
+    batch = noisy, torch.tensor([100.0, 900.0]), target, text
+    captions = ["one", "two"] if rank == 0 else ["one", "one"]
+    agsm = regularized(seed=rank)
+    for _ in range(2):
+        pred = ddp(*batch[:2], text, torch.zeros(2, dtype=torch.long))
+        optimizer.zero_grad()
+        agsm(*batch, captions=captions, pred=pred).loss.backward()
+        optimizer.step()
+    try:
+        agsm(*batch, captions=captions, pred=pred, backward=torch.Tensor.backward)
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    first = regularized(seed=0)
+    first.calls = 1
+    resumed = regularized(seed=rank)
+    resumed.load_state_dict(first.state_dict())
+    return {
+        "weights": [p.detach() for p in tokens.parameters()],
+        "refused": refused,
+        "steps": agsm.calls,
+        "seed": resumed.seed,
+        "calls": resumed.calls,
+    }
+
+
+def ddpo(rank):
+    """An epoch of DDPO with AGSM on samples of the rank's own; what is trained, and its average.
+
+    The pipeline lies in the folder that the environment names PIPELINE."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import test_trl_ddpo as one
+
+    folder = Path(os.environ["PIPELINE"])
+    pipe = one.pipeline(folder)
+    trainer = one.AGSMDDPOTrainer(
+        one.config(folder / "run"),
+        one.bright,
+        one.asked,
+        pipe,
+        agsm=one.regularizer(0.5, allow_empty=True),
+        attached=one.soft_tokens(pipe),
+        batch_size=3,
+    )
+    assert trainer.accelerator.num_processes == 2
+    started = [p.detach().clone() for p in trainer.trainable_layers]
+    trainer.train()
+    return started, [p.detach() for p in trainer.trainable_layers], trainer.agsm.ema.shadow

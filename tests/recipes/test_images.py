@@ -1,0 +1,218 @@
+"""Batches for post-training: the world's and a table's, functions of their index; edited captions."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from common.images import TableBatches, WorldBatches, edited, edits, open_batches, open_table
+from world.captions import caption, hard_negatives
+from world.export import captioned, imagefolder
+from world.prompts import specs
+
+
+def png(colour, size=(40, 30)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def test_the_worlds_batches_are_functions_of_seed_index_and_process():
+    first = WorldBatches(6, 2, seed=1)[5]
+    again = WorldBatches(6, 2, seed=1)[5]
+    assert torch.equal(first.pixels, again.pixels)
+    assert (first.captions, first.hard) == (again.captions, again.hard)
+    for other in (WorldBatches(6, 2, seed=2)[5], WorldBatches(6, 2, seed=1, rank=1)[5]):
+        assert not torch.equal(first.pixels, other.pixels)
+    assert first.pixels.shape == (6, 3, 24, 24)
+    assert len(set(first.image_ids) | set(WorldBatches(6, 2, seed=1)[6].image_ids)) == 12
+
+
+def test_the_worlds_hard_negatives_are_edits_of_train_prompts():
+    told = {
+        caption(spec): {caption(edit) for edit in hard_negatives(spec)}
+        for tag in ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+        for spec in specs(tag, "train")
+    }
+    for index in range(20):
+        batch = WorldBatches(8, 3, seed=0)[index]
+        for text, hard in zip(batch.captions, batch.hard, strict=True):
+            assert text in told  # none of the held-out prompts is trained on
+            assert len(set(hard)) == len(hard) == 3
+            assert set(hard) <= told[text]
+
+
+def test_edits_change_one_word():
+    assert edits("two red cats left of a box") == [
+        "three red cats left of a box",
+        *(
+            f"two {c} cats left of a box"
+            for c in [
+                "green",
+                "blue",
+                "yellow",
+                "orange",
+                "purple",
+                "pink",
+                "brown",
+                "black",
+                "white",
+                "gray",
+            ]
+        ),
+        "two red cats right of a box",
+    ]
+    assert edits("a photo of a dog") == []
+    assert edits("Ten birds") == ["nine birds"]
+    assert edits("a cat in front of a tree") == ["a cat behind a tree"]
+    drawn = edited("two red cats", 3, np.random.default_rng(0))
+    assert len(set(drawn)) == 3 and set(drawn) <= set(edits("two red cats"))
+    assert edited("two red cats", 0, np.random.default_rng(0)) == []
+
+
+def test_a_table_gives_every_row_once_an_epoch_on_every_process():
+    rows = [{"image": png((i, 0, 0)), "caption": f"picture {i}"} for i in range(12)]
+    table = Dataset.from_list(rows)
+    for epoch in range(2):
+        seen = []
+        for index in range(2):
+            for rank in range(2):
+                one = TableBatches(table, 3, 0, seed=0, size=8, rank=rank, processes=2)
+                batch = one[2 * epoch + index]
+                assert batch.pixels.shape == (3, 3, 8, 8)
+                seen += batch.image_ids
+                for row, text, pixels in zip(
+                    batch.image_ids, batch.captions, batch.pixels, strict=True
+                ):
+                    assert text == f"picture {row}"
+                    assert pixels[0].mean().item() == pytest.approx(row / 127.5 - 1, abs=1e-4)
+        assert sorted(seen) == list(range(12))
+
+
+def test_a_damaged_image_is_passed_over_and_counted():
+    rows = [{"image": png((i, 0, 0)), "caption": f"picture {i}"} for i in range(4)]
+    rows[2]["image"] = {"bytes": b"not an image", "path": None}
+    batches = TableBatches(Dataset.from_list(rows), 4, 0, seed=0, size=8)
+    batch = batches[0]
+    assert batches.rows.unreadable == {2}
+    assert 2 not in batch.image_ids and len(batch.image_ids) == 4
+    nothing = Dataset.from_list([{**row, "image": rows[2]["image"]} for row in rows])
+    with pytest.raises(ValueError, match="none of the 4 rows"):
+        TableBatches(nothing, 2, 0, seed=0, size=8)[0]
+
+
+def broken_png():
+    """Its first chunks can be read, a later one cannot."""
+    whole = png("red", (300, 300))["bytes"]
+    return {"bytes": whole[:60] + b"\x00" * 8 + whole[68:], "path": None}
+
+
+@pytest.mark.parametrize(
+    ("column", "cell"),
+    [
+        ("caption", None),
+        ("caption", []),
+        ("image", None),
+        ("image", {"bytes": png("red")["bytes"][:40], "path": None}),
+        ("image", {"bytes": b"II*\x00" + b"\xff" * 40, "path": None}),
+        ("image", broken_png()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_one_bad_row_is_passed_over_and_told(column, cell, caplog):
+    lists = isinstance(cell, list)
+    rows = [{"image": png((i, 0, 0)), "caption": ["a"] if lists else "a"} for i in range(4)]
+    rows[1][column] = cell
+    batches = TableBatches(Dataset.from_list(rows), 4, 0, seed=0, size=8)
+    with caplog.at_level("WARNING"):
+        for index in range(3):
+            assert 1 not in batches[index].image_ids
+    assert batches.rows.unreadable == {1}
+    assert caplog.text.count("row 1 cannot be read") == 1
+
+
+def test_columns_that_are_not_asked_for_are_not_read():
+    rows = [{"image": png("red"), "caption": "a", "mask": {"bytes": b"junk", "path": None}}] * 2
+    table = Dataset.from_list(rows).cast_column("mask", ImageFeature())
+    assert TableBatches(table, 2, 0, seed=0, size=8)[0].captions == ["a", "a"]
+
+
+def test_pictures_are_turned_as_their_exif_says():
+    """Left of red is blue; the file holds it turned by a quarter."""
+    picture = Image.new("RGB", (8, 8), "red")
+    picture.paste("blue", (0, 0, 4, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    picture.transpose(Image.Transpose.ROTATE_90).save(buffer, format="PNG", exif=exif)
+    table = Dataset.from_list(
+        [{"image": {"bytes": buffer.getvalue(), "path": None}, "caption": ""}]
+    )
+    red, _, blue = TableBatches(table, 1, 0, seed=0, size=8)[0].pixels[0]
+    assert (red[:, 4:] > 0).all() and (blue[:, :4] > 0).all() and (red[:, :4] < 0).all()
+
+
+def test_a_table_is_shuffled_once_an_epoch(monkeypatch):
+    """Also where a batch lies in two; and a run that starts late has the same order."""
+    table = Dataset.from_list([{"image": png("red"), "caption": f"{i}"} for i in range(4)])
+    seeds, make = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or make(seed))
+    batches = TableBatches(table, 3, 0, seed=0, size=8)
+    seen = [batches[index].image_ids for index in range(8)]
+    assert [seed for seed in seeds if seed[-1] == 5] == [[0, epoch, 5] for epoch in range(6)]
+    assert TableBatches(table, 3, 0, seed=0, size=8)[7].image_ids == seen[7]
+
+
+def test_several_captions_an_image_are_drawn_from():
+    table = Dataset.from_list([{"image": png("red"), "caption": ["one", "two", "three"]}])
+    drawn = {t for i in range(20) for t in TableBatches(table, 1, 0, seed=0, size=8)[i].captions}
+    assert drawn == {"one", "two", "three"}
+
+
+def test_files_and_folders_are_opened(tmp_path):
+    data = captioned(6, seed=0)
+    data.to_parquet(tmp_path / "w.parquet")
+    imagefolder(data, tmp_path / "folder")
+    (tmp_path / "shards" / "data").mkdir(parents=True)
+    for half in range(2):
+        shard = data.shard(2, half, contiguous=True)
+        shard.to_parquet(tmp_path / "shards" / "data" / f"train-0000{half}-of-00002.parquet")
+    for source in (
+        tmp_path / "w.parquet",
+        tmp_path / "folder",
+        tmp_path / "shards",
+        tmp_path / "shards" / "data" / "train-*.parquet",
+    ):
+        assert len(open_table(str(source), "train")) == 6
+        batch = open_batches(str(source), 2, 1, seed=0, size=24)[0]
+        assert batch.pixels.shape == (2, 3, 24, 24)
+        assert set(batch.captions) <= set(data["caption"])
+    assert isinstance(open_batches("world", 2, 0, seed=0, size=24), WorldBatches)
+
+
+def test_webdataset_is_read(tmp_path):
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for i in range(3):
+            for ending, content in (("png", png("red")["bytes"]), ("txt", f"text {i}".encode())):
+                info = tarfile.TarInfo(f"{i:03}.{ending}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    batches = open_batches(
+        str(tmp_path / "*.tar"), 3, 0, seed=0, size=8, image="png", text="txt"
+    )  # fmt: skip
+    assert sorted(batches[0].captions) == ["text 0", "text 1", "text 2"]
+
+
+def test_wrong_data_are_named(tmp_path):
+    table = Dataset.from_list([{"jpg": png("red"), "caption": "one"}])
+    with pytest.raises(ValueError, match="--image-column"):
+        TableBatches(table, 1, 0, seed=0, size=8)
+    with pytest.raises(ValueError, match="at least one row"):
+        TableBatches(table.select([]), 1, 0, seed=0, size=8, image="jpg")
+    with pytest.raises(FileNotFoundError, match="no file"):
+        open_batches(str(tmp_path / "gone.parquet"), 1, 0, seed=0, size=8)

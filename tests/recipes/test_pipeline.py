@@ -1,0 +1,85 @@
+"""Stock pipelines of every known kind, taken apart for training and trained on."""
+
+import pytest
+import torch
+from pipelines_tiny import speaking_pipeline
+
+import train_agsm
+from common.pipeline import TextToImage
+from world.export import captioned
+
+KINDS = ("unet", "unet_sdxl", "sd3", "flux")
+TOLD = ["a red circle", "two blue circles", ""]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    return speaking_pipeline(request.param, tmp_path_factory.mktemp(request.param) / "p")
+
+
+def test_prompts_are_encoded_as_the_pipeline_would(folder):
+    model = TextToImage.load(str(folder), torch.float32)
+    got = model.encode_prompts(TOLD)
+    pipe, kind = model.pipe, type(model.pipe).__name__
+    if kind == "StableDiffusionPipeline":
+        want = {"prompt_embeds": pipe.encode_prompt(TOLD, "cpu", 1, False)[0]}
+    elif kind == "FluxPipeline":
+        embeds, pooled, _ = pipe.encode_prompt(TOLD, None)
+        want = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    else:
+        others = (None,) * (2 if kind == "StableDiffusion3Pipeline" else 1)
+        embeds, _, pooled, _ = pipe.encode_prompt(TOLD, *others, do_classifier_free_guidance=False)
+        want = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert not torch.equal(value[0], value[1])
+        torch.testing.assert_close(got[name], value)
+
+
+def test_latents_decode_to_what_the_vae_would_give(folder):
+    model = TextToImage.load(str(folder), torch.float32)
+    pixels = torch.rand(2, 3, 8, 8) * 2 - 1
+    latents = model.encode_images(pixels, torch.Generator().manual_seed(0))
+    again = model.encode_images(pixels, torch.Generator().manual_seed(0))
+    assert torch.equal(latents, again)
+    vae = model.pipe.vae
+    spread = vae.encode(pixels).latent_dist
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    unscaled = latents / vae.config.scaling_factor + shift
+    far = (unscaled - spread.mean).abs() / spread.std
+    assert 0 < far.mean() < 2  # a draw of the posterior
+    assert not any(p.requires_grad for p in model.denoiser.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_pipeline_in_half_precision_samples(folder, dtype):
+    """Its VAE is held in float32, and the stock pipelines don't cast the latents."""
+    from generate import sample
+
+    model = TextToImage.load(str(folder), dtype)
+    images = sample(model.pipe, ["a red circle"], seeds=[0], steps=1, cfg=2.0)
+    assert images.dtype == "uint8" and images.shape[0] == 1 and images.std() > 0
+    assert model.pipe.vae.dtype == torch.float32
+
+
+def test_a_run_on_a_table_saves_tokens(folder, tmp_path):
+    captioned(6, seed=0).to_parquet(tmp_path / "w.parquet")
+    flags = ["--model", str(folder), "--data", str(tmp_path / "w.parquet"), "--resolution", "8",
+             "--steps", "2", "--batch-size", "3", "--num-negatives", "2", "--log-every", "1",
+             "--output", str(tmp_path / "run"), "--num-tokens", "1"]  # fmt: skip
+    train_agsm.main(flags)
+    from agsm_loss.integrations.tokens.saved import SavedTokens
+
+    saved = SavedTokens.from_pretrained(tmp_path / "run" / "tokens")
+    assert saved.backbone == type(TextToImage.load(str(folder), torch.float32).denoiser).__name__
+    assert all(bool(torch.isfinite(p).all()) for p in saved.tokens.parameters())
+
+
+def test_unets_run_channels_last_and_transformers_as_they_were(epsilon_base, flow_base):
+    def layouts(base):
+        denoiser = TextToImage.load(str(base), torch.float32).denoiser
+        kernels = [p for p in denoiser.parameters() if p.ndim == 4 and p.shape[-1] > 1]
+        assert kernels
+        return {p.is_contiguous(memory_format=torch.channels_last) for p in kernels}
+
+    assert layouts(epsilon_base) == {True} and layouts(flow_base) == {False}
