@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import generate
+import score_images
 from world.prompts import rows
 from world.render import render
 from world.score import Verdict
