@@ -12,16 +12,10 @@ the same for any batch size, and for any tokens, so that methods are compared on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from common.options import option, parse
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
 
 SAMPLINGS = ("both", "negative_unconditional", "conditional_only", "off")
 
@@ -48,77 +42,6 @@ class Options:
     threads: int = option(0, "CPU threads; 0 leaves torch's choice")
 
 
-def read_prompts(source: str) -> list[dict[str, Any]]:
-    """GenEval rows, or rows with a prompt alone."""
-    if source.startswith("world:"):
-        from world.prompts import rows
-
-        parts = source.split(":")
-        if len(parts) != 3 or not parts[2].isdigit():
-            raise ValueError(f"prompts: expected world:FOLD:PER_CATEGORY, got {source!r}")
-        return rows(parts[1], int(parts[2]))
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"prompts: no file {source!r}")
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
-    if path.suffix != ".jsonl":
-        return [{"prompt": line.strip()} for line in lines]
-    found = [json.loads(line) for line in lines]
-    if any("prompt" not in row for row in found):
-        raise ValueError(f"{source}: expected a prompt in every row")
-    return found
-
-
-def sample(
-    pipe: Any,
-    prompts: Sequence[str],
-    *,
-    seeds: Sequence[Any],
-    steps: int,
-    cfg: float,
-    batch_size: int = 0,
-) -> npt.NDArray[np.uint8]:
-    """One image a prompt, (N, H, W, 3) uint8. Image i's noise is `loop.draws(seeds[i])`.
-
-    batch_size: images a call of the pipeline; 0: 64 of the world's size, 4 of any larger.
-    """
-    import numpy as np
-
-    calls = _calls(pipe, prompts, seeds, steps=steps, cfg=cfg, batch_size=batch_size)
-    return np.concatenate(list(calls))
-
-
-def _calls(
-    pipe: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[Any],
-    *,
-    steps: int,
-    cfg: float,
-    batch_size: int,
-) -> Iterator[npt.NDArray[np.uint8]]:
-    """The images of one call of the pipeline after the other."""
-    import numpy as np
-
-    from agsm_loss.integrations.tokens.pipelines import denoiser_of
-    from common.loop import draws
-    from world.models import pipeline_arguments
-
-    if batch_size == 0:
-        size = getattr(pipe, "default_sample_size", None) or denoiser_of(pipe).config.sample_size
-        batch_size = 64 if np.max(size) * pipe.vae_scale_factor <= 128 else 4
-    for start in range(0, len(prompts), batch_size):
-        images = pipe(
-            list(prompts[start : start + batch_size]),
-            num_inference_steps=steps,
-            guidance_scale=cfg,
-            generator=[draws(seed) for seed in seeds[start : start + batch_size]],
-            output_type="np",
-            **pipeline_arguments(pipe),
-        ).images
-        yield (images * 255).round().astype("uint8")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Generates what is not there yet."""
     options = parse(Options, __doc__, arguments)
@@ -129,6 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     from agsm_loss.integrations.tokens.pipelines import Sampling
     from common.pipeline import TextToImage
+    from common.sampling import calls
+    from world.models import pipeline_arguments
+    from world.task import read_prompts
 
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -141,19 +67,22 @@ def main(arguments: list[str] | None = None) -> None:
     todo = [place for place in every if not _file(output, place).exists()]
     if not todo:
         return
-    model = TextToImage.load(options.model, getattr(torch, options.dtype), options.device)
+    model = TextToImage.load(
+        options.model, getattr(torch, options.dtype), options.device, pipeline_arguments
+    )
     model.load_extras(options.tokens, options.lora, Sampling(options.sampling))
-    calls = _calls(
+    sampled = calls(
         model.pipe,
         [rows[index]["prompt"] for index, _ in todo],
         [(options.seed, *place) for place in todo],
         steps=options.steps,
         cfg=options.cfg,
         batch_size=options.batch_size,
+        arguments=model.arguments,
     )
     left = iter(todo)
     with tqdm(total=len(every), initial=len(every) - len(todo), unit="image") as bar:
-        for images in calls:
+        for images in sampled:
             for image, place in zip(images, left, strict=False):
                 file = _file(output, place)
                 part = file.with_suffix(".part")  # a killed run leaves no half image

@@ -129,6 +129,7 @@ def run(options: Options, say: Callable[[str], Any] = print) -> list[str]:
 
     from common.pipeline import TextToImage
     from world.captions import caption, metadata
+    from world.models import pipeline_arguments
     from world.prompts import deal
     from world.scene import MAX_COUNT
     from world.verdicts import verdicts
@@ -138,7 +139,7 @@ def run(options: Options, say: Callable[[str], Any] = print) -> list[str]:
     tags = options.categories.split(",")
     asked = deal(options.fold, options.per_category, options.seed, tags)
     wrong = wrong_captions(asked, options.against, np.random.default_rng(options.seed))
-    model = TextToImage.load(options.model, torch.float32)
+    model = TextToImage.load(options.model, torch.float32, arguments=pipeline_arguments)
     numbers = [spec.groups[0].count if spec.tag == "counting" else 0 for spec in asked]
     several = [n for n in range(2, MAX_COUNT + 1) if n in numbers]
     heads = ["scale", "right", "too many", "too few", *(f"right of {n}" for n in several)]

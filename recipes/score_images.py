@@ -11,7 +11,7 @@ detector also how far the pixels are from the world's colours, which no verdict 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,58 +32,6 @@ class Options:
     images: str = option("runs/images", "folder that generate.py wrote")
     results: str = option("", "results of GenEval's evaluator; none for the world's detector")
     sheet: int = option(48, "images on the sheet")
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson's score interval)."""
-    from scipy.stats import binomtest
-
-    interval = binomtest(right, n).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def summarize_with_intervals(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """`world.score.summarize`, with `low` and `high` of every category and of the overall score.
-
-    The overall score is a mean of independent shares; its interval puts their Wilson intervals
-    together by squares (Newcombe 1998, "square and add").
-    """
-    from world.score import summarize
-
-    summary = summarize(verdicts)
-    below = above = 0.0
-    for category in summary["categories"].values():
-        score = category["score"]
-        low, high = wilson(round(score * category["n"]), category["n"])
-        category["low"], category["high"] = low, high
-        below, above = below + (score - low) ** 2, above + (high - score) ** 2
-    number = len(summary["categories"])
-    summary["low"] = summary["overall"] - below**0.5 / number
-    summary["high"] = summary["overall"] + above**0.5 / number
-    return summary
-
-
-def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table: one row a method, one column a category, intervals in brackets."""
-    from world.scene import TAGS
-
-    first = next(iter(summaries.values()))
-    tags = [tag for tag in TAGS if tag in first["categories"]]
-    lines = [
-        "| | overall | " + " | ".join(tag.replace("_", " ") for tag in tags) + " |",
-        "| --- |" + " --- |" * (len(tags) + 1),
-    ]
-    for name, summary in summaries.items():
-        cells = [_cell(summary["overall"], summary)]
-        cells += [
-            _cell(summary["categories"][tag]["score"], summary["categories"][tag]) for tag in tags
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(score: float, interval: Mapping[str, float]) -> str:
-    return f"{score:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
 
 
 def read_images(folder: Path) -> tuple[list[Path], list[dict[str, Any]]]:
@@ -140,8 +88,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     import numpy as np
 
+    from common.sheet import sheet
     from world.detect import palette_error
-    from world.verdicts import sheet, verdicts
+    from world.summary import summarize_with_intervals, table
+    from world.verdicts import verdicts
 
     folder = Path(options.images)
     files, rows = read_images(folder)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.options import option, parse
-from common.trained import Student, StudentOptions, competitors, data_settings, hard_per_image
+from common.trained import Student, StudentOptions, competitors, hard_per_image
 
 if TYPE_CHECKING:
     import torch
@@ -92,19 +92,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves the tokens."""
     options = parse(Options, __doc__, arguments)
 
-    from common.images import open_batches
     from common.loop import draws, start
+    from world.task import open_task
 
     accelerator = start(options)
-    student = Student.build(options, accelerator)
+    task = open_task(options, accelerator)
+    student = Student.build(options, accelerator, task)
     objective = make_objective(options, student)
-    batches = open_batches(
-        options.data,
-        options.batch_size,
-        hard_of(options),
-        image=options.image_column,
-        **data_settings(options, accelerator),
-    )
+    batches = task.images(options.batch_size, hard_of(options), options.image_column)
 
     def loss(batch: Batch, index: int) -> Any:
         generator = draws(options.seed, index, accelerator.process_index)

@@ -74,9 +74,10 @@ def batch(options: Options, step: int, rank: int) -> tuple[torch.Tensor, list[st
     import numpy as np
     import torch
 
+    from common.images import to_model
     from world.captions import CAREFUL, CARELESS, caption, corrupt
     from world.prompts import scenes
-    from world.render import render, to_model
+    from world.render import render
 
     rng = np.random.default_rng([options.seed, step, rank, 1])
     sources = np.random.default_rng([options.seed, step, rank, 6])
@@ -120,10 +121,12 @@ def evaluate(model: Any, options: Options, step: int) -> dict[str, Any]:
     """Scores the model on the validation prompts and saves a sheet; returns the summary."""
     import torch
 
-    from generate import sample
+    from common.sampling import sample
+    from common.sheet import sheet
+    from world.models import pipeline_arguments
     from world.prompts import rows
     from world.score import summarize
-    from world.verdicts import sheet, verdicts
+    from world.verdicts import verdicts
 
     wanted = rows("validation", options.eval_per_category)
     pipe = model.pipeline()
@@ -135,6 +138,7 @@ def evaluate(model: Any, options: Options, step: int) -> dict[str, Any]:
             seeds=range(len(wanted)),
             steps=options.eval_steps,
             cfg=options.eval_cfg,
+            arguments=pipeline_arguments(pipe),
         )
     judged = verdicts(images, wanted)
     shown = [i for i in range(len(wanted)) if i % options.eval_per_category < 8]

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from accelerate.tracking import GeneralTracker
 
 from common.options import option, parse
-from common.trained import PostTrainingOptions, Student, data_settings, hard_per_image
+from common.trained import PostTrainingOptions, Student, hard_per_image
 
 if TYPE_CHECKING:
     from agsm_loss.integrations.hosts.step import Clean
+    from common.task import Task
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
     from agsm_loss.schedule import as_schedule, linear_warmup
     from common.loop import last_checkpoint, truncate_log
+    from world.task import open_task
 
     own_samples = options.agsm_weight and options.agsm_images == "best"
     range_ = (options.timestep_density, options.timestep_low, options.timestep_high)
@@ -90,7 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     output = Path(options.output)
     torch.manual_seed(options.seed)
-    student = Student.load(options, state.device)
+    task = open_task(options, state)
+    student = Student.load(options, state.device, task)
     if type(student.model.pipe).__name__ != "StableDiffusionPipeline":
         raise ValueError(
             f"model: expected a StableDiffusionPipeline, got {type(student.model.pipe).__name__}: trl's "
@@ -119,8 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     trainer = AGSMDDPOTrainer(
         trl_config(options, tracker, resumed),
-        trl_reward(options, state.device),
-        prompts_of(options),
+        trl_reward(options, state.device, task),
+        prompts_of(options, task),
         pipeline,
         show if state.is_main_process else None,  # trl's call asks for a tracker: only there
         attached=student.attached,
@@ -164,7 +167,7 @@ def samples_sheet(data: Any, path: Path, most: int = 32) -> None:
     import torch
 
     from common.rewards import to_uint8
-    from world.verdicts import sheet
+    from common.sheet import sheet
 
     images = torch.cat([images for images, *_ in data])[:most]
     told = [
@@ -215,11 +218,11 @@ def trl_config(options: Options, tracker: GeneralTracker, resumed: Path | None) 
     )
 
 
-def trl_reward(options: Options, device: Any) -> Callable[..., Any]:
+def trl_reward(options: Options, device: Any, task: Task) -> Callable[..., Any]:
     """The reward as trl calls it: images in [0, 1], prompts and what the prompts came with."""
     from common.rewards import load
 
-    score = load(options.reward, device)
+    score = load(options.reward, device, task.rewards)
 
     def reward(images: Any, prompts: Any, metadata: Any) -> tuple[Any, dict[str, Any]]:
         return score(2 * images.float() - 1, list(prompts)), {}
@@ -227,44 +230,27 @@ def trl_reward(options: Options, device: Any) -> Callable[..., Any]:
     return reward
 
 
-def prompts_of(options: Options) -> Callable[[], tuple[str, dict[str, Any]]]:
+def prompts_of(options: Options, task: Task) -> Callable[[], tuple[str, dict[str, Any]]]:
     """Draws a prompt, by torch's random numbers, which a checkpoint keeps."""
-    import numpy as np
     import torch
-
-    from common.images import one_text, open_table
-    from world.captions import caption
-    from world.prompts import draw_spec
 
     if options.sampling_prompts:
         lines = Path(options.sampling_prompts).read_text().splitlines()
-        texts: Any = [line.strip() for line in lines if line.strip()]
-    elif options.data == "world":
-        texts = None
+        texts = [line.strip() for line in lines if line.strip()]
+
+        def caption_of(number: int) -> str:
+            return texts[number % len(texts)]
     else:
-        texts = open_table(options.data, options.split)[options.caption_column]
-
-    def draw() -> tuple[str, dict[str, Any]]:
-        number = int(torch.randint(2**31 if texts is None else len(texts), ()))
-        rng = np.random.default_rng(number)
-        text = caption(draw_spec(rng, "train")) if texts is None else one_text(texts[number], rng)
-        return text, {}
-
-    return draw
+        caption_of = task.caption_of()
+    return lambda: (caption_of(int(torch.randint(2**31, ()))), {})
 
 
 def data_batches(options: Options, student: Student, state: Any) -> Callable[[int], Clean]:
     """AGSM's batch of each micro-step: the data set's images, noised as the options say."""
-    from common.images import open_batches
     from common.loop import draws
 
-    batches = open_batches(
-        options.data,
-        options.agsm_batch,
-        hard_per_image(options),
-        image=options.image_column,
-        **data_settings(options, state),
-    )
+    hard = hard_per_image(options)
+    batches = student.task.images(options.agsm_batch, hard, options.image_column)
 
     def clean(number: int) -> Clean:
         batch = batches[number]

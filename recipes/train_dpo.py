@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
+    from world.task import open_task
 
     def make_step(student: Any, agsm: Any, settings: Any) -> DiffusionDPO:
         scheduler = student.model.pipe.scheduler
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         noise = torch.randn(winner.shape, generator=draw).to(winner)
         return step(winner, loser, text, student.timesteps(len(winner), draw), noise, **extra)
 
-    run_preference(options, make_step, run)
+    run_preference(options, open_task, make_step, run)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.options import option, parse
-from common.trained import OnPolicyOptions, Student, on_policy_batches
+from common.trained import OnPolicyOptions, Student, on_policy_images
 
 if TYPE_CHECKING:
     from common.images import Batch
@@ -42,10 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.hosts.step import bank_of
     from common.loop import draws, start
     from common.rewards import load
+    from world.task import open_task
 
     accelerator = start(options)
-    student = Student.build(options, accelerator)
-    model, reward = student.model, load(options.reward, accelerator.device)
+    task = open_task(options, accelerator)
+    student = Student.build(options, accelerator, task)
+    model, reward = student.model, load(options.reward, accelerator.device, task.rewards)
     scheduler = model.pipe.scheduler
     agsm = None
     if options.agsm_weight:
@@ -58,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         agsm=agsm,
         autocast=accelerator.autocast,
     )
-    batches = on_policy_batches(options, accelerator)
+    batches = on_policy_images(options, task)
 
     def loss(batch: Batch, index: int) -> Any:
         generator = draws(options.seed, index, accelerator.process_index)

@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from agsm_loss.integrations.hosts.inpo import InPO
     from agsm_loss.integrations.hosts.step import Clean
+    from world.task import open_task
 
     def make_step(student: Any, agsm: Any, settings: Any) -> InPO:
         scheduler = student.model.pipe.scheduler
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
         timestep = int(student.timesteps(1, draw)[0])  # one for the batch, as published
         return step(winner, loser, text, timestep, **extra)
 
-    run_preference(options, make_step, run)
+    run_preference(options, open_task, make_step, run)
 
 
 if __name__ == "__main__":

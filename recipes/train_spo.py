@@ -13,11 +13,11 @@ caption of the batch competes).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.options import option, parse
-from common.trained import OnPolicyOptions, Student, on_policy_batches
+from common.trained import OnPolicyOptions, Student, on_policy_images
 
 if TYPE_CHECKING:
     from common.images import Batch
@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.noise import prediction_type
     from common.loop import draws, start
     from common.rewards import load
+    from world.task import open_task
 
     if options.agsm_batch and options.agsm_images == "rollout":
         raise ValueError(
@@ -68,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
             "as --batch-size says. Take --agsm-images data."
         )
     accelerator = start(options)
-    student = Student.build(options, accelerator)
+    task = open_task(options, accelerator)
+    student = Student.build(options, accelerator, task)
     model = student.model
     if prediction_type(model.pipe.scheduler) == "flow":
         raise ValueError(
@@ -90,11 +92,11 @@ def main(arguments: list[str] | None = None) -> None:
         guidance_scale=options.guidance_scale,
         agsm=agsm,
     )
-    preference = load(options.preference, accelerator.device)
-    batches = on_policy_batches(options, accelerator)
+    preference = load(options.preference, accelerator.device, task.rewards)
+    batches = on_policy_images(options, task)
     more = None
     if options.agsm_batch and agsm is not None:
-        more = on_policy_batches(replace(options, batch_size=options.agsm_batch), accelerator)
+        more = on_policy_images(options, task, options.agsm_batch)
 
     def loss(batch: Batch, index: int) -> Any:
         generator = draws(options.seed, index, accelerator.process_index)

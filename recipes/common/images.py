@@ -1,20 +1,18 @@
-"""Captioned images for post-training, a batch a micro-step: the world's, or any data set's.
+"""Captioned images of any data set, a batch a micro-step.
 
-    batches = open_batches("world", ...)            the embedded world, rendered on the fly
-    batches = open_batches("photos.parquet", ...)   a file, an imagefolder, or a hub id
+    table = open_table("photos.parquet", "train")    a file, an imagefolder, or a hub id
+    batches = TableBatches(table, 16, hard=0, seed=0, size=512)
 
-Item i of either is a function of (seed, i, process): a resumed run sees what it would have seen.
-Both give hard negatives where asked: captions one edit away from the image's own.
+Item i is a function of (seed, i, process): a resumed run sees what it would have seen. Hard negatives,
+where asked for, are captions one edit away from the image's own (`common.edits`).
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from world.captions import OPPOSITE, caption, hard_negatives
-from world.prompts import scenes
-from world.render import render, to_model
-from world.scene import Spec
+from common.edits import edited
 
 LOGGER = logging.getLogger(__name__)
-
-NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-COLOUR_WORDS = (
-    "red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "gray",
-)  # fmt: skip
-RELATION_WORDS = {**OPPOSITE, "below": "above", "on": "under", "under": "on"}
-RELATION_WORDS |= {"in front of": "behind", "behind": "in front of", "left": "right"}
-RELATION_WORDS |= {"right": "left", "inside": "outside", "outside": "inside"}
 
 
 @dataclass(frozen=True)
@@ -50,34 +37,11 @@ class Batch:
     hard: list[list[str]]
 
 
-class WorldBatches(Dataset[Batch]):
-    """Scenes of a fold's prompts with their own captions and, as hard negatives, random edits."""
-
-    def __init__(
-        self, batch_size: int, hard: int, *, seed: int, rank: int = 0, fold: str = "train"
-    ) -> None:
-        self.batch_size, self.hard, self.seed, self.rank, self.fold = (
-            batch_size,
-            hard,
-            seed,
-            rank,
-            fold,
-        )
-
-    def __getitem__(self, index: int) -> Batch:
-        rng = np.random.default_rng([self.seed, index, self.rank, 3])
-        drawn = list(islice(scenes(int(rng.integers(2**62)), self.fold), self.batch_size))
-        pixels = to_model(np.stack([render(scene) for _, scene in drawn]))
-        hard = [world_edits(spec, self.hard, rng) for spec, _ in drawn]
-        captions = [caption(spec) for spec, _ in drawn]
-        ids = [index * self.batch_size + i for i in range(self.batch_size)]
-        return Batch(torch.from_numpy(pixels), captions, ids, hard)
-
-
-def world_edits(spec: Spec, number: int, rng: np.random.Generator) -> list[str]:
-    """Up to `number` of a spec's hard negatives as captions, drawn without replacement."""
-    edits = [caption(edit) for edit in hard_negatives(spec)]
-    return [edits[i] for i in rng.permutation(len(edits))[:number]]
+def to_model(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1], the range pipelines work in."""
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images: expected (B, H, W, 3), got {images.shape}")
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1.0
 
 
 class Rows:
@@ -248,69 +212,3 @@ def open_table(data: str, split: str) -> Any:
             raise FileNotFoundError(f"data: no file {data}")
         return load_dataset(kinds[path.suffix], data_files={split: files}, split=split)
     return load_dataset(data, split=split)
-
-
-def open_batches(
-    data: str,
-    batch_size: int,
-    hard: int,
-    *,
-    seed: int,
-    size: int,
-    rank: int = 0,
-    processes: int = 1,
-    image: str = "image",
-    text: str = "caption",
-    split: str = "train",
-) -> Dataset[Batch]:
-    """ "world", a .parquet, .jsonl or .csv file, a folder of images with metadata, or a hub id."""
-    if data == "world":
-        return WorldBatches(batch_size, hard, seed=seed, rank=rank)
-    return TableBatches(
-        open_table(data, split),
-        batch_size,
-        hard,
-        seed=seed,
-        size=size,
-        rank=rank,
-        processes=processes,
-        image=image,
-        text=text,
-    )
-
-
-def edits(text: str) -> list[str]:
-    """English captions one edit from `text`: count ±1, another colour, relation reversed.
-
-    >>> edits("two red cats on a mat")[:3]
-    ['three red cats on a mat', 'two green cats on a mat', 'two blue cats on a mat']
-    """
-    changed: list[str] = []
-
-    def swap(match: re.Match[str], word: str) -> None:
-        changed.append(text[: match.start()] + word + text[match.end() :])
-
-    for match in _words(NUMBERS, text):
-        place = NUMBERS.index(match.group().lower())
-        for other in (place - 1, place + 1):
-            if 0 <= other < len(NUMBERS):
-                swap(match, NUMBERS[other])
-    for match in _words(COLOUR_WORDS, text):
-        for colour in COLOUR_WORDS:
-            if colour != match.group().lower():
-                swap(match, colour)
-    for match in _words(tuple(RELATION_WORDS), text):
-        swap(match, RELATION_WORDS[match.group().lower()])
-    return changed
-
-
-def edited(text: str, number: int, rng: np.random.Generator) -> list[str]:
-    """Up to `number` of a caption's edits, drawn without replacement."""
-    every = edits(text) if number else []
-    return [every[i] for i in rng.permutation(len(every))[:number]]
-
-
-def _words(words: Sequence[str], text: str) -> list[re.Match[str]]:
-    longest_first = sorted(words, key=len, reverse=True)
-    pattern = r"\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b"
-    return list(re.finditer(pattern, text, flags=re.IGNORECASE))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from agsm_loss.integrations.noise import prediction_type
 from agsm_loss.integrations.tokens.pipelines import Sampling, denoiser_of, load_soft_tokens
-from world.models import pipeline_arguments
 
 # Which outputs of `encode_prompt` are which conditioning.
 _OUTPUTS: dict[str, dict[str, int]] = {
@@ -63,9 +62,17 @@ class TextToImage:
         pipe: the pipeline.
         cached_bytes: so much of the latest prompts' encodings is kept, on the CPU.
         guidance: the distilled guidance scale that Flux.1-dev is given in training.
+        arguments: what its prompts are encoded and its images sampled with, beside the prompts.
     """
 
-    def __init__(self, pipe: Any, *, cached_bytes: int = 2**30, guidance: float = 3.5) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        cached_bytes: int = 2**30,
+        guidance: float = 3.5,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         names = [kind.__name__ for kind in type(pipe).__mro__]
         self.outputs = next((_OUTPUTS[name] for name in names if name in _OUTPUTS), None)
         if self.outputs is None:
@@ -76,6 +83,7 @@ class TextToImage:
         self.pipe = pipe
         self.guidance = guidance
         self.cached_bytes = cached_bytes
+        self.arguments = dict(arguments or {})
         self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._cached = 0
         for part in pipe.components.values():
@@ -83,8 +91,17 @@ class TextToImage:
                 part.requires_grad_(False).eval()
 
     @classmethod
-    def load(cls, model: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
-        """From a saved folder or a hub id; the VAE in float32, where SDXL's is not finite in fp16."""
+    def load(
+        cls,
+        model: str,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        arguments: Callable[[Any], Mapping[str, Any]] = lambda pipe: {},
+    ) -> TextToImage:
+        """From a saved folder or a hub id; the VAE in float32, where SDXL's is not finite in fp16.
+
+        arguments: of the pipeline, what it is called with beside prompts (`world.models`, say).
+        """
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
         pipe.to(device)
         if pipe.dtype != dtype:  # earlier diffusers know the argument by another name
@@ -94,7 +111,7 @@ class TextToImage:
         if dtype is not torch.float32:
             _hold_in_float32(pipe.vae)
         pipe.set_progress_bar_config(disable=True)
-        return cls(pipe)
+        return cls(pipe, arguments=arguments(pipe))
 
     def add_lora(self, rank: int) -> None:
         """A trainable LoRA (arXiv 2106.09685) in float32 on every attention projection."""
@@ -158,7 +175,7 @@ class TextToImage:
             "device": self.device,
             "num_images_per_prompt": 1,
             "do_classifier_free_guidance": False,
-            **pipeline_arguments(self.pipe),
+            **self.arguments,
         }
         given = {name: value for name, value in wanted.items() if name in known}
         encoded = self.pipe.encode_prompt(**given)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.options import option
-from common.trained import Student, StudentOptions, competitors, data_settings, hard_per_image
+from common.trained import Student, StudentOptions, competitors, hard_per_image
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from agsm_loss.integrations.hosts.step import StepOutput
     from common.pairs import PairBatch
+    from common.task import Task
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,14 @@ Run = Callable[..., "StepOutput"]
 
 
 def run_preference(
-    options: PreferenceOptions, make_step: Callable[[Student, Any, Any], Any], run: Run
+    options: PreferenceOptions,
+    open_task: Callable[[PreferenceOptions, Any], Task],
+    make_step: Callable[[Student, Any, Any], Any],
+    run: Run,
 ) -> None:
     """Trains on preference pairs.
 
+    open_task: options, accelerator -> what is trained and validated on.
     make_step: student, AGSM regularizer or None, the host's settings -> the step.
     run: calls the step on a batch; see `Run`.
     """
@@ -54,10 +59,10 @@ def run_preference(
 
     from agsm_loss.schedule import as_schedule, linear_warmup
     from common.loop import draws, start
-    from common.pairs import open_pairs
 
     accelerator = start(options)
-    student = Student.build(options, accelerator)
+    task = open_task(options, accelerator)
+    student = Student.build(options, accelerator, task)
     agsm = None
     if options.agsm_weight:
         schedule = as_schedule(options.agsm_weight)
@@ -66,12 +71,7 @@ def run_preference(
         agsm = student.agsm(options.batch_size, schedule)
     step = make_step(student, agsm, {"beta": options.beta, "loss_type": options.loss_type})
     hard = hard_per_image(options) if agsm is not None else 0
-    batches = open_pairs(
-        options.data,
-        options.batch_size,
-        hard,
-        **data_settings(options, accelerator),
-    )
+    batches = task.pairs(options.batch_size, hard)
 
     def loss(batch: PairBatch, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         generator = draws(options.seed, index, accelerator.process_index)

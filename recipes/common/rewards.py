@@ -1,6 +1,5 @@
 """Scores of images against their prompts, for preference models and rewards.
 
-score = load("detector")                       the embedded world's exact detector
 score = load("jpeg_incompressibility")         DDPO's (arXiv 2305.13301), or ..._compressibility
 score = load("redness")                        an easy one to over-optimise
 score = load("yuvalkirstain/PickScore_v1")     a CLIP-like preference model, by transformers
@@ -10,48 +9,35 @@ score(pixels, prompts)                         (N, 3, H, W) in [-1, 1] -> (N,), 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers import AutoModel, AutoProcessor
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]
-SCORES = ("detector", "jpeg_compressibility", "jpeg_incompressibility", "redness")
 
 
-def load(name: str, device: torch.device | str = "cpu") -> Score:
-    """One of `SCORES` by name, or a folder or hub id of a CLIP model with its processor."""
-    own: dict[str, Score] = {name: globals()[name] for name in SCORES}
-    return own[name] if name in own else PreferenceModel(name, device)
+def load(
+    name: str, device: torch.device | str = "cpu", more: Mapping[str, Score] | None = None
+) -> Score:
+    """A reward by name, or a folder or hub id of a CLIP model with its processor.
 
-
-def detector(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-    """1 for a right picture, less 1 for each object too many or too few where it is wrong.
-
-    Prompts must be the world's own.
+    more: further rewards by name (the embedded world's detector, say).
     """
-    from world.detect import detect
-    from world.score import judge
-
-    rows = _rows()
-    unknown = sorted(set(prompts) - rows.keys())
-    if unknown:
-        raise ValueError(f"prompts: expected captions of the embedded world, got {unknown[:3]}.")
-    images = to_uint8(pixels).permute(0, 2, 3, 1).cpu().numpy()
-    scores = []
-    for image, prompt in zip(images, prompts, strict=True):
-        verdict = judge(detect(image), rows[prompt])
-        assert verdict.found is not None
-        scores.append(float(verdict.correct) - abs(verdict.found - verdict.expected))
-    return torch.tensor(scores)
+    known: dict[str, Score] = {
+        "jpeg_compressibility": jpeg_compressibility,
+        "jpeg_incompressibility": jpeg_incompressibility,
+        "redness": redness,
+        **(more or {}),
+    }
+    return known[name] if name in known else PreferenceModel(name, device)
 
 
 def jpeg_incompressibility(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
     """Kilobytes of each picture as a JPEG of quality 95, as in DDPO."""
-    from PIL import Image
-
     sizes = []
     for image in to_uint8(pixels).permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()
@@ -80,8 +66,6 @@ class PreferenceModel:
     """PickScore (arXiv 2305.01569), or any CLIP model used like it: its logit of image and prompt."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
-        from transformers import AutoModel, AutoProcessor
-
         self.processor: Any = AutoProcessor.from_pretrained(name)
         self.model = AutoModel.from_pretrained(name).to(device).eval().requires_grad_(False)
         self.device = device
@@ -96,13 +80,3 @@ class PreferenceModel:
             return_tensors="pt",
         ).to(self.device)
         return self.model(**inputs).logits_per_image.diagonal().cpu()
-
-
-@cache
-def _rows() -> dict[str, dict[str, Any]]:
-    """Every prompt of the world -> its GenEval row."""
-    from world.captions import caption, metadata
-    from world.prompts import specs
-    from world.scene import TAGS
-
-    return {caption(spec): metadata(spec) for tag in TAGS for spec in specs(tag)}

@@ -1,6 +1,6 @@
 """What a post-training recipe trains: soft tokens, a LoRA, or all of a pipeline's denoiser.
 
-    student = Student.build(options, accelerator)
+    student = Student.build(options, accelerator, task)
     pred = student.denoiser(noisy, timesteps, conditioning, bank)     # the prepared module
     student.validate(step); student.save()
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from agsm_loss.integrations.hosts.step import Clean
     from common.images import Batch
     from common.pipeline import TextToImage
+    from common.task import Task
 
 LOGGER = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Student:
     """
 
     options: PostTrainingOptions
+    task: Task
     model: TextToImage
     attached: Any
     denoiser: Any
@@ -116,11 +118,11 @@ class Student:
     optimizer: Any = None
 
     @classmethod
-    def build(cls, options: StudentOptions, accelerator: Accelerator) -> Student:
+    def build(cls, options: StudentOptions, accelerator: Accelerator, task: Task) -> Student:
         """Loads the pipeline and prepares what the options train of it, with its optimizer."""
         import torch
 
-        student = cls.load(options, accelerator.device)
+        student = cls.load(options, accelerator.device, task)
         optimizer = torch.optim.AdamW(
             student.parameters,
             lr=options.lr,
@@ -132,7 +134,7 @@ class Student:
         return student
 
     @classmethod
-    def load(cls, options: PostTrainingOptions, device: torch.device) -> Student:
+    def load(cls, options: PostTrainingOptions, device: torch.device, task: Task) -> Student:
         """Loads the pipeline, with the LoRA and the tokens that the options ask for."""
         import torch
 
@@ -147,7 +149,7 @@ class Student:
             raise ValueError("nothing to train: expected --num-tokens, --lora-rank or --full")
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         held = torch.float32 if options.full else dtype[options.mixed_precision]
-        model = TextToImage.load(options.model, held, device=device)
+        model = TextToImage.load(options.model, held, device, task.pipeline_arguments)
         if options.merge_lora:
             model.merge_lora(options.merge_lora)
         if options.full:
@@ -165,7 +167,7 @@ class Student:
             reference: Any = EMA(parameters, decay=1.0).applied
         else:
             reference = partial(adapters_off, model.denoiser) if options.lora_rank else nullcontext
-        return cls(options, model, attached, module, parameters, reference)
+        return cls(options, task, model, attached, module, parameters, reference)
 
     def agsm(
         self, batch_size: int, weight: float | Callable[[int], float] = 1.0
@@ -258,34 +260,31 @@ class Student:
         )
 
     def validate(self, step: int) -> dict[str, Any]:
-        """Samples the validation prompts with psi+ and saves a sheet; the world's are scored."""
-        from generate import read_prompts, sample
-        from score_images import summarize_with_intervals
-        from world.verdicts import sheet, verdicts
+        """Samples the validation prompts with psi+ and saves a sheet; their scores, if there are any."""
+        from common.sampling import sample
+        from common.sheet import sheet
 
-        options = self.options
-        world = options.data == "world" and not options.prompts
-        chosen = f"world:validation:{options.eval_per_category}" if world else options.prompts
-        if not chosen:
+        options, task = self.options, self.task
+        rows = task.validation()
+        if not rows:
             return {}
-        rows = read_prompts(chosen)
         images = sample(
             self.model.pipe,
             [row["prompt"] for row in rows],
             seeds=range(len(rows)),
             steps=options.eval_steps,
             cfg=options.eval_cfg,
+            arguments=self.model.arguments,
         )
-        path = Path(options.output) / "sheets" / f"{step:06d}.png"
-        judged = verdicts(images, rows) if world else None
-        shown = [i for i in range(len(rows)) if not world or i % options.eval_per_category < 8]
+        judged = task.judge(images, rows)
+        shown = task.shown(rows)
         sheet(
             images[shown],
             [rows[i] for i in shown],
             None if judged is None else [judged[i] for i in shown],
-            path,
+            Path(options.output) / "sheets" / f"{step:06d}.png",
         )
-        return {} if judged is None else summarize_with_intervals(judged)
+        return {} if judged is None else task.summarize(judged)
 
     def train(
         self, accelerator: Accelerator, batches: Any, loss: Callable[..., Any], step: Any
@@ -334,29 +333,10 @@ class Student:
             self.model.pipe.save_pretrained(output / "pipeline")
 
 
-def data_settings(options: PostTrainingOptions, accelerator: Accelerator) -> dict[str, Any]:
-    """What `open_batches` and `open_pairs` take beside the data, the batch size and the edits."""
-    return {
-        "split": options.split,
-        "text": options.caption_column,
-        "size": options.resolution,
-        "seed": options.seed,
-        "rank": accelerator.process_index,
-        "processes": accelerator.num_processes,
-    }
-
-
-def on_policy_batches(options: OnPolicyOptions, accelerator: Accelerator) -> Any:
+def on_policy_images(options: OnPolicyOptions, task: Task, batch_size: int | None = None) -> Any:
     """The captions that are sampled, with AGSM's images and, where it is on, its edited captions."""
-    from common.images import open_batches
-
-    return open_batches(
-        options.data,
-        options.batch_size,
-        hard_per_image(options) if options.agsm_weight else 0,
-        image=options.image_column,
-        **data_settings(options, accelerator),
-    )
+    hard = hard_per_image(options) if options.agsm_weight else 0
+    return task.images(batch_size or options.batch_size, hard, options.image_column)
 
 
 def competitors(
@@ -364,7 +344,7 @@ def competitors(
 ) -> tuple[list[str], Candidates]:
     """The captions that a batch's images are shown, and who competes for each.
 
-    batch: `captioned.Batch` or `pairs.PairBatch`. in_batch: negatives an image from the batch, beside
+    batch: `images.Batch` or `pairs.PairBatch`. in_batch: negatives an image from the batch, beside
     its edited captions.
     """
     from agsm_loss.candidates import caption_pool, mixed_candidates

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+import matplotlib
 
-from study import BASE, Plan, folder_of
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from common.sheet import sheet
+from studies.plan import BASE, Plan, images_of, log_of
+from world.detect import detect
+from world.score import judge
 
 
 def curves(plan: Plan, path: Path) -> None:
     """Loss, validation scores and the plan's own panels against steps: mean over seeds, band from
     least to most."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels: list[tuple[str, Callable[[dict[str, Any]], float | None]]] = [
         ("training loss", _logged("loss")),
         ("validation: overall", lambda line: _score(line, "overall")),
@@ -66,10 +66,6 @@ def curves(plan: Plan, path: Path) -> None:
 
 def pictures(plan: Plan, path: Path, counting: int = 8) -> None:
     """The same prompts and noise, a column a method, with verdicts."""
-    from world.detect import detect
-    from world.score import judge
-    from world.verdicts import sheet
-
     wanted = plan.prompts("heldout", plan.per_category)
     first = {tag: i for i, tag in reversed(list(enumerate(row["tag"] for row in wanted)))}
     several = range(first["counting"], first["counting"] + min(counting, plan.per_category))
@@ -100,18 +96,6 @@ def frontier(plan: Plan, method: str) -> list[tuple[int, float, float]]:
                 since = []
     means = {step: np.mean(pairs, axis=0) for step, pairs in sorted(points.items())}
     return [(step, float(x), float(y)) for step, (x, y) in means.items()]
-
-
-def log_of(plan: Plan, method: str, seed: int) -> list[dict[str, Any]]:
-    """The lines of a run's log.jsonl."""
-    text = (folder_of(plan, method, seed) / "train" / "log.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def images_of(plan: Plan, method: str, seed: int) -> npt.NDArray[np.uint8]:
-    """A run's held-out pictures (N, H, W, 3)."""
-    with np.load(folder_of(plan, method, seed) / "images.npz") as file:
-        return np.asarray(file["images"])
 
 
 def _score(line: Mapping[str, Any], name: str, key: str | None = None) -> float | None:

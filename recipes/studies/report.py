@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from markdown_it import MarkdownIt
+from scipy.stats import t
 
-from studies.figures import curves, frontier, images_of, log_of, pictures
-from study import BASE, Plan, folder_of, jobs_of
+from studies.figures import curves, frontier, pictures
+from studies.plan import BASE, Plan, folder_of, images_of, jobs_of, log_of
 from world.detect import palette_error
 from world.prompts import specs
 
@@ -38,8 +41,6 @@ def _results(plan: Plan) -> list[dict[str, Any]]:
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half of its 95 % interval over seeds (Student's t); nan for a single seed."""
-    from scipy.stats import t
-
     array = np.asarray(values, dtype=float)
     if len(array) < 2:
         return float(array.mean()), float("nan")
@@ -53,8 +54,6 @@ def paired(one: Floats, other: Floats, prompts: npt.NDArray[Any]) -> tuple[float
     Images of one prompt are right or wrong together, so prompts are what was drawn: the cluster-robust
     standard error of a mean, with Student's t (Cameron & Miller 2015, section II). One prompt: nan.
     """
-    from scipy.stats import t
-
     gaps = one - other
     _, cluster = np.unique(prompts, return_inverse=True)
     sums = np.bincount(cluster, gaps - gaps.mean())
@@ -301,10 +300,6 @@ def _frontier_table(plan: Plan) -> list[str]:
 
 
 def _html(title: str, text: str) -> str:
-    import html
-
-    from markdown_it import MarkdownIt
-
     body = MarkdownIt().enable("table").render(text)
     style = (
         "body{font:15px/1.5 sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}"

@@ -47,10 +47,3 @@ def render(scene: Scene) -> Image:
         box = image[thing.y : thing.y + SHAPE_SIDE, thing.x : thing.x + SHAPE_SIDE]
         box[MASKS[thing.shape]] = PALETTE[thing.colour]
     return image
-
-
-def to_model(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1], the range pipelines work in."""
-    if images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"images: expected (B, H, W, 3), got {images.shape}")
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1.0

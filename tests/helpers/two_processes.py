@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
-from common import rewards
 from common.trained import Student
+from world import task
 
 
 def main():
@@ -36,7 +36,7 @@ def main():
         built.append(load(*arguments))
         return built[0]
 
-    rewards.detector = score
+    task.detector = score
     Student.load = kept
     importlib.import_module(recipe).main(["--output", f"{folder}/run", *flags])
     assert len(scored) == len(found), (scored, found)

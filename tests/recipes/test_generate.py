@@ -10,9 +10,12 @@ from PIL import Image
 
 import generate
 import score_images
+from common.sampling import sample
 from world.prompts import rows
 from world.render import render
 from world.score import Verdict
+from world.summary import summarize_with_intervals, wilson
+from world.task import read_prompts
 
 
 def files(folder):
@@ -47,19 +50,19 @@ def test_the_layout_is_genevals_and_a_second_call_goes_on(flow_base, tmp_path):
 
 def test_prompts_are_lines_or_rows(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n\na dog\n")
-    assert generate.read_prompts(str(tmp_path / "p.txt")) == [
+    assert read_prompts(str(tmp_path / "p.txt")) == [
         {"prompt": "a cat"},
         {"prompt": "a dog"},
     ]
     (tmp_path / "p.jsonl").write_text('{"tag": "x", "prompt": "a cat"}\n')
-    assert generate.read_prompts(str(tmp_path / "p.jsonl")) == [{"tag": "x", "prompt": "a cat"}]
+    assert read_prompts(str(tmp_path / "p.jsonl")) == [{"tag": "x", "prompt": "a cat"}]
     (tmp_path / "q.jsonl").write_text('{"tag": "x"}\n')
     with pytest.raises(ValueError, match="prompt"):
-        generate.read_prompts(str(tmp_path / "q.jsonl"))
+        read_prompts(str(tmp_path / "q.jsonl"))
     with pytest.raises(ValueError, match="PER_CATEGORY"):
-        generate.read_prompts("world:heldout")
+        read_prompts("world:heldout")
     with pytest.raises(FileNotFoundError):
-        generate.read_prompts("nowhere.txt")
+        read_prompts("nowhere.txt")
 
 
 def drawn(folder):
@@ -128,15 +131,15 @@ def test_an_empty_folder_is_named(tmp_path):
 
 
 def test_intervals_cover_what_they_should():
-    low, high = score_images.wilson(10, 20)
+    low, high = wilson(10, 20)
     assert low == pytest.approx(0.2993, abs=1e-4) and high == pytest.approx(0.7007, abs=1e-4)
     sure = [Verdict("counting", True, None, 1, 1)] * 50
-    summary = score_images.summarize_with_intervals(sure)
+    summary = summarize_with_intervals(sure)
     assert summary["high"] == 1.0 and 0.9 < summary["low"] < 1.0
 
 
 @pytest.mark.parametrize(("size", "scale", "number"), [(24, 1, 64), (64, 8, 4), ([64, 96], 8, 4)])
-def test_large_pictures_are_sampled_few_a_call(size, scale, number, monkeypatch):
+def test_large_pictures_are_sampled_few_a_call(size, scale, number):
     """64 of the world's size; of Stable Diffusion's a call's activations would fill a GPU."""
     asked = []
 
@@ -148,6 +151,5 @@ def test_large_pictures_are_sampled_few_a_call(size, scale, number, monkeypatch)
             return SimpleNamespace(images=np.zeros((len(prompts), 2, 2, 3)))
 
     Pipe.unet.config = SimpleNamespace(sample_size=size)
-    monkeypatch.setattr("world.models.pipeline_arguments", lambda pipe: {})
-    images = generate.sample(Pipe(), ["a"] * 70, seeds=range(70), steps=1, cfg=1.0)
+    images = sample(Pipe(), ["a"] * 70, seeds=range(70), steps=1, cfg=1.0)
     assert max(asked) == number and len(images) == sum(asked) == 70

@@ -10,8 +10,11 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from common.images import TableBatches, WorldBatches, edited, edits, open_batches, open_table
+from common.edits import edited, edits
+from common.images import TableBatches, open_table
+from common.task import Task
 from world.captions import caption, hard_negatives
+from world.data import WorldBatches
 from world.export import captioned, imagefolder
 from world.prompts import specs
 
@@ -189,10 +192,9 @@ def test_files_and_folders_are_opened(tmp_path):
         tmp_path / "shards" / "data" / "train-*.parquet",
     ):
         assert len(open_table(str(source), "train")) == 6
-        batch = open_batches(str(source), 2, 1, seed=0, size=24)[0]
+        batch = Task(str(source), size=24).images(2, 1)[0]
         assert batch.pixels.shape == (2, 3, 24, 24)
         assert set(batch.captions) <= set(data["caption"])
-    assert isinstance(open_batches("world", 2, 0, seed=0, size=24), WorldBatches)
 
 
 def test_webdataset_is_read(tmp_path):
@@ -202,9 +204,7 @@ def test_webdataset_is_read(tmp_path):
                 info = tarfile.TarInfo(f"{i:03}.{ending}")
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    batches = open_batches(
-        str(tmp_path / "*.tar"), 3, 0, seed=0, size=8, image="png", text="txt"
-    )  # fmt: skip
+    batches = Task(str(tmp_path / "*.tar"), text="txt", size=8).images(3, 0, image="png")
     assert sorted(batches[0].captions) == ["text 0", "text 1", "text 2"]
 
 
@@ -215,4 +215,4 @@ def test_wrong_data_are_named(tmp_path):
     with pytest.raises(ValueError, match="at least one row"):
         TableBatches(table.select([]), 1, 0, seed=0, size=8, image="jpg")
     with pytest.raises(FileNotFoundError, match="no file"):
-        open_batches(str(tmp_path / "gone.parquet"), 1, 0, seed=0, size=8)
+        Task(str(tmp_path / "gone.parquet"), size=8).images(1, 0)

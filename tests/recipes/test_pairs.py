@@ -9,8 +9,11 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from common.pairs import TablePairs, WorldPairs, implicit_accuracy, open_pairs
+from common.pairs import TablePairs
 from common.pipeline import TextToImage
+from common.task import Task
+from studies.accuracy import implicit_accuracy
+from world.data import WorldPairs
 from world.detect import detect
 from world.export import preferences
 from world.prompts import rows as prompt_rows
@@ -96,15 +99,8 @@ def test_winner_and_loser_columns_are_read_too(tmp_path):
 
 def test_the_worlds_export_reads_back(tmp_path):
     preferences(6, seed=1).to_parquet(str(tmp_path / "pairs.parquet"))
-    found = open_pairs(
-        str(tmp_path / "pairs.parquet"), 6, 0, split="train", text="caption", size=24,
-        seed=0, rank=0, processes=1,
-    )[0]  # fmt: skip
+    found = Task(str(tmp_path / "pairs.parquet"), size=24).pairs(6, 0)[0]
     assert found.winner.shape == (6, 3, 24, 24)
-    world = open_pairs(
-        "world", 2, 0, split="train", text="caption", size=24, seed=0, rank=0, processes=1
-    )
-    assert isinstance(world, WorldPairs)
 
 
 def test_implicit_accuracy_of_models_made_worse_on_one_of_each_pair(flow_base):

@@ -54,7 +54,7 @@ def test_latents_decode_to_what_the_vae_would_give(folder):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_pipeline_in_half_precision_samples(folder, dtype):
     """Its VAE is held in float32, and the stock pipelines don't cast the latents."""
-    from generate import sample
+    from common.sampling import sample
 
     model = TextToImage.load(str(folder), dtype)
     images = sample(model.pipe, ["a red circle"], seeds=[0], steps=1, cfg=2.0)

@@ -6,7 +6,7 @@ import torch
 
 import probe_guidance
 from common.pipeline import TextToImage
-from generate import sample
+from common.sampling import sample
 from probe_guidance import guided_samples, wrong_captions
 from world.captions import caption
 from world.prompts import deal, specs

@@ -9,7 +9,8 @@ import yaml
 from PIL import Image
 
 import study
-from studies import figures, report
+from studies import figures, report, run
+from studies.plan import Plan, folder_of, jobs_of, read_plan, recipe_of
 
 
 def plan_file(folder, model, **changes):
@@ -33,12 +34,12 @@ def plan_file(folder, model, **changes):
 
 def test_a_study_from_plan_to_report(flow_base, tmp_path, monkeypatch):
     file = plan_file(tmp_path, flow_base, references={"twin": str(flow_base)})
-    plan = study.read_plan(file)
+    plan = read_plan(file)
     # In this process instead of one each: importing torch six times is most of the time.
-    monkeypatch.setattr(study.subprocess, "call", lambda command, **_: _in_process(command))
+    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: _in_process(command))
     study.main(["--config", str(file), "--jobs", "1"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [(r["method"], r["seed"]) for r in results] == study.jobs_of(plan)
+    assert [(r["method"], r["seed"]) for r in results] == jobs_of(plan)
     base, twin, agsm = results[:3]
     assert base["sweep"] == twin["sweep"] and base["correct"] == twin["correct"]
     assert len(agsm["correct"]) == 12 and set(agsm["sweep"]) == {"1.0", "2.0"}
@@ -59,11 +60,11 @@ def test_a_study_from_plan_to_report(flow_base, tmp_path, monkeypatch):
     def refuse(command, **_):
         raise AssertionError("a run that is done was started again")
 
-    monkeypatch.setattr(study.subprocess, "call", refuse)
+    monkeypatch.setattr(run.subprocess, "call", refuse)
     study.main(["--config", str(file), "--jobs", "2"])
 
-    monkeypatch.setattr(study.subprocess, "call", lambda command, **_: 3)
-    (study.folder_of(plan, "AGSM", 1) / "result.json").unlink()
+    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: 3)
+    (folder_of(plan, "AGSM", 1) / "result.json").unlink()
     with pytest.raises(RuntimeError, match="AGSM, seed 1: exit 3"):
         study.main(["--config", str(file), "--jobs", "2"])
 
@@ -79,19 +80,17 @@ def test_methods_of_other_recipes_and_after_one_another(flow_base, tmp_path, mon
         pairs=5,
         cfgs=[2.0],
     )
-    monkeypatch.setattr(study.subprocess, "call", lambda command, **_: _in_process(command))
+    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: _in_process(command))
     study.main(["--config", str(file), "--jobs", "1"])
-    plan = study.read_plan(file)
-    chosen = json.loads(
-        (study.folder_of(plan, "then AGSM", 1) / "train" / "options.json").read_text()
-    )
-    lora = study.folder_of(plan, "DPO", 1) / "train" / "lora"
+    plan = read_plan(file)
+    chosen = json.loads((folder_of(plan, "then AGSM", 1) / "train" / "options.json").read_text())
+    lora = folder_of(plan, "DPO", 1) / "train" / "lora"
     assert (
         chosen["merge_lora"] == str(lora) and (lora / "pytorch_lora_weights.safetensors").exists()
     )
     images = {}
     for method in ("base", "DPO", "then AGSM"):
-        with np.load(study.folder_of(plan, method, 1) / "images.npz") as saved:
+        with np.load(folder_of(plan, method, 1) / "images.npz") as saved:
             images[method] = saved["images"].astype(float)
     # A rate of 0 leaves the tokens as drawn: small, so the pictures are those of the merged model.
     gap = np.abs(images["then AGSM"] - images["DPO"]).mean()
@@ -120,13 +119,13 @@ def test_methods_that_train_all_of_the_denoiser(flow_base, tmp_path, monkeypatch
         cfgs=[2.0],
         categories=["counting", "colors"],
     )
-    monkeypatch.setattr(study.subprocess, "call", lambda command, **_: _in_process(command))
+    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: _in_process(command))
     study.main(["--config", str(file), "--jobs", "1"])
-    plan, images = study.read_plan(file), {}
+    plan, images = read_plan(file), {}
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| | CFG | overall | counting | colors |" in report and "counting 9, colors 2;" in report
     for method in ("base", *plan.methods):
-        with np.load(study.folder_of(plan, method, 0) / "images.npz") as saved:
+        with np.load(folder_of(plan, method, 0) / "images.npz") as saved:
             images[method] = saved["images"].astype(int)
     assert np.abs(images["DPO"] - images["base"]).mean() > 1  # what was trained is what is scored
     for method in ("all again", "a LoRA"):  # a rate of 0 changes nothing of what they start from
@@ -136,7 +135,7 @@ def test_methods_that_train_all_of_the_denoiser(flow_base, tmp_path, monkeypatch
 def test_a_method_waits_for_the_one_it_comes_after(flow_base, tmp_path, monkeypatch):
     dpo = {"recipe": "train_dpo", "lora_rank": 1, "num_tokens": 0}
     file = plan_file(tmp_path, flow_base, methods={"DPO": dpo, "then AGSM": {"after": "DPO"}})
-    plan, ended = study.read_plan(file), []
+    plan, ended = read_plan(file), []
 
     def call(command, **_):
         method, seed = command[command.index("--only") + 1], int(command[-1])
@@ -146,13 +145,13 @@ def test_a_method_waits_for_the_one_it_comes_after(flow_base, tmp_path, monkeypa
             assert ("DPO", seed) in ended
         summary = {"overall": 0.5, "categories": {"counting": {"score": 0.5}}}
         result = {"method": method, "seed": seed, "cfg": 1.0, "heldout": summary}
-        (study.folder_of(plan, method, seed) / "result.json").write_text(json.dumps(result))
+        (folder_of(plan, method, seed) / "result.json").write_text(json.dumps(result))
         ended.append((method, seed))
         return 0
 
-    monkeypatch.setattr(study.subprocess, "call", call)
-    study.run_all(file, plan, 4)
-    assert set(ended) == set(study.jobs_of(plan))
+    monkeypatch.setattr(run.subprocess, "call", call)
+    run.run_all(file, plan, 4)
+    assert set(ended) == set(jobs_of(plan))
 
 
 def _in_process(command):
@@ -180,15 +179,15 @@ def _in_process(command):
 )
 def test_a_wrong_plan_is_named(tmp_path, changes, named):
     with pytest.raises(ValueError, match=named):
-        study.read_plan(plan_file(tmp_path, "m", **changes))
+        read_plan(plan_file(tmp_path, "m", **changes))
     (tmp_path / "short.yaml").write_text("model: m\n")
     with pytest.raises(ValueError, match="methods"):
-        study.read_plan(tmp_path / "short.yaml")
+        read_plan(tmp_path / "short.yaml")
 
 
 def test_shipped_plans_are_read(recipes):
     for name in ("study_flow", "study_epsilon", "demo"):
-        plan = study.read_plan(recipes / "configs" / f"{name}.yaml")
+        plan = read_plan(recipes / "configs" / f"{name}.yaml")
         assert {"SoftREPA", "AGSM"} <= set(plan.methods)
 
 
@@ -196,7 +195,7 @@ def test_every_shipped_study_has_its_report(recipes):
     files = sorted((recipes / "configs").glob("study_*.yaml"))
     assert len(files) > 5
     for file in files:
-        plan = study.read_plan(file)
+        plan = read_plan(file)
         assert plan.output == f"runs/{file.stem}"
         text = (recipes / "results" / file.stem / "report.md").read_text()
         assert all(f"| {name} |" in text for name in plan.methods), file.stem
@@ -214,14 +213,14 @@ def test_every_shipped_study_has_its_report(recipes):
 def test_plans_and_configs_of_the_hosts_say_the_same(name, config, recipes):
     from common.options import parse
 
-    plan = study.read_plan(recipes / "configs" / f"study_{name}.yaml")
+    plan = read_plan(recipes / "configs" / f"study_{name}.yaml")
     alone, joint, *_ = plan.methods.values()
     assert alone["recipe"] == joint["recipe"] == f"train_{config.split('_')[0]}"
     assert any(one.get("after") in plan.methods for one in plan.methods.values())
-    options = study.recipe_of("", joint).Options
+    options = recipe_of("", joint).Options
     file = recipes / "configs" / f"{config}.yaml"
     own = vars(parse(options, None, ["--config", str(file)]))
-    flags = study._flags({**plan.common, **joint, "model": plan.model, "output": own["output"]})
+    flags = run._flags({**plan.common, **joint, "model": plan.model, "output": own["output"]})
     place = flags.index("--recipe")
     of_plan = vars(parse(options, None, flags[:place] + flags[place + 2 :]))
     assert {**own, "eval_at_start": True} == {**of_plan, "eval_at_start": True}
@@ -250,9 +249,9 @@ def test_images_of_one_prompt_count_as_one_draw():
 
 
 def test_a_frontier_sets_scores_beside_what_was_logged_before_them(tmp_path):
-    plan = study.Plan("m", str(tmp_path), {"A": {}}, seeds=[0, 1], frontier="reward_mean")
+    plan = Plan("m", str(tmp_path), {"A": {}}, seeds=[0, 1], frontier="reward_mean")
     for seed, shift in ((0, 0.0), (1, 1.0)):
-        folder = study.folder_of(plan, "A", seed) / "train"
+        folder = folder_of(plan, "A", seed) / "train"
         folder.mkdir(parents=True)
         lines = [
             {"step": 0, "scores": {"overall": 0.9}},  # nothing was logged before it

@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 
 import train_base
 from common.options import parse
-from generate import sample
+from common.sampling import sample
+from common.sheet import sheet
 from world import models as world_models
 from world.captions import vocabulary
 from world.prompts import rows
-from world.verdicts import sheet, verdicts
+from world.verdicts import verdicts
 
 SMALL = ["--layers", "1", "--steps", "4", "--batch-size", "4", "--warmup", "1",
          "--decay", "2", "--log-every", "1", "--eval-every", "4", "--eval-per-category", "1",

@@ -7,10 +7,13 @@ from recipe_runs import killing, log, trained
 
 import train_spo
 from common import rewards
+from common.images import to_model
 from common.trained import Student
+from world import task
 from world.captions import caption
 from world.prompts import scenes
-from world.render import render, to_model
+from world.render import render
+from world.reward import detector
 
 FEW = ["--steps", "3", "--batch-size", "3", "--log-every", "1", "--eval-every", "3", "--lora-rank",
        "2", "--eval-per-category", "1", "--eval-steps", "2", "--save-every", "1", "--num-tokens",
@@ -30,7 +33,7 @@ def varied(pixels, prompts):
 
 @pytest.mark.parametrize("images", [["data"], ["rollout"], ["data", "--agsm-batch", "5"]])
 def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards, "detector", varied)
+    monkeypatch.setattr(task, "detector", varied)
     flags = ["--agsm-weight", "0.5", "--negatives", "mixed", "--agsm-images", *images]
     whole = train(epsilon_base, tmp_path / "whole", *flags)
     last = log(tmp_path / "whole")[-1]
@@ -38,17 +41,17 @@ def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path
     moved = train(epsilon_base, tmp_path / "still", *flags, "--lr", "0")
     assert any(not torch.equal(whole[k], moved[k]) for k in whole if k.startswith("lora/"))
     # of two scored states a step: in the third
-    monkeypatch.setattr(rewards, "detector", killing(varied, 5))
+    monkeypatch.setattr(task, "detector", killing(varied, 5))
     with pytest.raises(KeyboardInterrupt):
         train(epsilon_base, tmp_path / "cut", *flags)
-    monkeypatch.setattr(rewards, "detector", varied)
+    monkeypatch.setattr(task, "detector", varied)
     resumed = train(epsilon_base, tmp_path / "cut", *flags, "--resume")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards, "detector", varied)
+    monkeypatch.setattr(task, "detector", varied)
     train(epsilon_base, tmp_path / "host")
     train(epsilon_base, tmp_path / "both", "--agsm-weight", "1")
     host, both = log(tmp_path / "host"), log(tmp_path / "both")
@@ -56,7 +59,7 @@ def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_pa
 
 
 def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards, "detector", varied)
+    monkeypatch.setattr(task, "detector", varied)
     seen, clean = [], Student.clean
 
     def counted(self, batch, latents, *rest):
@@ -91,7 +94,7 @@ def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, m
         taken.append((args, kwargs))
         return make(*args, **kwargs)
 
-    monkeypatch.setattr(rewards, "detector", scores)
+    monkeypatch.setattr(task, "detector", scores)
     monkeypatch.setattr(host, "Clean", seen)
     flags = ["--agsm-weight", "1", "--agsm-images", "rollout", "--agsm-best", str(share)]
     train(epsilon_base, tmp_path / "run", *flags, "--steps", "1", "--num-negatives", "1")
@@ -112,7 +115,7 @@ def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, m
 
 
 def test_steps_without_a_pair_are_survived(epsilon_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards, "detector", lambda pixels, prompts: torch.zeros(len(pixels)))
+    monkeypatch.setattr(task, "detector", lambda pixels, prompts: torch.zeros(len(pixels)))
     train(epsilon_base, tmp_path / "run", "--threshold", "0.3")
     assert log(tmp_path / "run")[-1]["spo/pairs"] == 0
 
@@ -137,12 +140,12 @@ def test_the_detector_scores_what_it_sees():
     drawn = [next(stream) for _ in range(20)]
     pixels = torch.from_numpy(to_model(np.stack([render(scene) for _, scene in drawn])))
     told = [caption(spec) for spec, _ in drawn]
-    assert (rewards.detector(pixels, told) == 1).all()
-    counts = rewards.detector(pixels[:1].repeat(3, 1, 1, 1), ["a circle", "two circles", told[0]])
+    assert (detector(pixels, told) == 1).all()
+    counts = detector(pixels[:1].repeat(3, 1, 1, 1), ["a circle", "two circles", told[0]])
     assert counts[2] == 1 and (counts[:2] < 1).any()
-    assert (rewards.detector(-torch.ones(1, 3, 24, 24), ["three squares"]) == -3).all()
+    assert (detector(-torch.ones(1, 3, 24, 24), ["three squares"]) == -3).all()
     with pytest.raises(ValueError, match="captions of the embedded world"):
-        rewards.detector(pixels[:1], ["a cat"])
+        detector(pixels[:1], ["a cat"])
 
 
 def test_a_clip_model_scores_by_its_logits(tmp_path):

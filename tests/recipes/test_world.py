@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.images import to_model
 from world.captions import caption, corrupt, hard_negatives, metadata, vocabulary
 from world.detect import detect
 from world.prompts import FOLDS, SHARED_BELOW, rows, scenes, specs
-from world.render import MASKS, render, to_model
+from world.render import MASKS, render
 from world.scene import IMAGE_SIDE, SHAPE_SIDE, TAGS, Group, Spec, Thing, place
 from world.score import judge
 

@@ -1,0 +1,84 @@
+"""Prompts -> images through a stock pipeline, each image on a noise of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from agsm_loss.integrations.tokens.pipelines import denoiser_of
+from common.loop import draws
+
+
+def read_prompts(source: str) -> list[dict[str, Any]]:
+    """The rows of a GenEval jsonl, or of a text file of lines a row with a prompt alone each."""
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts: no file {source!r}")
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    if path.suffix != ".jsonl":
+        return [{"prompt": line.strip()} for line in lines]
+    found = [json.loads(line) for line in lines]
+    if any("prompt" not in row for row in found):
+        raise ValueError(f"{source}: expected a prompt in every row")
+    return found
+
+
+def sample(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[Any],
+    steps: int,
+    cfg: float,
+    batch_size: int = 0,
+    arguments: Mapping[str, Any] | None = None,
+) -> npt.NDArray[np.uint8]:
+    """One image a prompt, (N, H, W, 3) uint8. Image i's noise is `loop.draws(seeds[i])`.
+
+    batch_size: images a call of the pipeline; 0: 64 of up to 128 pixels a side, 4 of any larger.
+    arguments: what else the pipeline is called with.
+    """
+    return np.concatenate(
+        list(
+            calls(
+                pipe,
+                prompts,
+                seeds,
+                steps=steps,
+                cfg=cfg,
+                batch_size=batch_size,
+                arguments=arguments,
+            )
+        )
+    )
+
+
+def calls(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[Any],
+    *,
+    steps: int,
+    cfg: float,
+    batch_size: int = 0,
+    arguments: Mapping[str, Any] | None = None,
+) -> Iterator[npt.NDArray[np.uint8]]:
+    """The images of one call of the pipeline after the other."""
+    if batch_size == 0:
+        size = getattr(pipe, "default_sample_size", None) or denoiser_of(pipe).config.sample_size
+        batch_size = 64 if np.max(size) * pipe.vae_scale_factor <= 128 else 4
+    for start in range(0, len(prompts), batch_size):
+        images = pipe(
+            list(prompts[start : start + batch_size]),
+            num_inference_steps=steps,
+            guidance_scale=cfg,
+            generator=[draws(seed) for seed in seeds[start : start + batch_size]],
+            output_type="np",
+            **(arguments or {}),
+        ).images
+        yield (images * 255).round().astype("uint8")

@@ -1,0 +1,65 @@
+"""A sheet of pictures: one PNG, with the prompt and, where there is one, the verdict under each."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+
+class Judged(Protocol):
+    """Whether a picture is right, and why not."""
+
+    @property
+    def correct(self) -> bool: ...
+
+    @property
+    def reason(self) -> str | None: ...
+
+
+def sheet(
+    images: npt.NDArray[np.uint8],
+    rows: Sequence[Mapping[str, Any]],
+    judged: Sequence[Judged] | None,
+    path: Path,
+    *,
+    columns: int = 8,
+    side: int = 144,
+    titles: Sequence[str] = (),
+) -> None:
+    """Saves a PNG of images (N, H, W, 3), enlarged or reduced to `side` pixels, with prompt and,
+    where they were judged, verdict under each. titles: one a column, above them."""
+    height = width = side
+    cell_width, cell_height = width + 8, height + 52
+    lines = -(-len(images) // columns)
+    headings = [textwrap.wrap(title, width=side // 6) for title in titles]
+    top_margin = 4 + 12 * max(map(len, headings)) if headings else 0
+    size = (columns * cell_width, lines * cell_height + top_margin)
+    page = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(page)
+    for column, heading in enumerate(headings):
+        draw.multiline_text(
+            (column * cell_width + 4, 2), "\n".join(heading), fill="black", spacing=1
+        )
+    for index, (image, row) in enumerate(zip(images, rows, strict=True)):
+        left, top = index % columns * cell_width + 4, index // columns * cell_height + 2
+        top += top_margin
+        crisp = max(image.shape[:2]) <= side
+        filter_ = Image.Resampling.NEAREST if crisp else Image.Resampling.LANCZOS
+        page.paste(Image.fromarray(image).resize((width, height), filter_), (left, top))
+        told = textwrap.wrap(row["prompt"], width=side // 6)[:3]
+        draw.multiline_text((left, top + height + 1), "\n".join(told), fill="black", spacing=1)
+        if judged is None:
+            continue
+        verdict = judged[index]
+        text, colour = (
+            ("right", "green") if verdict.correct else (str(verdict.reason)[: side // 6], "red")
+        )
+        draw.text((left, top + height + 37), text, fill=colour)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path)

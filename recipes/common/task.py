@@ -1,0 +1,81 @@
+"""What a recipe trains and validates on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset
+
+from common.images import Batch, TableBatches, one_text, open_table
+from common.pairs import PairBatch, TablePairs
+from common.rewards import Score
+from common.sampling import read_prompts
+
+
+@dataclass(frozen=True)
+class Task:
+    """A table of captioned images or preference pairs, and prompts to look at.
+
+    data, split: of `open_table`. text: the column of the captions. size: pixels a side.
+    prompts: a file of validation prompts, or "" for none; their images are shown, not scored.
+    rewards: by name, beside those of `common.rewards`.
+    pipeline_arguments: of a pipeline, what it is called with beside the prompts.
+    """
+
+    data: str
+    split: str = "train"
+    text: str = "caption"
+    size: int = 512
+    seed: int = 0
+    rank: int = 0
+    processes: int = 1
+    prompts: str = ""
+    rewards: Mapping[str, Score] = field(default_factory=dict)
+    pipeline_arguments: Callable[[Any], Mapping[str, Any]] = lambda pipe: {}
+
+    def images(self, batch_size: int, hard: int, image: str = "image") -> Dataset[Batch]:
+        """Captioned images, a batch a micro-step, with up to `hard` edited captions each."""
+        table = open_table(self.data, self.split)
+        return TableBatches(table, batch_size, hard, image=image, text=self.text, **self._rows())
+
+    def pairs(self, batch_size: int, hard: int) -> Dataset[PairBatch]:
+        """Preference pairs, a batch a micro-step, with up to `hard` edited captions each."""
+        table = open_table(self.data, self.split)
+        return TablePairs(table, batch_size, hard, text=self.text, **self._rows())
+
+    def caption_of(self) -> Callable[[int], str]:
+        """A function from any number to a caption of the data."""
+        texts = open_table(self.data, self.split)[self.text]
+        return lambda number: one_text(
+            texts[number % len(texts)], np.random.default_rng(number % len(texts))
+        )
+
+    def validation(self) -> list[dict[str, Any]]:
+        """A row with a prompt each; none where nothing is validated."""
+        return read_prompts(self.prompts) if self.prompts else []
+
+    def shown(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The rows whose images go on the sheet."""
+        return list(range(len(rows)))
+
+    def judge(
+        self, images: npt.NDArray[np.uint8], rows: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Any] | None:
+        """A verdict on each image; None where nobody can judge them."""
+        return None
+
+    def summarize(self, verdicts: Sequence[Any]) -> dict[str, Any]:
+        """Scores of the verdicts, for the log."""
+        raise NotImplementedError
+
+    def _rows(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "size": self.size,
+            "rank": self.rank,
+            "processes": self.processes,
+        }

@@ -1,0 +1,152 @@
+"""A study's plan, and where each of its runs is kept."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from common.trained import PostTrainingOptions
+from world.prompts import rows
+from world.scene import TAGS
+
+BASE = "base"
+RECIPE, AFTER = "recipe", "after"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study's YAML file.
+
+    methods: name -> options of its recipe over those of `common`, and beside them
+        recipe: the script that trains it, without its ending (default train_agsm);
+        after: a method before it, from whose model (of the same seed; a LoRA is merged) it starts; the
+        method before trains no tokens, and is itself after none.
+        The untrained base is always there, under the name "base".
+    references: further pipelines (name -> folder) that are scored as they are, e.g. the ceiling.
+    panels: title -> a metric of log.jsonl, each drawn as a curve and told at the end of training.
+    frontier: a metric of log.jsonl against which the validation's overall score is drawn and told.
+    baselines: methods that the others are compared with, image by image, as with the base.
+    pairs: held-out preference pairs on which each method's implicit accuracy against the untrained
+        model is measured, at `common`'s noise levels; 0: none.
+    cfgs: guidance scales of the sweep; a single one is taken as it is. per_category,
+        sweep_per_category: held-out and validation prompts a category. sampling_steps: of both.
+    categories: of the world that are scored, counting among them; the overall score is their mean.
+    """
+
+    model: str
+    output: str
+    methods: dict[str, dict[str, Any]]
+    common: dict[str, Any] = field(default_factory=dict)
+    references: dict[str, str] = field(default_factory=dict)
+    panels: dict[str, str] = field(default_factory=dict)
+    frontier: str = ""
+    baselines: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    cfgs: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
+    sweep_per_category: int = 32
+    per_category: int = 100
+    sampling_steps: int = 20
+    categories: list[str] = field(default_factory=lambda: list(TAGS))
+    pairs: int = 0
+    title: str = "Soft tokens on the embedded world"
+
+    def prompts(self, fold: str, per_category: int) -> list[dict[str, Any]]:
+        """GenEval rows of what is scored."""
+        return rows(fold, per_category, tags=self.categories)
+
+
+def read_plan(file: Path, output: str | None = None) -> Plan:
+    """The plan of a YAML file; unknown keys are errors, also inside its methods."""
+    values = yaml.safe_load(file.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected a table, got {values!r}")
+    _refuse_unknown(f"{file}", values, [one.name for one in fields(Plan)])
+    missing = sorted({"model", "output", "methods"} - set(values))
+    if missing:
+        raise ValueError(f"{file}: {missing} missing")
+    for name, options in values["methods"].items():
+        known = [one.name for one in fields(recipe_of(f"{file}: {name}", options).Options)]
+        _refuse_unknown(f"{file}: {name}", options, [*known, RECIPE, AFTER])
+        _refuse_unknown(f"{file}: common, for {name}", values.get("common", {}), known)
+    _check_order(file, values)
+    _refuse_unknown(f"{file}: baselines", values.get("baselines", []), list(values["methods"]))
+    categories = values.get("categories", TAGS)
+    if "counting" not in categories or not set(categories) <= set(TAGS):
+        raise ValueError(
+            f"{file}: categories: expected counting and others of {TAGS}, got {categories}"
+        )
+    if BASE in values["methods"] or BASE in values.get("references", {}):
+        raise ValueError(f"{file}: {BASE!r} is the name of the untrained model")
+    return Plan(**{**values, "output": output or values["output"]})
+
+
+def recipe_of(where: str, options: dict[str, Any]) -> Any:
+    """The module of a method's recipe: its `Options` (of `PostTrainingOptions`) and `main` are used.
+
+    where: what an error's text begins with.
+    """
+    name = options.get(RECIPE, "train_agsm")
+    known = sorted(file.stem for file in Path(__file__).parents[1].glob("train_*.py"))
+    if name not in known:
+        raise ValueError(f"{where}: {RECIPE}: expected one of {known}, got {name!r}")
+    module = importlib.import_module(name)
+    if not issubclass(module.Options, PostTrainingOptions):
+        raise ValueError(f"{where}: {RECIPE}: {name} does not train on a given pipeline")
+    return module
+
+
+def _check_order(file: Path, values: dict[str, Any]) -> None:
+    """A method comes after one that stands before it, has no tokens, and is after none itself."""
+    methods, common = values["methods"], values.get("common", {})
+    for place, (name, options) in enumerate(methods.items()):
+        if AFTER not in options:
+            continue
+        before = options[AFTER]
+        if before not in list(methods)[:place] or AFTER in methods[before]:
+            raise ValueError(
+                f"{file}: {name}: {AFTER}: expected a method that stands before it and is after none, "
+                f"got {before!r}"
+            )
+        chosen = {**common, **methods[before]}
+        trained = chosen.get("lora_rank") or chosen.get("full")
+        if not trained or chosen.get("num_tokens") != 0:
+            raise ValueError(
+                f"{file}: {name}: {AFTER}: expected a method with lora_rank or full, and num_tokens: 0, "
+                f"as tokens cannot be merged, got {before!r}"
+            )
+
+
+def _refuse_unknown(where: str, values: Collection[str], known: list[str]) -> None:
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown keys {unknown}; expected keys among {known}")
+
+
+def folder_of(plan: Plan, method: str, seed: int) -> Path:
+    return Path(plan.output) / "runs" / method.replace(" ", "_") / f"seed_{seed}"
+
+
+def jobs_of(plan: Plan) -> list[tuple[str, int]]:
+    """Seed by seed, so that a study that was stopped has whole seeds."""
+    methods = [BASE, *plan.references, *plan.methods]
+    return [(method, seed) for seed in plan.seeds for method in methods]
+
+
+def log_of(plan: Plan, method: str, seed: int) -> list[dict[str, Any]]:
+    """The lines of a run's log.jsonl."""
+    text = (folder_of(plan, method, seed) / "train" / "log.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def images_of(plan: Plan, method: str, seed: int) -> npt.NDArray[np.uint8]:
+    """A run's held-out pictures (N, H, W, 3)."""
+    with np.load(folder_of(plan, method, seed) / "images.npz") as file:
+        return np.asarray(file["images"])

@@ -1,0 +1,148 @@
+"""Runs a study: each (method, seed) trained, swept over the guidance scale and scored, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.pipeline import TextToImage
+from common.sampling import sample
+from studies.accuracy import implicit_accuracy
+from studies.plan import AFTER, RECIPE, Plan, folder_of, jobs_of, recipe_of
+from world.models import pipeline_arguments
+from world.summary import summarize_with_intervals
+from world.verdicts import verdicts
+
+STUDY = Path(__file__).parents[1] / "study.py"
+
+
+def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
+    """Trains, sweeps and scores one method with one seed; the result is also saved."""
+    folder = folder_of(plan, method, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    source, extras, seconds = Path(plan.references.get(method, plan.model)), ("", ""), 0.0
+    options: dict[str, Any] = {}
+    if method in plan.methods:
+        options = {**plan.common, **plan.methods[method], "seed": seed, "model": plan.model}
+        trained = folder / "train"
+        options |= {"output": str(trained), "threads": torch.get_num_threads()}
+        recipe, before = recipe_of(method, options), options.pop(AFTER, None)
+        options.pop(RECIPE, None)
+        if before is not None:
+            earlier = folder_of(plan, before, seed) / "train"
+            if (earlier / "pipeline").exists():
+                options["model"] = str(earlier / "pipeline")
+            else:
+                options["merge_lora"] = str(earlier / "lora")
+        began = time.time()
+        recipe.main(["--resume", *_flags(options)])
+        seconds = time.time() - began
+        source = trained / "pipeline" if options.get("full") else Path(options["model"])
+        extras = tuple(str(p) if p.exists() else "" for p in (trained / "tokens", trained / "lora"))
+    model = TextToImage.load(str(source), torch.float32, arguments=pipeline_arguments)
+    if options.get("merge_lora") and not options.get("full"):
+        model.merge_lora(options["merge_lora"])
+    model.load_extras(*extras)
+
+    def score(fold: str, number: int, cfg: float, key: str) -> tuple[Any, Any]:
+        asked = plan.prompts(fold, number)
+        images = sample(
+            model.pipe,
+            [row["prompt"] for row in asked],
+            seeds=[(key, seed, i) for i in range(len(asked))],
+            steps=plan.sampling_steps,
+            cfg=cfg,
+            arguments=model.arguments,
+        )
+        return images, verdicts(images, asked)
+
+    sweep = {}
+    for cfg in plan.cfgs if len(plan.cfgs) > 1 else ():
+        _, judged = score("validation", plan.sweep_per_category, cfg, "sweep")
+        sweep[str(cfg)] = summarize_with_intervals(judged)
+    best = max(plan.cfgs, key=lambda cfg: sweep[str(cfg)]["overall"] if sweep else 0.0)
+    images, judged = score("heldout", plan.per_category, best, "heldout")
+    np.savez_compressed(folder / "images.npz", images=images)
+    result = {
+        "method": method,
+        "seed": seed,
+        "cfg": best,
+        "train_seconds": round(seconds, 1),
+        "sweep": sweep,
+        "heldout": summarize_with_intervals(judged),
+        "correct": [int(verdict.correct) for verdict in judged],
+        "reasons": [verdict.reason for verdict in judged],
+    }
+    if plan.pairs and method in plan.methods:
+        shares = {
+            key: plan.common.get(f"timestep_{key}", at) for key, at in (("low", 0), ("high", 1))
+        }
+        base = TextToImage.load(plan.model, torch.float32, arguments=pipeline_arguments)
+        found = implicit_accuracy(model, base, plan.pairs, fold="heldout", seed=seed, **shares)
+        result["implicit_accuracy"] = found
+    part = folder / "result.part"
+    part.write_text(json.dumps(result) + "\n")
+    part.rename(folder / "result.json")
+    return result
+
+
+def _flags(options: dict[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        flags += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [
+            f"--{flag}", str(value)
+        ]  # fmt: skip
+    return flags
+
+
+def run_all(config: Path, plan: Plan, jobs: int) -> None:
+    """Every (method, seed) that has no result yet, `jobs` of them side by side."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    todo = [one for one in jobs_of(plan) if not (folder_of(plan, *one) / "result.json").exists()]
+    started: dict[tuple[str, int], Future[None]] = {}
+
+    def run(one: tuple[str, int]) -> None:
+        method, seed = one
+        before = plan.methods.get(method, {}).get(AFTER), seed
+        if before in started:  # it was started earlier, so this ends
+            started[before].result()
+        folder = folder_of(plan, method, seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(STUDY), "--config", str(config), "--output", plan.output]
+        began = time.time()
+        with (folder / "log.txt").open("w") as log:
+            code = subprocess.call(
+                [*command, "--only", method, "--seed", str(seed)],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        if code:
+            tail = "\n".join((folder / "log.txt").read_text().splitlines()[-15:])
+            raise RuntimeError(f"{method}, seed {seed}: exit {code}; {folder / 'log.txt'}:\n{tail}")
+        result = json.loads((folder / "result.json").read_text())
+        scores = result["heldout"]
+        print(
+            f"{method:24} seed {seed}  overall {scores['overall']:.3f}  counting "
+            f"{scores['categories']['counting']['score']:.3f}  at CFG {result['cfg']}  "
+            f"({time.time() - began:.0f} s)",
+            flush=True,
+        )
+
+    print(f"{len(todo)} of {len(jobs_of(plan))} runs to do, {jobs} at a time", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        for one in todo:
+            started[one] = pool.submit(run, one)
+        for done in started.values():
+            done.result()
