@@ -1,17 +1,45 @@
-"""From a diffusers model and scheduler to what `AGSMRegularizer` needs.
+"""A diffusers denoiser as one module that `AGSMRegularizer` calls: with soft tokens, or without.
 
-    denoiser = TokenDenoiser(attached)
-    agsm = AGSMRegularizer(denoiser, EMA(denoiser.parameters()), AGSMLoss(...))
-    noisy = add_noise(scheduler, latents, noise, timesteps)
-    target = regression_target(scheduler, latents, noise, timesteps)
-    loss = loss + agsm(noisy, timesteps, target, {"prompt_embeds": ...}, captions=captions).loss
+A *denoiser* is the UNet or transformer of a pipeline. *Soft tokens* are trained vectors that
+join the text inside it: ψ⁺ with matching captions, ψ⁻ with the others. A *bank* (`agsm_loss.Bank`)
+says which of the two a sample gets, or that it gets none.
 
-Freeze the backbone first (`model.requires_grad_(False)`). With a LoRA on it, the EMA follows the
-adapter as well as the tokens, and the reference model is the same network with adapters off.
+>>> import torch
+>>> from diffusers import DDPMScheduler, UNet2DConditionModel
+>>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+>>> from agsm_loss.integrations.denoisers import TokenDenoiser
+>>> from agsm_loss.integrations.noise import add_noise, regression_target
+>>> unet = UNet2DConditionModel(  # yours: pipe.unet
+...     sample_size=8, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+...     cross_attention_dim=16, attention_head_dim=4,
+...     down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+... ).requires_grad_(False)
+>>> denoiser = TokenDenoiser(unet, num_tokens=4)
+>>> agsm = AGSMRegularizer(denoiser, EMA(denoiser.parameters()), AGSMLoss(neg_scale=1.0))
+
+A training step, and what it leaves in the gradients:
+
+>>> latents, noise = torch.randn(2, 3, 4, 8, 8)
+>>> timesteps, text = torch.tensor([10, 400, 900]), torch.randn(3, 6, 16)
+>>> scheduler = DDPMScheduler()
+>>> noisy = add_noise(scheduler, latents, noise, timesteps)
+>>> target = regression_target(scheduler, latents, noise, timesteps)
+>>> captions = ["two cats", "a red cube", "a blue cube"]
+>>> agsm(noisy, timesteps, target, {"prompt_embeds": text}, captions=captions).loss.backward()
+>>> denoiser.tokens.tokens.grad.shape  # (banks, n, d)
+torch.Size([2, 4, 16])
+
+`denoiser.save_pretrained("tokens")` saves the tokens. Detached, the model is as it was:
+
+>>> denoiser.detach()
+
+The model is frozen here. Where a LoRA or the model itself is trained too, the same EMA follows it.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,21 +47,55 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-from agsm_loss.integrations.tokens.attach import AttachedTokens, backbone_of
+from agsm_loss import SoftTokens
+from agsm_loss.integrations.tokens.attach import (
+    AttachedTokens,
+    BankChoice,
+    attach_soft_tokens,
+    backbone_of,
+    make_soft_tokens,
+    move_to,
+)
 from agsm_loss.integrations.tokens.hooks import Backbone, unwrap
+from agsm_loss.integrations.tokens.saved import SavedTokens
+from agsm_loss.soft_tokens import Banks
 
 
 class TokenDenoiser(nn.Module):
-    """A denoiser wearing soft tokens as one module: `agsm_loss.Denoiser` for any backbone.
+    """A denoiser with soft tokens attached, as one module (an `agsm_loss.Denoiser`).
 
-    Wrap this in DDP or `accelerator.prepare`, so that the tokens' gradients are synchronised. A script
-    that prepares its denoiser itself makes the tokens part of that (`unet.soft_tokens = tokens`, before
-    its optimizer), and gives the prepared one here; a denoiser with buffers (SD3) then wants DDP's
-    `broadcast_buffers=False`, as AGSM's calls may be more on one rank than on another, which would wait.
+    Making it attaches the tokens: until `detach()`, every call of the model uses them, a pipeline's
+    too; ψ⁺ by default. Give this module to DDP or `accelerator.prepare`, so that the tokens'
+    gradients are averaged over the processes.
+
+    A script that gives the bare denoiser to DDP makes the tokens a part of it first:
+    `unet.soft_tokens = make_soft_tokens(unet)`, then the optimizer and `accelerator.prepare`, then
+    `TokenDenoiser(unet, tokens=accelerator.unwrap_model(unet).soft_tokens)`. If the denoiser has
+    buffers (SD3), use DDP's `broadcast_buffers=False`: ranks may differ in their number of calls,
+    and an exchange of buffers would wait for ever.
 
     Args:
-        attached: of `attach_soft_tokens`.
-        model: the attached denoiser as DDP or torch.compile have wrapped it; default: itself.
+        model: a stock denoiser (`attach_soft_tokens` lists them), or one that DDP, torch.compile or
+            PEFT has wrapped; what is given is what is called.
+        num_tokens: n, tokens a layer.
+        num_layers: L, how many of the first blocks have tokens of their own: 5 by default (or all
+            blocks, where there are fewer), -1 for all. None for a UNet, whose blocks use one set.
+        banks: "dual", ψ⁺ and ψ⁻; or an ablation of `SoftTokens`.
+        time_buckets: number of time tokens, None for none.
+        init: first values of the tokens, by default drawn: any shape that broadcasts to
+            (2, L, n, d), or (2, n, d) for a UNet. A UNet's tokens start, as published, from the
+            start-of-text (BOS) vector of the empty prompt: `init=bos_embedding(embeds)`, where
+            `embeds` is what the text encoder makes of "".
+        blocks: for a UNet, which of "down", "mid" and "up" get the tokens; default down and mid.
+        tokens: existing tokens instead of new ones. `SoftTokens` are attached here and moved to the
+            model's device. `AttachedTokens` are attached to this model already: by
+            `saved.attach(unet)`, say, or by `attach_soft_tokens(..., backbone=...)` where the
+            architecture is one of your own.
+
+    Attributes:
+        model: the denoiser, as it was given.
+        tokens: its `SoftTokens`, the parameters to train.
+        attached: the `AttachedTokens`, e.g. for `set_sampling`.
 
     forward:
         noisy: x_t (N, C, H, W); Flux and Qwen-Image latents are packed here.
@@ -41,17 +103,55 @@ class TokenDenoiser(nn.Module):
         conditioning: what the pipeline's `encode_prompt` returns, by its names:
             prompt_embeds (N, S, d); pooled_prompt_embeds (N, d) for SDXL, SD3 and Flux;
             prompt_attention_mask (N, S) for Sana; prompt_embeds_mask (N, S) for Qwen-Image.
-        bank: (N,) of `agsm_loss.Bank`.
+        bank: (N,) of `agsm_loss.Bank`, or one for all.
         image: add_time_ids (N, 6) for SDXL, guidance (N,) for Flux.
+
+    Raises:
+        TypeError: no adapter for the model; tokens of another type.
+        ValueError: settings or tokens that do not fit the model, or settings of new tokens together
+            with existing ones.
+        RuntimeError: the model has tokens attached already; a call after `detach()`.
     """
 
-    def __init__(self, attached: AttachedTokens, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_tokens: int = 4,
+        num_layers: int | None = None,
+        banks: Banks = "dual",
+        time_buckets: int | None = 100,
+        init: Tensor | None = None,
+        blocks: Sequence[str] | None = None,
+        tokens: SoftTokens | AttachedTokens | None = None,
+    ) -> None:
         super().__init__()
-        if model is not None and unwrap(model) is not attached.model:
-            raise ValueError("model: expected the attached denoiser, wrapped, got another one.")
-        self.model = attached.model if model is None else model
-        self.tokens = attached.tokens
-        self.attached = attached
+        if tokens is None:
+            tokens = make_soft_tokens(
+                model,
+                num_tokens=num_tokens,
+                num_layers=num_layers,
+                banks=banks,
+                time_buckets=time_buckets,
+                init=init,
+            )
+            _warn_of_ddp(model)
+        else:
+            changed = {
+                "num_tokens": num_tokens != 4,
+                "num_layers": num_layers is not None,
+                "banks": banks != "dual",
+                "time_buckets": time_buckets != 100,
+                "init": init is not None,
+            }
+            if any(changed.values()):
+                raise ValueError(
+                    "tokens: expected existing tokens alone, or none and the settings of new ones, "
+                    f"got both ({', '.join(name for name in changed if changed[name])})."
+                )
+        self.attached = _attach(model, tokens, blocks)
+        self.model = model
+        self.tokens = self.attached.tokens
         _keep_buffers(self)
 
     def forward(
@@ -62,18 +162,96 @@ class TokenDenoiser(nn.Module):
         bank: Tensor | int,
         **image: Tensor,
     ) -> Tensor:
+        if not self.attached.is_attached:
+            raise RuntimeError(
+                "the soft tokens of this denoiser were detached. To use them again: "
+                "TokenDenoiser(model, tokens=denoiser.tokens)."
+            )
         _check_names(self.attached.backbone, self.model, conditioning, image)
         inputs = _in_dtype_of(self.model, (noisy, dict(conditioning), image))
         with self.attached.using(bank):
             return self.attached.backbone.denoise(self.model, timesteps, *inputs)
 
+    def using(self, bank: BankChoice) -> AbstractContextManager[None]:
+        """`bank` for the calls of `model` inside, e.g. a script's own; ψ⁺ otherwise.
+
+        `Bank.OFF` gives the model without tokens; one bank for all samples, or one each.
+        """
+        return self.attached.using(bank)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        base_model: str | None = None,
+        training: dict[str, Any] | None = None,
+    ) -> None:
+        """Save the tokens, with what is needed to attach them again, as `SavedTokens` does.
+
+        `load_soft_tokens(pipe, folder)` reads them for sampling. To train them further:
+        `TokenDenoiser(unet, tokens=SavedTokens.from_pretrained(folder).attach(unet))`.
+
+        Args:
+            folder: where to, made if there is none.
+            base_model: hub id or path of the model that they were trained on, for the model card.
+            training: settings worth keeping (JSON values).
+        """
+        saved = SavedTokens.of(self.attached, base_model=base_model, training=training)
+        saved.save_pretrained(folder)
+
+    def detach(self) -> None:
+        """Remove the tokens from the model, which is then as it was. They remain in `tokens`."""
+        self.attached.detach()
+
+
+def _attach(
+    model: nn.Module, tokens: SoftTokens | AttachedTokens, blocks: Sequence[str] | None
+) -> AttachedTokens:
+    """The tokens on the model; those that are attached already are checked."""
+    if isinstance(tokens, SoftTokens):
+        return attach_soft_tokens(model, move_to(tokens, unwrap(model)), blocks=blocks)
+    if not isinstance(tokens, AttachedTokens):
+        raise TypeError(
+            f"tokens: expected SoftTokens or AttachedTokens, got {type(tokens).__name__}. For "
+            "saved ones pass tokens=SavedTokens.from_pretrained(folder).attach(model)."
+        )
+    if blocks is not None:
+        raise ValueError(
+            f"blocks: expected None with tokens that are attached already, got {blocks!r}. Choose "
+            "them in attach_soft_tokens."
+        )
+    if unwrap(model) is not tokens.model:
+        raise ValueError(
+            f"model: expected the attached denoiser, a {type(tokens.model).__name__}, bare or "
+            f"wrapped, got another one, a {type(unwrap(model)).__name__}."
+        )
+    if not tokens.is_attached:
+        raise ValueError(
+            "tokens: expected attached tokens, got detached ones. Attach them again: "
+            "tokens=attached.tokens."
+        )
+    return tokens
+
+
+def _warn_of_ddp(model: nn.Module) -> None:
+    """New tokens are not among the parameters of a model that DDP wraps already."""
+    if any(isinstance(part, DistributedDataParallel) for part in model.modules()):
+        warnings.warn(
+            "the gradients of these new soft tokens will not be averaged over the processes: DDP "
+            "wraps the model already. Give the TokenDenoiser to DDP instead, or make the tokens "
+            "a part of the model before: unet.soft_tokens = make_soft_tokens(unet).",
+            stacklevel=3,
+        )
+
 
 class PlainDenoiser(nn.Module):
-    """A denoiser without soft tokens as the same kind of module: every bank is the same to it.
+    """A denoiser without soft tokens as the same kind of module. `bank` changes nothing.
 
-    For a LoRA or full fine-tuning alone. Positives and negatives then share their weights: take γ⁻ = 0
-    (`AGSMLoss`). The model may be wrapped already (DDP, torch.compile), as a host's script has it after
-    `accelerator.prepare`.
+    For a LoRA or full fine-tuning alone. All captions then train the same weights: take γ⁻ = 0
+    (`AGSMLoss(neg_scale=0)`).
+
+    Args:
+        model: a stock denoiser, or one that DDP, torch.compile or PEFT has wrapped.
 
     forward: as `TokenDenoiser`'s.
     """
@@ -116,23 +294,23 @@ def _check_names(backbone: Backbone, model: nn.Module, conditioning: Any, image:
             raise ValueError(
                 f"{what}: expected {sorted(required)} for {kind}"
                 + (f", with or without {sorted(optional)}" if optional else "")
-                + f", got {sorted(given)}. A denoiser that takes more (ControlNet, say) is a callable of "
-                "your own (`agsm_loss.Denoiser`)."
+                + f", got {sorted(given)}. For a denoiser that takes more (ControlNet, say), write "
+                "a callable of your own (`agsm_loss.Denoiser`)."
             )
 
 
 def _keep_buffers(module: nn.Module) -> None:
-    """Tells DDP around `module` not to exchange its buffers, constants all, in every forward."""
+    """Keep DDP around `module` from exchanging its buffers, all constants, in every forward."""
     names = [name for name, _ in module.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
 
 
 @contextmanager
 def no_grad_pass() -> Iterator[None]:
-    """`torch.no_grad` for a pass of what is trained, also inside autocast; a decorator as well.
+    """`torch.no_grad` for a pass of a model in training, also inside autocast; a decorator as well.
 
-    In older PyTorch autocast keeps the cast weights of a pass without gradient, and the passes after it
-    have none (pytorch issue 112583, mended by 165068); they are dropped here.
+    In older PyTorch, autocast keeps the weights that it cast in a pass without gradient, and the
+    passes after it get no gradient (pytorch issue 112583, fixed by 165068). They are dropped here.
     """
     with torch.no_grad():
         yield
@@ -150,7 +328,10 @@ def _in_dtype_of(model: nn.Module, tree: Any) -> Any:
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of a denoiser's inputs: its first parameter's, but where that is for storage (float8, 4-bit)."""
+    """The dtype of a denoiser's inputs.
+
+    Its first parameter's, unless that is for storage only (float8, 4-bit).
+    """
 
     def known() -> Iterator[torch.dtype]:
         yield next(model.parameters()).dtype

@@ -1,9 +1,24 @@
-"""Noise levels, noised samples and regression targets of a diffusers scheduler, by its own config.
+"""Noised samples, regression targets and noise levels, as a diffusers scheduler's config says.
 
-    noisy = add_noise(scheduler, latents, noise, timesteps)
-    target = regression_target(scheduler, latents, noise, timesteps)
+The model predicts ε, v or x_0, or the velocity of flow matching. In all of them the noised sample
+is αx_0 + σε.
 
-For eps-, v- and x_0-prediction and for flow matching; αx_0 + σε is the noised sample in all of them.
+>>> import torch
+>>> from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+>>> from agsm_loss.integrations.noise import add_noise, prediction_type, regression_target
+>>> latents, noise = torch.randn(2, 3, 4, 8, 8)
+>>> timesteps = torch.tensor([10, 400, 900])
+>>> ddpm = DDPMScheduler(prediction_type="v_prediction")
+>>> add_noise(ddpm, latents, noise, timesteps).shape
+torch.Size([3, 4, 8, 8])
+>>> v = regression_target(ddpm, latents, noise, timesteps)
+>>> torch.allclose(v, ddpm.get_velocity(latents, noise, timesteps), atol=1e-5)
+True
+>>> flow = FlowMatchEulerDiscreteScheduler()
+>>> prediction_type(flow)
+'flow'
+>>> torch.equal(regression_target(flow, latents, noise, timesteps), noise - latents)
+True
 """
 
 from collections.abc import Callable
@@ -47,10 +62,11 @@ def regression_target(scheduler: Any, x_0: Tensor, noise: Tensor, timesteps: Ten
 
 
 def reward_weight(scheduler: Any) -> Callable[[Tensor], Tensor]:
-    """A(t) that turns each parametrisation's squared error into that of ε: (B,) to (B,).
+    """A(t), the factor from a prediction's squared error to that of ε: (B,) to (B,).
 
     1 for ε; α² for v; (α/σ)² for x_0; (1 − σ)² for flow matching (x_t given, an error δ in ε − x_0
-    is an error (1 − σ)δ in ε). `AGSMLoss(reward_weight=...)` then weighs captions alike in all.
+    is an error (1 − σ)δ in ε). With `AGSMLoss(reward_weight=reward_weight(scheduler))` captions get
+    the same weights whatever the model predicts.
     """
     kind = prediction_type(scheduler)
 
@@ -68,10 +84,10 @@ def reward_weight(scheduler: Any) -> Callable[[Tensor], Tensor]:
 def clean_and_noise(
     scheduler: Any, x_t: Tensor, pred: Tensor, timesteps: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The (x_0, ε) that a prediction (B, *D) at x_t means; ours is float32 at least.
+    """The (x_0, ε) that a prediction (B, *D) at x_t stands for.
 
-    timesteps: those of x_t (B,); None where x_t is a clean image (not for x_0-prediction, which
-    says nothing of ε there).
+    timesteps: those of x_t (B,). None where x_t is a clean image; then not for x_0-prediction,
+    which says nothing of ε there.
     """
     if timesteps is None:
         alpha, sigma = torch.ones_like(x_t), torch.zeros_like(x_t)
@@ -88,7 +104,10 @@ def clean_and_noise(
 
 
 def ddim_sigma(scheduler: Any, timesteps: Tensor, previous: Tensor, like: Tensor) -> Tensor:
-    """DDIM's σ at η = 1 between t and the less noisy t − 1 (arXiv 2010.02502, eq. 16), to multiply `like`."""
+    """DDIM's σ at η = 1 from t to the less noisy `previous` (arXiv 2010.02502, eq. 16).
+
+    Shaped to multiply `like` (B, *D).
+    """
     alpha, sigma = noise_levels(scheduler, timesteps, like)
     alpha_0, sigma_0 = noise_levels(scheduler, previous, like)
     return sigma_0 / sigma * (1 - (alpha / alpha_0) ** 2).clamp(min=0).sqrt()
@@ -107,8 +126,8 @@ def noise_levels(scheduler: Any, timesteps: Tensor, like: Tensor) -> tuple[Tenso
     else:
         if timesteps.is_floating_point() and not bool((timesteps == timesteps.round()).all()):
             raise ValueError(
-                f"timesteps: expected whole numbers in 0..{steps - 1} for {prediction_type(scheduler)} "
-                f"prediction, got {timesteps.tolist()}."
+                f"timesteps: expected whole numbers in 0..{steps - 1} for "
+                f"{prediction_type(scheduler)} prediction, got {timesteps.tolist()}."
             )
         squared = scheduler.alphas_cumprod.to(like.device)[timesteps.long()].to(dtype)
         alpha, sigma = squared.sqrt(), (1 - squared).sqrt()

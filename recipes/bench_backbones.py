@@ -84,7 +84,7 @@ def overhead(name: str, model: Any, inputs: dict[str, Any], rounds: int) -> None
     def bare() -> None:
         model(**inputs)
 
-    def wearing(bank: Bank) -> Callable[[], None]:
+    def using(bank: Bank) -> Callable[[], None]:
         def run() -> None:
             with attached.using(bank):
                 model(**inputs)
@@ -97,8 +97,8 @@ def overhead(name: str, model: Any, inputs: dict[str, Any], rounds: int) -> None
         for _ in range(rounds):
             times["bare"].append(timed(bare))
             attached = attach_soft_tokens(model, tokens)
-            times["off"].append(timed(wearing(Bank.OFF)))
-            times["on"].append(timed(wearing(Bank.POSITIVE)))
+            times["off"].append(timed(using(Bank.OFF)))
+            times["on"].append(timed(using(Bank.POSITIVE)))
             attached.detach()
     base = statistics.median(times["bare"])
     low, _, high = statistics.quantiles(times["bare"], n=4)

@@ -30,7 +30,6 @@ from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
 from agsm_loss.integrations.hosts.inpo import InPO
 from agsm_loss.integrations.hosts.spo import SPO, Clean, Pairs
 from agsm_loss.integrations.hosts.step import Host, adapters_off
-from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 from bench_backbones import timed
 from bench_loss import resident_mib
 
@@ -70,7 +69,7 @@ def make(host: str, variant: str) -> Callable[[], float]:
     if settings is None:
         denoiser: Any = PlainDenoiser(unet)
     else:
-        denoiser = TokenDenoiser(attach_soft_tokens(unet, make_soft_tokens(unet)))
+        denoiser = TokenDenoiser(unet)
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     agsm = None
     if settings is not None:

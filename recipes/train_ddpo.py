@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
         prompts_of(options, task),
         pipeline,
         show if state.is_main_process else None,  # trl's call asks for a tracker: only there
-        attached=student.attached,
+        attached=None if student.tokens is None else student.tokens.attached,
         best=options.agsm_best,
         batch_size=options.agsm_batch,
         every=options.agsm_every,

@@ -32,6 +32,10 @@ def test_core_import_is_light():
     assert imported_by("\n".join(f"import {m}" for m in modules if "__init__" not in m)) == ""
 
 
+def test_the_denoisers_import_no_other_library():
+    assert imported_by("import agsm_loss.integrations.denoisers") == ""
+
+
 def test_the_light_import_test_can_fail():
     assert imported_by("import agsm_loss, accelerate") == "accelerate"
 

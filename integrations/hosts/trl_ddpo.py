@@ -128,7 +128,11 @@ class AGSMDDPOTrainer(DDPOTrainer):
         # What is clipped together: trl's own, and the tokens.
         self.trainable_layers = list(parameters.values())
         if agsm is not None:
-            module = TokenDenoiser(attached) if attached else PlainDenoiser(sd_pipeline.unet)
+            module = (
+                TokenDenoiser(attached.model, tokens=attached)
+                if attached
+                else PlainDenoiser(sd_pipeline.unet)
+            )
             self.agsm = agsm(module, list(parameters.values()))
         self._progress.restore()
 

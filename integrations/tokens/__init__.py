@@ -1,1 +1,1 @@
-"""Soft tokens in stock diffusers denoisers: attach, save, load, sample; a file for each backbone."""
+"""Soft tokens in stock diffusers denoisers: attach, save, load, sample; a file for each model."""

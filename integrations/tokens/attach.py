@@ -1,12 +1,29 @@
-"""Attach ψ⁺/ψ⁻ to a stock diffusers denoiser, and take them off again.
+"""Attach soft tokens (ψ⁺, ψ⁻) to a stock diffusers denoiser, and detach them again.
 
-    tokens = make_soft_tokens(pipe.transformer)
-    attached = attach_soft_tokens(pipe.transformer, tokens)
-    optimizer = torch.optim.AdamW(tokens.parameters(), lr=1e-3, weight_decay=1e-4)
-    with attached.using(bank):  # (N,) of Bank.POSITIVE, Bank.NEGATIVE, Bank.OFF
-        pred = pipe.transformer(...).sample
+`TokenDenoiser` does this in one call. Here are its parts, for adapters and for scripts that make
+the tokens themselves.
 
-The backbone's own parameters, state dict and code are left alone.
+>>> import torch
+>>> from diffusers import SD3Transformer2DModel
+>>> from agsm_loss import Bank
+>>> from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
+>>> transformer = SD3Transformer2DModel(
+...     sample_size=8, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2,
+...     attention_head_dim=8, caption_projection_dim=16, joint_attention_dim=16,
+...     pooled_projection_dim=12, pos_embed_max_size=8,
+... ).requires_grad_(False)
+>>> tokens = make_soft_tokens(transformer, num_tokens=4)
+>>> attached = attach_soft_tokens(transformer, tokens)
+>>> inputs = {
+...     "hidden_states": torch.randn(2, 4, 8, 8), "encoder_hidden_states": torch.randn(2, 6, 16),
+...     "pooled_projections": torch.randn(2, 12), "timestep": torch.tensor([10.0, 900.0]),
+... }
+>>> with attached.using([Bank.POSITIVE, Bank.NEGATIVE]):  # a bank for each sample
+...     transformer(**inputs).sample.shape
+torch.Size([2, 4, 8, 8])
+>>> attached.detach()
+
+The denoiser's own parameters, state dict and code are left alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -41,16 +58,17 @@ BACKBONES: tuple[Callable[[], Backbone], ...] = (
 )
 
 BankLike = int | Sequence[int] | Tensor
+BankChoice = BankLike | Callable[[int], BankLike]
 _ATTRIBUTE = "_agsm_attached"
 
 
 class AttachedTokens:
-    """Soft tokens on one denoiser; made by `attach_soft_tokens`.
+    """Soft tokens that are attached to one denoiser; made by `attach_soft_tokens`.
 
     Attributes:
-        model: the denoiser that carries the hooks.
+        model: the denoiser that has the hooks.
         tokens: the `SoftTokens`; they are not among the denoiser's parameters.
-        backbone: what is known of the architecture.
+        backbone: the `Backbone` of its architecture.
         pending: tokens of the call that is entering the denoiser (N, L, n, d); for backbones.
     """
 
@@ -72,22 +90,22 @@ class AttachedTokens:
         ]
 
     @property
-    def bank(self) -> BankLike | Callable[[int], BankLike]:
-        """What samples wear in the calls to come; default ψ⁺ for all.
+    def bank(self) -> BankChoice:
+        """Which tokens the samples of the next calls get; default ψ⁺ for all.
 
-        A `Bank`; one a sample, as a sequence or an integer tensor (N,); or a function of the batch
-        size N to either, asked at every call. Tensors are read when they are set.
+        A `Bank`; one for each sample, as a sequence or an integer tensor (N,); or a function of the
+        batch size N to either, called in every forward. Tensors are read when they are set.
         """
         return self._bank
 
     @bank.setter
-    def bank(self, bank: BankLike | Callable[[int], BankLike]) -> None:
+    def bank(self, bank: BankChoice) -> None:
         self._banks = [] if callable(bank) else _as_list(bank)
         self._bank = bank
 
     @contextmanager
-    def using(self, bank: BankLike | Callable[[int], BankLike]) -> Iterator[None]:
-        """`bank` inside, what was there before after; may be nested."""
+    def using(self, bank: BankChoice) -> Iterator[None]:
+        """`bank` inside the block, the bank before it again afterwards; blocks may be nested."""
         before = self._bank
         self.bank = bank
         try:
@@ -95,15 +113,22 @@ class AttachedTokens:
         finally:
             self.bank = before
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the tokens are on the model: True until `detach`."""
+        return bool(self._handles)
+
     def detach(self) -> None:
         """Remove every hook: the denoiser is as it was. A second call does nothing."""
+        if not self.is_attached:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
         self.model.__dict__.pop(_ATTRIBUTE, None)
 
     def take_tokens(self) -> Tensor | None:
-        """The entering call's tokens, once; None where it wears none."""
+        """The entering call's tokens, once; None where it has none."""
         tokens, self.pending = self.pending, None
         return tokens
 
@@ -130,8 +155,8 @@ class AttachedTokens:
             part_args, part_kwargs = self._rows(call, off, batch)
             bare = self.model(*part_args, **part_kwargs)
         part_args, part_kwargs = self._rows(call, on, batch)
-        worn = Arguments(self._names, part_args, part_kwargs)
-        self.pending = self._make(worn, [banks[i] for i in on], len(on))
+        kept = Arguments(self._names, part_args, part_kwargs)
+        self.pending = self._make(kept, [banks[i] for i in on], len(on))
         self._off_part = off, on, bare
         return part_args, part_kwargs
 
@@ -190,14 +215,14 @@ def attach_soft_tokens(
     blocks: Sequence[str] | None = None,
     backbone: Backbone | None = None,
 ) -> AttachedTokens:
-    """Put soft tokens on a denoiser; from then on it wears ψ⁺ unless told otherwise.
+    """Attach soft tokens to a denoiser. Its calls use ψ⁺ until another bank is chosen.
 
     Args:
         model: a `UNet2DConditionModel`, `SD3Transformer2DModel`, `FluxTransformer2DModel`,
             `QwenImageTransformer2DModel` or `SanaTransformer2DModel`, also inside torch.compile,
             DDP or PEFT wrappers. Attach before the first compiled call.
         tokens: `make_soft_tokens(model)`, or loaded ones.
-        blocks: for a UNet, which of "down", "mid" and "up" wear them; default down and mid.
+        blocks: for a UNet, which of "down", "mid" and "up" get them; default down and mid.
         backbone: an adapter of your own for another architecture.
 
     Raises:
@@ -209,11 +234,14 @@ def attach_soft_tokens(
     if backbone is None:
         backbone = backbone_of(model, blocks)
     elif blocks is not None:
-        raise ValueError("blocks: expected None beside a backbone of your own.")
+        raise ValueError(
+            f"blocks: expected None with a backbone of your own, got {blocks!r}. The backbone says "
+            "where the tokens go."
+        )
     if hasattr(model, _ATTRIBUTE):
         raise RuntimeError(
-            f"this {type(model).__name__} has soft tokens attached already. Call detach() on the "
-            "handle first."
+            f"this {type(model).__name__} has soft tokens attached already. Call detach() on them "
+            "first, or use them: TokenDenoiser(model, tokens=attached)."
         )
     check_fit(model, tokens, backbone)
     return AttachedTokens(model, tokens, backbone)
@@ -227,7 +255,7 @@ def check_fit(model: nn.Module, tokens: SoftTokens, backbone: Backbone) -> None:
             f"tokens: expected dim={width}, the text width of this {name}, got dim={tokens.dim}. "
             "They were made for another model."
         )
-    if backbone.shared():
+    if backbone.one_set():
         if tokens.num_layers is not None:
             raise ValueError(
                 f"tokens: expected num_layers=None, since one set serves all blocks of a {name}, "
@@ -258,8 +286,8 @@ def backbone_of(model: nn.Module, blocks: Sequence[str] | None = None) -> Backbo
     supported = ", ".join(name for make in BACKBONES for name in make().model_classes)
     raise TypeError(
         f"model: no soft tokens for {type(model).__name__}. Supported: {supported}. For another "
-        "architecture subclass agsm_loss.integrations.soft_token_hooks.Backbone and pass an "
-        "instance as backbone=."
+        "architecture subclass agsm_loss.integrations.tokens.hooks.Backbone and pass an "
+        "instance to attach_soft_tokens(backbone=...)."
     )
 
 
@@ -292,13 +320,15 @@ def make_soft_tokens(
 ) -> SoftTokens:
     """`SoftTokens` of the size that a denoiser needs; arguments as there.
 
-    They are drawn on the CPU, in float32, and put on the model's device. `num_layers` is L, the first blocks that wear tokens of their own: 5 by default (or as many
-    blocks as there are), -1 for all. UNets take none: one set serves all their blocks; start it
-    from `bos_embedding` of the empty prompt, as published.
+    They are drawn on the CPU, in float32, and moved to the model's device. `num_layers` is L, how
+    many of the first blocks have tokens of their own: 5 by default (or all blocks, where there are
+    fewer), -1 for all. For a UNet it is None, since one set serves all blocks. A UNet's tokens
+    start, as published, from the start-of-text (BOS) vector of the empty prompt:
+    `init=bos_embedding(embeds)`, where `embeds` is what the text encoder makes of "".
     """
     model = unwrap(model)
     backbone = backbone_of(model) if backbone is None else backbone
-    if backbone.shared():
+    if backbone.one_set():
         if num_layers is not None:
             raise ValueError(
                 f"num_layers: expected None, since one set serves all blocks of a "
@@ -328,6 +358,6 @@ def make_soft_tokens(
 
 
 def move_to(tokens: SoftTokens, model: nn.Module) -> SoftTokens:
-    """The tokens on the model's device; where that is offloaded ("meta") they stay, and follow a call."""
+    """Move the tokens to the model's device. They stay where the model is offloaded ("meta")."""
     device = next(model.parameters()).device
     return tokens if device.type == "meta" else tokens.to(device)

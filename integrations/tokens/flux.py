@@ -1,6 +1,23 @@
 """Soft tokens in `FluxTransformer2DModel` (Flux.1): the double-stream blocks, then the single ones.
 
 All of Flux.1's text has rotary position 0 (no rotation), and so have the tokens.
+
+>>> import torch
+>>> from diffusers import FluxTransformer2DModel
+>>> from agsm_loss import Bank
+>>> from agsm_loss.integrations.denoisers import TokenDenoiser
+>>> transformer = FluxTransformer2DModel(  # yours: pipe.transformer
+...     patch_size=1, in_channels=4, num_layers=2, num_single_layers=1, attention_head_dim=12,
+...     num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=12,
+...     axes_dims_rope=(4, 4, 4), guidance_embeds=True,
+... )
+>>> denoiser = TokenDenoiser(transformer, num_layers=-1)  # all blocks
+>>> denoiser.tokens.tokens.shape  # (banks, L, n, d)
+torch.Size([2, 3, 4, 24])
+>>> text = {"prompt_embeds": torch.randn(2, 6, 16), "pooled_prompt_embeds": torch.randn(2, 12)}
+>>> noisy, timesteps, scale = torch.randn(2, 1, 4, 4), torch.tensor([10.0, 900.0]), torch.ones(2)
+>>> denoiser(noisy, timesteps, text, Bank.POSITIVE, guidance=3.5 * scale).shape
+torch.Size([2, 1, 4, 4])
 """
 
 from typing import Any

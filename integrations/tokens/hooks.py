@@ -1,16 +1,26 @@
-"""How ψ⁺/ψ⁻ get into a stock diffusers denoiser: by hooks, without state that a replay could miss.
+"""How soft tokens get into a stock diffusers denoiser: by hooks that keep no state of a call.
 
 Gradient checkpointing runs a block, and with it the block's hooks, a second time in the backward
 pass. By then the "current" bank or timestep may be another call's, and a hook that reads it gives
 wrong gradients without any error. So the tokens travel in the data. A hook before the denoiser
-makes all the tokens of a call, (N, L, n, d), and the text stream *carries* them behind the text:
+makes all the tokens of a call, (N, L, n, d), and the text stream (the tensor of text that goes from
+block to block) *carries* them behind the text:
 
-    (N, S, d)  →  (N, S + L·n, d, 1)        `carry`
+>>> import torch
+>>> from agsm_loss.integrations.tokens.hooks import carries, carry, uncarry
+>>> text, tokens = torch.randn(2, 6, 16), torch.randn(2, 3, 4, 16)  # (N, S, d), (N, L, n, d)
+>>> stream = carry(text, tokens)
+>>> stream.shape  # (N, S + L·n, d, 1)
+torch.Size([2, 18, 16, 1])
+>>> carries(stream), carries(text)
+(True, False)
+>>> torch.equal(uncarry(stream, layers=3, num_tokens=4)[0], text)
+True
 
-The extra axis marks a stream that carries tokens, so a block's hook needs no flag: it reads
-the shape. Before block l, [text, T_l] is taken out for the block and the rest laid aside; behind it
-T_l's outputs are dropped and the rest is carried on. All of it is tensor arithmetic on a block's own
-arguments, so every replay, and torch.compile, sees the same.
+The extra axis marks a stream that carries tokens, so a block's hook needs no flag: it reads the
+shape. Before block l, the hook gives the block [text, T_l] and keeps the rest; after it, it drops
+T_l's outputs and puts the rest behind the text again. All of it is tensor arithmetic on a block's
+own arguments, so every replay, and torch.compile, sees the same.
 
 To support another architecture, subclass `Backbone` and pass an instance as
 `attach_soft_tokens(model, tokens, backbone=...)`.
@@ -30,12 +40,13 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def carry(text: Tensor, tokens: Tensor) -> Tensor:
-    """(N, S, d) text with (N, L, n, d) tokens behind it, as a carrying stream (N, S + L·n, d, 1)."""
+    """Text (N, S, d) with tokens (N, L, n, d) behind it, as a stream (N, S + L·n, d, 1)."""
     tokens = tokens.flatten(1, 2).to(text)
     return torch.cat([text, tokens], dim=1).unsqueeze(-1)
 
 
 def carries(stream: Any) -> bool:
+    """Whether a text stream has tokens behind the text."""
     return isinstance(stream, Tensor) and stream.ndim == 4
 
 
@@ -95,8 +106,8 @@ def parameter_names(module: nn.Module) -> tuple[str, ...]:
 class Names(NamedTuple):
     """What a denoiser is conditioned on, by the names that `TokenDenoiser` documents.
 
-    required, optional: of the conditioning, which belongs to the caption; image: what belongs to the
-    image, all of it required.
+    required, optional: keys of the conditioning, which belongs to the caption. image: keys of what
+    belongs to the image, all of them required.
     """
 
     required: tuple[str, ...] = ("prompt_embeds",)
@@ -105,7 +116,7 @@ class Names(NamedTuple):
 
 
 class Backbone(ABC):
-    """What the hooks have to know of one architecture."""
+    """What the hooks have to know of one architecture (a class of denoisers)."""
 
     model_classes: ClassVar[tuple[str, ...]]
     """Names of the diffusers classes it serves."""
@@ -120,7 +131,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The blocks that read the text stream, in order; layer l of the tokens goes into block l."""
+        """The blocks that read the text stream, in order; layer l's tokens go into block l."""
 
     def timesteps(self, model: nn.Module, call: Arguments) -> Any:
         """The call's timesteps in 0..1000: a number, or a tensor () or (N,)."""
@@ -137,15 +148,15 @@ class Backbone(ABC):
     ) -> Tensor:
         """Call the denoiser as its stock pipeline does: (N, C, H, W) to a prediction of that shape.
 
-        `timesteps` (N,) in 0..1000; the rest as in `agsm_loss.integrations.training.TokenDenoiser`.
+        `timesteps` (N,) in 0..1000; the rest as in `TokenDenoiser`'s forward.
         """
 
     def names(self, model: nn.Module) -> Names | None:
         """What `denoise` reads, to refuse the rest; None to take anything."""
         return None
 
-    def shared(self) -> bool:
-        """Whether one set of tokens serves all blocks, in place of one set a block."""
+    def one_set(self) -> bool:
+        """Whether all blocks use one set of tokens, instead of one set for each block."""
         return False
 
     @abstractmethod
@@ -194,7 +205,7 @@ class JointBackbone(Backbone):
 
 
 class _JointBlockHook:
-    """Takes a layer's tokens out of the stream for its block; `layers` are carried before it."""
+    """Gives a block its layer's tokens; the stream carries those of `layers` layers before it."""
 
     def __init__(self, backbone: JointBackbone, block: nn.Module, layers: int, n: int) -> None:
         self.backbone = backbone

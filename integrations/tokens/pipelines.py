@@ -1,6 +1,38 @@
 """Soft tokens in stock diffusers pipelines: load once, then `pipe(prompt)` as ever.
 
-The denoiser carries them, so the img2img, inpaint and ControlNet variants that share it wear them too.
+>>> import torch
+>>> from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+>>> from diffusers import StableDiffusion3Pipeline
+>>> from agsm_loss.integrations.tokens.attach import make_soft_tokens
+>>> from agsm_loss.integrations.tokens.pipelines import Sampling, load_soft_tokens, set_sampling
+>>> transformer = SD3Transformer2DModel(
+...     sample_size=8, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=2,
+...     attention_head_dim=8, caption_projection_dim=16, joint_attention_dim=16,
+...     pooled_projection_dim=12, pos_embed_max_size=8,
+... )
+>>> pipe = StableDiffusion3Pipeline(  # yours: from_pretrained(...)
+...     transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=None,
+...     text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
+...     text_encoder_3=None, tokenizer_3=None,
+... )
+>>> pipe.set_progress_bar_config(disable=True)
+>>> tokens = make_soft_tokens(transformer)  # yours: a folder or hub id
+>>> attached = load_soft_tokens(pipe, tokens)
+>>> def latents():  # yours: pipe(prompt).images
+...     text, pooled = torch.ones(1, 6, 16), torch.ones(1, 12)
+...     return pipe(
+...         prompt_embeds=text, pooled_prompt_embeds=pooled, negative_prompt_embeds=-text,
+...         negative_pooled_prompt_embeds=-pooled, num_inference_steps=2, output_type="latent",
+...         generator=torch.Generator().manual_seed(0),
+...     ).images
+>>> with_tokens = latents()
+>>> set_sampling(pipe, attached, Sampling.OFF)  # other choices: see Sampling
+>>> torch.equal(latents(), with_tokens)
+False
+>>> attached.detach()
+
+The tokens are attached to the denoiser, so the img2img, inpaint and ControlNet variants that share
+it use them too.
 """
 
 from enum import Enum
@@ -15,16 +47,16 @@ from agsm_loss.integrations.tokens.saved import SavedTokens
 
 
 class Sampling(Enum):
-    """Who wears what under classifier-free guidance."""
+    """Which tokens each branch of classifier-free guidance gets."""
 
     BOTH = "both"
     """ψ⁺ in both branches: the paper's choice for SD1.5 and SD3."""
     NEGATIVE_UNCONDITIONAL = "negative_unconditional"
     """ψ⁻ in the unconditional branch, ψ⁺ in the other: the released SDXL sampling."""
     CONDITIONAL_ONLY = "conditional_only"
-    """ψ⁺ in the conditional branch, none in the other; the denoiser is then called once a branch."""
+    """ψ⁺ in the conditional branch, none in the other. The denoiser is called once for each."""
     OFF = "off"
-    """None: the pipeline as it was, bit for bit."""
+    """No tokens: the pipeline as it was, bit for bit."""
 
 
 def load_soft_tokens(
@@ -34,11 +66,11 @@ def load_soft_tokens(
 
     Args:
         pipe: a diffusers pipeline.
-        source: a folder or hub id of `SavedTokens`, or tokens at hand.
-        sampling: who wears what; change it later with `set_sampling`.
+        source: a folder or hub id of saved tokens, or the tokens themselves.
+        sampling: which tokens each branch gets; change it later with `set_sampling`.
 
     Returns:
-        The handle; `detach()` takes the tokens off. On an error the pipeline is as it was.
+        The attached tokens; `detach()` removes them. On an error the pipeline is as it was.
     """
     _check_branches(pipe, sampling)
     model = denoiser_of(pipe)
@@ -53,7 +85,13 @@ def load_soft_tokens(
 
 
 def set_sampling(pipe: Any, attached: AttachedTokens, sampling: Sampling) -> None:
-    """Choose who wears what in the pipeline's calls to come."""
+    """Choose which tokens each branch gets in the pipeline's next calls.
+
+    Args:
+        pipe: the pipeline.
+        attached: what `load_soft_tokens` returned, or `denoiser.attached` of a `TokenDenoiser`.
+        sampling: the choice.
+    """
     _check_branches(pipe, sampling)
     if sampling is Sampling.BOTH:
         attached.bank = Bank.POSITIVE
@@ -102,7 +140,7 @@ def _check_branches(pipe: Any, sampling: Sampling) -> None:
     # Asked of the class: on a pipeline that has not run yet the property itself fails.
     if not uniform and not hasattr(type(pipe), "do_classifier_free_guidance"):
         raise ValueError(
-            f"sampling: {type(pipe).__name__} runs its branches in calls of their own, which the "
-            "denoiser can't tell apart. Use Sampling.BOTH, or write the loop with "
+            f"sampling: {type(pipe).__name__} calls its denoiser separately for each branch of "
+            "guidance, and the calls look alike. Use Sampling.BOTH, or write the loop with "
             "attached.using(bank) around each call."
         )

@@ -1,8 +1,23 @@
 """Soft tokens in `QwenImageTransformer2DModel`: appended to the text of the first L blocks.
 
-The text's rotary positions count on through its padding, so positions behind it would depend
-on how long the batch was padded; the tokens are not rotated. Where there is a mask they are never
-masked.
+The text's rotary positions count on through its padding, so positions behind it would depend on
+how long the batch was padded. The tokens are therefore not rotated. They are never masked.
+
+>>> import torch
+>>> from diffusers import QwenImageTransformer2DModel
+>>> from agsm_loss import Bank
+>>> from agsm_loss.integrations.denoisers import TokenDenoiser
+>>> transformer = QwenImageTransformer2DModel(  # yours: pipe.transformer
+...     in_channels=16, out_channels=4, num_layers=2, attention_head_dim=12,
+...     num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 4, 4),
+... )
+>>> denoiser = TokenDenoiser(transformer)
+>>> denoiser.tokens.tokens.shape  # (banks, L, n, d)
+torch.Size([2, 2, 4, 24])
+>>> mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])  # the second text is padded
+>>> text = {"prompt_embeds": torch.randn(2, 4, 16), "prompt_embeds_mask": mask}
+>>> denoiser(torch.randn(2, 4, 4, 4), torch.tensor([10.0, 900.0]), text, Bank.POSITIVE).shape
+torch.Size([2, 4, 4, 4])
 """
 
 from typing import Any

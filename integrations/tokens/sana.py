@@ -1,4 +1,22 @@
-"""Soft tokens in `SanaTransformer2DModel`: appended to the text that the first L blocks attend."""
+"""Soft tokens in `SanaTransformer2DModel`: appended to the text that the first L blocks attend to.
+
+>>> import torch
+>>> from diffusers import SanaTransformer2DModel
+>>> from agsm_loss import Bank
+>>> from agsm_loss.integrations.denoisers import TokenDenoiser
+>>> transformer = SanaTransformer2DModel(  # yours: pipe.transformer
+...     in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+...     num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16,
+...     caption_channels=16, sample_size=4,
+... )
+>>> denoiser = TokenDenoiser(transformer)
+>>> denoiser.tokens.tokens.shape  # (banks, L, n, d)
+torch.Size([2, 2, 4, 16])
+>>> mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])  # the second text is padded
+>>> text = {"prompt_embeds": torch.randn(2, 4, 16), "prompt_attention_mask": mask}
+>>> denoiser(torch.randn(2, 4, 4, 4), torch.tensor([10.0, 900.0]), text, Bank.POSITIVE).shape
+torch.Size([2, 4, 4, 4])
+"""
 
 from typing import Any
 

@@ -1,12 +1,31 @@
 """Save, load and share soft tokens: safetensors and a JSON config, as the hub's libraries do.
 
-    saved = SavedTokens.of(attached, base_model="stabilityai/stable-diffusion-3-medium-diffusers")
-    saved.save_pretrained("tokens")           # or saved.push_to_hub("me/sd3-agsm")
-    SavedTokens.from_pretrained("tokens").attach(pipe.transformer)
+>>> import os, tempfile
+>>> from diffusers import SD3Transformer2DModel
+>>> from agsm_loss.integrations.denoisers import TokenDenoiser
+>>> from agsm_loss.integrations.tokens.saved import SavedTokens
+>>> transformer = SD3Transformer2DModel(  # yours: pipe.transformer
+...     sample_size=8, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=2,
+...     attention_head_dim=8, caption_projection_dim=16, joint_attention_dim=16,
+...     pooled_projection_dim=12, pos_embed_max_size=8,
+... )
+>>> denoiser = TokenDenoiser(transformer)
+>>> folder = tempfile.mkdtemp()
+>>> denoiser.save_pretrained(folder, base_model="stabilityai/stable-diffusion-3-medium-diffusers")
+>>> sorted(os.listdir(folder))
+['README.md', 'config.json', 'model.safetensors']
+>>> denoiser.detach()
 
-Nothing here unpickles arbitrary code; the released checkpoints of AGSM and SoftREPA, which are
-pickles, are read with `weights_only=True` and `torch.nn.Embedding` alone allowed (`import_agsm`,
-`import_softrepa`).
+Later, in another process, or from the hub after `push_to_hub`:
+
+>>> saved = SavedTokens.from_pretrained(folder)
+>>> saved.backbone, saved.tokens.num_layers
+('SD3Transformer2DModel', 3)
+>>> attached = saved.attach(transformer)
+
+Nothing here unpickles arbitrary code. The released checkpoints of AGSM and SoftREPA are pickles;
+`import_agsm` and `import_softrepa` read them with `weights_only=True`, and allow
+`torch.nn.Embedding` alone.
 """
 
 import json
@@ -59,14 +78,14 @@ Training settings: {training}
 
 @dataclass
 class SavedTokens(ModelHubMixin):
-    """Soft tokens with what is needed to put them on the right model again.
+    """Soft tokens with what is needed to attach them to the right model again.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's.
 
     Attributes:
         tokens: the `SoftTokens`.
         backbone: class name of the denoiser that they were made for.
-        blocks: for a UNet, which of "down", "mid", "up" wear them; else None.
+        blocks: for a UNet, which of "down", "mid", "up" get them; else None.
         base_model: hub id or path of the model that they were trained on, if known.
         training: settings worth keeping (JSON values).
     """
@@ -85,13 +104,13 @@ class SavedTokens(ModelHubMixin):
         base_model: str | None = None,
         training: dict[str, Any] | None = None,
     ) -> "SavedTokens":
-        """What is attached to a denoiser, with its class and places."""
+        """The tokens that are attached to a denoiser, with its class and their blocks."""
         places = attached.backbone.places if isinstance(attached.backbone, UNetBackbone) else None
         name = type(attached.model).__name__
         return cls(attached.tokens, name, places, base_model, training or {})
 
     def attach(self, model: nn.Module) -> AttachedTokens:
-        """`attach_soft_tokens` with the saved places; a ValueError names the number that differs."""
+        """`attach_soft_tokens` to the saved blocks; a ValueError names the number that differs."""
         name = type(unwrap(model)).__name__
         if name != self.backbone:
             raise ValueError(f"model: expected a {self.backbone}, got a {name}.")
@@ -136,7 +155,7 @@ class SavedTokens(ModelHubMixin):
         state = {n: v.detach().cpu().contiguous() for n, v in self.tokens.state_dict().items()}
         save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
         (save_directory / CONFIG).write_text(config + "\n")
-        # The hub takes ids alone; a folder of one's own is told in the text.
+        # The hub's metadata take ids alone; a local folder is named in the text only.
         named = self.base_model and not Path(self.base_model).exists()
         card = _CARD.format(
             base=f"base_model: {self.base_model}\n" if named else "",

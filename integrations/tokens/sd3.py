@@ -1,7 +1,23 @@
 """Soft tokens in `SD3Transformer2DModel` (SD3, SD3.5): appended to the text of the first L blocks.
 
-Published (arXiv 2605.30038): L = 5. The text has neither mask nor rotary ids here, and the tokens
-live behind `context_embedder`, so d is `caption_projection_dim`.
+Published (arXiv 2605.30038): L = 5. The tokens go in after `context_embedder`, so their width d is
+`caption_projection_dim`. The text has neither a mask nor rotary ids here.
+
+>>> import torch
+>>> from diffusers import SD3Transformer2DModel
+>>> from agsm_loss import Bank
+>>> from agsm_loss.integrations.denoisers import TokenDenoiser
+>>> transformer = SD3Transformer2DModel(  # yours: pipe.transformer
+...     sample_size=8, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=2,
+...     attention_head_dim=8, caption_projection_dim=16, joint_attention_dim=16,
+...     pooled_projection_dim=12, pos_embed_max_size=8,
+... )
+>>> denoiser = TokenDenoiser(transformer, num_layers=2)
+>>> denoiser.tokens.tokens.shape  # (banks, L, n, d)
+torch.Size([2, 2, 4, 16])
+>>> text = {"prompt_embeds": torch.randn(2, 6, 16), "pooled_prompt_embeds": torch.randn(2, 12)}
+>>> denoiser(torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]), text, Bank.POSITIVE).shape
+torch.Size([2, 4, 8, 8])
 """
 
 from typing import Any
@@ -31,14 +47,14 @@ class SD3Backbone(JointBackbone):
         return Names(("prompt_embeds", "pooled_prompt_embeds"))
 
     def register(self, model: nn.Module, attachment: Any) -> list[RemovableHandle]:
-        names, worn = parameter_names(model), attachment.tokens.num_layers
+        names, layers = parameter_names(model), attachment.tokens.num_layers
 
         def check(model: nn.Module, args: Any, kwargs: Any) -> None:
             skipped = Arguments(names, args, kwargs)["skip_layers"] or ()
-            if attachment.pending is not None and any(layer < worn for layer in skipped):
+            if attachment.pending is not None and any(layer < layers for layer in skipped):
                 raise ValueError(
-                    f"skip_layers: expected none of the first {worn} blocks, which wear soft tokens, got "
-                    f"{list(skipped)}. Skip later ones, or use tokens of fewer layers."
+                    f"skip_layers: expected none of the first {layers} blocks, which have soft "
+                    f"tokens, got {list(skipped)}. Skip later ones, or use tokens of fewer layers."
                 )
 
         handle = model.register_forward_pre_hook(check, with_kwargs=True)

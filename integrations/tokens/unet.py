@@ -1,7 +1,24 @@
-"""Soft tokens in `UNet2DConditionModel` (SD1.5, SD2, SDXL): right after BOS, one set for all blocks.
+"""Soft tokens in `UNet2DConditionModel` (SD1.5, SD2, SDXL): one set for all blocks.
 
-Published (arXiv 2605.30038): down and mid blocks, not the up blocks. The hooks sit on the outer
-blocks, which get the text by keyword.
+They go right after the text's first vector (that of BOS, the start-of-text token). Published
+(arXiv 2605.30038): in the down and mid blocks, not in the up blocks, and they start from the BOS
+vector of the empty prompt, which `bos_embedding` takes out of its embeddings.
+
+>>> import torch
+>>> from diffusers import UNet2DConditionModel
+>>> from agsm_loss.integrations.denoisers import TokenDenoiser
+>>> from agsm_loss.integrations.tokens.unet import bos_embedding
+>>> unet = UNet2DConditionModel(  # yours: pipe.unet
+...     sample_size=8, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+...     cross_attention_dim=16, attention_head_dim=4,
+...     down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+... )
+>>> embeds = torch.randn(1, 77, 16)  # yours: pipe.encode_prompt("", device, 1, False)[0]
+>>> denoiser = TokenDenoiser(unet, init=bos_embedding(embeds), blocks=("down", "mid"))
+>>> bool((denoiser.tokens.tokens == embeds[0, 0]).all())
+True
+
+The hooks are on the outer blocks, which get the text by keyword.
 """
 
 from collections.abc import Sequence
@@ -28,7 +45,7 @@ PLACES = ("down", "mid", "up")
 
 
 class UNetBackbone(Backbone):
-    """`places`: which of "down", "mid" and "up" wear the tokens."""
+    """`places`: which of "down", "mid" and "up" get the tokens."""
 
     model_classes = ("UNet2DConditionModel",)
 
@@ -52,7 +69,7 @@ class UNetBackbone(Backbone):
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return [block for _, block in self._placed(model)]
 
-    def shared(self) -> bool:
+    def one_set(self) -> bool:
         return True
 
     def names(self, model: Any) -> Names:
@@ -90,10 +107,10 @@ class UNetBackbone(Backbone):
 
         handles = [model.register_forward_pre_hook(enter, with_kwargs=True)]
         for place, block in self._placed(model):
-            wears = place in self.places
+            chosen = place in self.places
 
             def before(
-                block: nn.Module, args: Any, kwargs: Any, wears: bool = wears
+                block: nn.Module, args: Any, kwargs: Any, chosen: bool = chosen
             ) -> Call | None:
                 stream, rest = kwargs.get(self.text), []
                 if isinstance(stream, tuple):  # an IP-Adapter adds image embeddings behind the text
@@ -102,7 +119,7 @@ class UNetBackbone(Backbone):
                     return None
                 text, tokens = uncarry(stream, 1, n)
                 changed = dict(kwargs)
-                if wears:
+                if chosen:
                     text = torch.cat([text[:, :1], tokens, text[:, 1:]], dim=1)
                     bias = extended_bias(kwargs.get("encoder_attention_mask"), n, position=1)
                     changed["encoder_attention_mask"] = bias
@@ -127,5 +144,10 @@ def _added(model: Any) -> bool:
 
 
 def bos_embedding(prompt_embeds: Tensor) -> Tensor:
-    """(d,): the published start of a UNet's tokens, from the empty prompt's embeddings (1, S, d)."""
+    """The embedding (d,) of the start-of-text token (BOS), to give as `init` to a UNet's tokens.
+
+    Args:
+        prompt_embeds: the embeddings (1, S, d) of the empty prompt,
+            `pipe.encode_prompt("", device, 1, False)[0]`.
+    """
     return prompt_embeds[0, 0].detach()

@@ -78,7 +78,7 @@ class TextToImage:
         if self.outputs is None:
             raise TypeError(
                 f"model: expected one of {sorted(_OUTPUTS)}, got {type(pipe).__name__}. For another "
-                "pipeline write the step with agsm_loss.integrations.training."
+                "pipeline write the step with agsm_loss.integrations.denoisers."
             )
         self.pipe = pipe
         self.guidance = guidance

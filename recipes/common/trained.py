@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from agsm_loss import AGSMRegularizer, Candidates
+    from agsm_loss.integrations.denoisers import TokenDenoiser
     from agsm_loss.integrations.hosts.step import Clean
     from common.images import Batch
     from common.pipeline import TextToImage
@@ -103,6 +104,7 @@ class OnPolicyOptions(StudentOptions):
 class Student:
     """A pipeline in training.
 
+    tokens: the denoiser with its soft tokens as accelerate has not wrapped it; None without tokens.
     denoiser: the module to call, `agsm_loss.Denoiser`; prepared by accelerate after `build`.
     parameters: what is trained.
     reference: makes a context in which the denoiser, with `Bank.OFF`, is the model as it was given.
@@ -111,7 +113,7 @@ class Student:
     options: PostTrainingOptions
     task: Task
     model: TextToImage
-    attached: Any
+    tokens: TokenDenoiser | None
     denoiser: Any
     parameters: list[torch.nn.Parameter]
     reference: Callable[[], AbstractContextManager[Any]]
@@ -139,7 +141,7 @@ class Student:
         import torch
 
         from agsm_loss import EMA
-        from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
+        from agsm_loss.integrations.denoisers import PlainDenoiser
         from agsm_loss.integrations.hosts.step import adapters_off
         from common.pipeline import TextToImage
 
@@ -156,18 +158,18 @@ class Student:
             model.denoiser.requires_grad_(True)
         if options.lora_rank:
             model.add_lora(options.lora_rank)
-        attached = _attach(options, model) if options.num_tokens else None
+        tokens = _attach(options, model) if options.num_tokens else None
         if options.gradient_checkpointing:
             model.denoiser.enable_gradient_checkpointing()
         if options.compile:
             model.denoiser.compile()
-        module = PlainDenoiser(model.denoiser) if attached is None else TokenDenoiser(attached)
+        module = PlainDenoiser(model.denoiser) if tokens is None else tokens
         parameters = [one for one in module.parameters() if one.requires_grad]
         if options.full:  # a frozen copy of what is trained
             reference: Any = EMA(parameters, decay=1.0).applied
         else:
             reference = partial(adapters_off, model.denoiser) if options.lora_rank else nullcontext
-        return cls(options, task, model, attached, module, parameters, reference)
+        return cls(options, task, model, tokens, module, parameters, reference)
 
     def agsm(
         self, batch_size: int, weight: float | Callable[[int], float] = 1.0
@@ -204,7 +206,7 @@ class Student:
         options = self.options
         if not options.neg_scale or not (options.lora_rank or options.full):
             return []
-        if self.attached is None or options.negatives_train == "all":
+        if self.tokens is None or options.negatives_train == "all":
             LOGGER.warning(
                 "neg_scale: %g trains weights that all captions share towards this image for wrong "
                 "captions too; take --neg-scale 0, or soft tokens and --negatives-train tokens.",
@@ -216,7 +218,7 @@ class Student:
                 "negatives_train: tokens: expected no --gradient-checkpointing with --neg-scale above 0 and a "
                 "LoRA or --full. Take --chunk-size, --neg-scale 0, or --negatives-train all."
             )
-        tokens = {id(one) for one in self.attached.tokens.parameters()}
+        tokens = {id(one) for one in self.tokens.tokens.parameters()}
         return [one for one in self.parameters if id(one) not in tokens]
 
     def timesteps(self, number: int, generator: torch.Generator) -> torch.Tensor:
@@ -318,14 +320,11 @@ class Student:
         """What was trained, under `options.output`."""
         import torch
 
-        from agsm_loss.integrations.tokens.saved import SavedTokens
-
         output = Path(self.options.output)
-        if self.attached is not None:
-            saved = SavedTokens.of(
-                self.attached, base_model=self.options.model, training=vars(self.options)
+        if self.tokens is not None:
+            self.tokens.save_pretrained(
+                output / "tokens", base_model=self.options.model, training=vars(self.options)
             )
-            saved.save_pretrained(output / "tokens")
         if self.options.lora_rank:
             self.model.denoiser.save_lora_adapter(output / "lora")
         if self.options.full:
@@ -366,13 +365,10 @@ def hard_per_image(options: AGSMOptions) -> int:
     return {"in_batch": 0, "hard": number, "mixed": -(-number // 2)}[options.negatives]
 
 
-def _attach(options: ModelOptions, model: TextToImage) -> Any:
-    """New soft tokens on the pipeline's denoiser, in float32."""
-    from agsm_loss.integrations.tokens.attach import (
-        attach_soft_tokens,
-        backbone_of,
-        make_soft_tokens,
-    )
+def _attach(options: ModelOptions, model: TextToImage) -> TokenDenoiser:
+    """The pipeline's denoiser with new soft tokens, in float32."""
+    from agsm_loss.integrations.denoisers import TokenDenoiser
+    from agsm_loss.integrations.tokens.attach import backbone_of
     from agsm_loss.integrations.tokens.unet import bos_embedding
 
     settings: dict[str, Any] = {
@@ -381,7 +377,6 @@ def _attach(options: ModelOptions, model: TextToImage) -> Any:
         "banks": options.banks,
         "time_buckets": options.time_buckets or None,
     }
-    if backbone_of(model.denoiser).shared():  # UNets start from the empty prompt's BOS
-        settings["init"] = bos_embedding(model.encode_prompts([""])["prompt_embeds"]).float().cpu()
-    tokens = make_soft_tokens(model.denoiser, **settings).to(model.device)
-    return attach_soft_tokens(model.denoiser, tokens)
+    if backbone_of(model.denoiser).one_set():  # UNets start from the empty prompt's BOS vector
+        settings["init"] = bos_embedding(model.encode_prompts([""])["prompt_embeds"])
+    return TokenDenoiser(model.denoiser, **settings)

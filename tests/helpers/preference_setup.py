@@ -9,7 +9,7 @@ from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
 from agsm_loss.integrations.denoisers import TokenDenoiser
 from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
 from agsm_loss.integrations.hosts.step import adapters_off
-from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
+from agsm_loss.integrations.tokens.attach import make_soft_tokens
 
 SCHEDULERS = {
     "unet": lambda: DDPMScheduler(beta_schedule="scaled_linear"),
@@ -30,7 +30,7 @@ class Setup:
                 if "lora_B" in part:
                     torch.nn.init.normal_(value, std=0.3)
         tokens = make_soft_tokens(self.model, num_tokens=2, std=1.0).double()
-        self.denoiser = TokenDenoiser(attach_soft_tokens(self.model, tokens))
+        self.denoiser = TokenDenoiser(self.model, tokens=tokens)
         self.scheduler = SCHEDULERS[name]()
         self.captions = ["a", "b", "c"][:batch]
         self.conditioning = {"prompt_embeds": torch.randn(batch, TEXT, 16).double()}

@@ -14,7 +14,7 @@ from strategies import errors_of
 from torch import nn
 
 from agsm_loss import EMA, AdaptiveTemperature, AGSMLoss, AGSMRegularizer, Bank
-from agsm_loss.integrations.denoisers import TokenDenoiser as Denoiser
+from agsm_loss.integrations.denoisers import TokenDenoiser
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
 
@@ -43,8 +43,8 @@ def adaptive_temperature(rank):
     return float(AdaptiveTemperature()(errors_of(0) if rank == 0 else torch.ones(4, 4).double()))
 
 
-class TokenDenoiser(nn.Module):
-    """What DDP wraps: the frozen denoiser and the tokens that it wears."""
+class Wrapped(nn.Module):
+    """What DDP wraps: the frozen denoiser and its tokens, without the names of conditioning."""
 
     def __init__(self, made, checkpointing):
         super().__init__()
@@ -63,7 +63,7 @@ class TokenDenoiser(nn.Module):
 def token_gradients(batch, rows=slice(None), wrap=lambda module: module, checkpointing=False):
     """Gradients of the mean over the batch's rows of two calls' outputs."""
     made = tiny("sd3")
-    denoiser = TokenDenoiser(made, checkpointing)
+    denoiser = Wrapped(made, checkpointing)
     wrapped = wrap(denoiser)
     x = {n: v[rows] if isinstance(v, torch.Tensor) else v for n, v in made.inputs(batch).items()}
     first = wrapped(x, Bank.POSITIVE)
@@ -94,7 +94,7 @@ def regularizer(rank):
     assert list(model.buffers())
     torch.manual_seed(rank)  # DDP gives all ranks the first one's
     tokens = make_soft_tokens(model, num_tokens=2, banks="positive_only")
-    ddp = nn.parallel.DistributedDataParallel(Denoiser(attach_soft_tokens(model, tokens)))
+    ddp = nn.parallel.DistributedDataParallel(TokenDenoiser(model, tokens=tokens))
     optimizer = torch.optim.SGD([p for p in tokens.parameters() if p.requires_grad], lr=0.1)
 
     def regularized(seed):

@@ -38,7 +38,11 @@ def test_off_is_the_bare_model_and_detaching_restores_it(name):
     attached.detach()
     assert hooks(made.model) == before
     assert torch.equal(made.model(**x)[0], bare)
-    attach_soft_tokens(made.model, tokens_for(made)).detach()
+    again = attach_soft_tokens(made.model, tokens_for(made))
+    assert again.is_attached and not attached.is_attached
+    attached.detach()  # of no effect on the second tokens
+    assert not torch.equal(made.model(**x)[0], bare)
+    again.detach()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -234,7 +238,7 @@ def test_bad_banks():
     attached.detach()
 
 
-def test_skipping_a_block_that_wears_tokens_is_refused():
+def test_skipping_a_block_that_has_tokens_is_refused():
     """As SD3.5's skip-layer guidance does, with later blocks: the text would stay too long."""
     made, x = tiny("sd3"), tiny("sd3").inputs()
     number = len(made.model.transformer_blocks)

@@ -10,7 +10,7 @@ from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_t
 
 
 def two_forwards(made, tokens, attached):
-    """Gradients of two calls with other banks and timesteps, run backward together, last bank off."""
+    """Gradients of calls with other banks and timesteps, run backward together; last bank off."""
     outs = []
     for bank, t in (([0, 1], 37.0), ([1, 1], 905.0), ([-1, 0], 400.0)):
         x = made.inputs(timestep=t)

@@ -1,4 +1,4 @@
-"""Stock pipelines from a saved folder: who wears what, against a hand-written sampling loop."""
+"""Stock pipelines from a saved folder: the tokens of each branch, against a loop by hand."""
 
 import json
 
@@ -73,10 +73,9 @@ def tokens_of(pipe):
     return make_soft_tokens(denoiser_of(pipe), num_tokens=2, std=1.0)
 
 
-def by_hand(pipe, name, unconditional, conditional):
+def by_hand(pipe, name, attached, unconditional, conditional):
     """Classifier-free guidance with a call of its own for each branch."""
     model, scheduler, p = denoiser_of(pipe), pipe.scheduler, prompts(name)
-    attached = model._agsm_attached
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
     scheduler.set_timesteps(STEPS)
     latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -114,7 +113,9 @@ def test_every_policy_equals_a_hand_written_loop(name, folders):
     ):
         set_sampling(pipe, attached, sampling)
         ours = sample(pipe, name)
-        torch.testing.assert_close(ours, by_hand(pipe, name, *banks), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            ours, by_hand(pipe, name, attached, *banks), rtol=1e-3, atol=1e-4
+        )
         seen.append(ours)
     assert torch.equal(seen[3], bare)
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(seen) for b in seen[:i])
@@ -181,10 +182,10 @@ def test_variants_share_the_denoiser_and_so_the_tokens(folders):
 
     bare = {n: run(*v) for n, v in variants.items()}
     attached = load_soft_tokens(pipe, tokens_of(pipe))
-    worn = {n: run(*v) for n, v in variants.items()}
+    ours = {n: run(*v) for n, v in variants.items()}
     attached.detach()
     for n, v in variants.items():
-        assert (worn[n] - bare[n]).abs().max() > 1e-3
+        assert (ours[n] - bare[n]).abs().max() > 1e-3
         assert torch.equal(run(*v), bare[n])
 
 
@@ -227,7 +228,7 @@ def test_a_lora_loaded_and_fused(name, folders):
 
 
 @pytest.mark.parametrize("attach_first", [False, True])
-def test_beside_offloading_hooks(folders, attach_first):
+def test_with_offloading_hooks(folders, attach_first):
     """accelerate's hooks wrap forward, as enable_model_cpu_offload does on a GPU."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 
@@ -272,13 +273,15 @@ def test_refusals(folders):
     class SeparateCalls:
         transformer = pipe.transformer
 
-    with pytest.raises(ValueError, match="SeparateCalls runs its branches in calls of their own"):
+    with pytest.raises(
+        ValueError, match="SeparateCalls calls its denoiser separately for each branch"
+    ):
         load_soft_tokens(SeparateCalls(), tokens_of(pipe), Sampling.CONDITIONAL_ONLY)
     with pytest.raises(TypeError, match="expected a pipeline with a unet or a transformer"):
         denoiser_of(object())
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load_soft_tokens(pipe, folders["sd3"])
-    assert not hasattr(pipe.transformer, "_agsm_attached")
+    load_soft_tokens(pipe, tokens_of(pipe)).detach()  # none was left attached
     pipe.do_perturbed_attention_guidance = True
     attached = load_soft_tokens(pipe, tokens_of(pipe), Sampling.CONDITIONAL_ONLY)
     with pytest.raises(ValueError, match="third branch"):

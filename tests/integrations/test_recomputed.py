@@ -84,8 +84,8 @@ def sd3_by_hand(model, tokens, x):
     text = model.context_embedder(x["encoder_hidden_states"])
     own = tokens(x["timestep"], BANK)
     for layer, block in enumerate(model.transformer_blocks):
-        worn = layer < tokens.num_layers
-        joined = torch.cat([text, own[:, layer]], dim=1) if worn else text
+        has_tokens = layer < tokens.num_layers
+        joined = torch.cat([text, own[:, layer]], dim=1) if has_tokens else text
         joined, image = block(hidden_states=image, encoder_hidden_states=joined, temb=temb)
         text = joined[:, :TEXT] if joined is not None else None
     image = model.proj_out(model.norm_out(image, temb))

@@ -1,4 +1,4 @@
-"""Beside what users have on their models: LoRA, attention processors, torch.compile, DDP."""
+"""Together with what users have on their models: LoRA, attention processors, torch.compile, DDP."""
 
 import subprocess
 import sys
@@ -83,7 +83,7 @@ def test_two_ranks_of_ddp_equal_one_process(checkpointing):
 
 
 def test_a_script_that_checkpoints_its_lora_alone_resumes_exactly(tmp_path):
-    """The tokens beside it are registered, as the patch guide does; the second process draws others."""
+    """Its tokens are registered, as in the patch guide; the second process draws others."""
 
     def make(seed):
         model = tiny("unet").model.float().requires_grad_(False)
@@ -96,7 +96,7 @@ def test_a_script_that_checkpoints_its_lora_alone_resumes_exactly(tmp_path):
         accelerator = Accelerator(cpu=True, project_config=project)
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-2))
         agsm = AGSMRegularizer(
-            TokenDenoiser(attached, model), EMA(trained, decay=0.5), AGSMLoss(neg_scale=0.0),
+            TokenDenoiser(model, tokens=attached), EMA(trained, decay=0.5), AGSMLoss(neg_scale=0.0),
             num_negatives=1, allow_empty=True,
         )  # fmt: skip
         accelerator.register_for_checkpointing(agsm, attached.tokens)

@@ -1,36 +1,21 @@
-"""Denoiser callables, targets and A(t), by the scheduler's config."""
+"""Denoisers with and without soft tokens, on every backbone."""
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from integrations_tiny import NAMES, TEXT, tiny
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
-from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank
-from agsm_loss import functional as AF
+from agsm_loss import EMA, AGSMRegularizer, Bank, SoftTokens
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser, compute_dtype
-from agsm_loss.integrations.noise import (
-    add_noise,
-    noise_levels,
-    prediction_type,
-    regression_target,
-    reward_weight,
-)
-from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
-
-KINDS = ("epsilon", "v_prediction", "sample", "flow")
-
-
-def scheduler_of(kind):
-    if kind == "flow":
-        return FlowMatchEulerDiscreteScheduler()
-    return DDPMScheduler(prediction_type=kind, beta_schedule="scaled_linear")
+from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens, unwrap
+from agsm_loss.integrations.tokens.saved import SavedTokens
+from agsm_loss.integrations.tokens.unet import bos_embedding
 
 
 def denoiser_of(name, **settings):
     made = tiny(name)
     tokens = make_soft_tokens(made.model, num_tokens=2, std=1.0, **settings).double()
-    return made, TokenDenoiser(attach_soft_tokens(made.model, tokens))
+    return made, TokenDenoiser(made.model, tokens=tokens)
 
 
 def batch_for(name, batch=3):
@@ -71,14 +56,14 @@ def test_the_regularizer_trains_tokens_on_every_backbone(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plain_denoiser_is_the_model_without_tokens(name):
-    made, wearing = denoiser_of(name)
+    made, denoiser = denoiser_of(name)
     noisy, t, cond, image = batch_for(name)
-    off = wearing(noisy, t, cond, torch.full((3,), int(Bank.OFF)), **image)
+    off = denoiser(noisy, t, cond, torch.full((3,), int(Bank.OFF)), **image)
     plain = PlainDenoiser(made.model)
-    wearing.attached.detach()
+    denoiser.detach()
     assert torch.equal(plain(noisy, t, cond, Bank.POSITIVE, **image), off)
     assert torch.equal(plain(noisy, t, cond, torch.tensor([0, 1, 1]), **image), off)
-    assert not any(key.startswith("_backbone") for key in plain.state_dict())
+    assert plain.state_dict().keys() == {f"model.{key}" for key in made.model.state_dict()}
 
 
 @pytest.mark.unchecked_shapes
@@ -117,22 +102,6 @@ def test_inputs_come_in_what_the_model_computes_in():
     assert compute_dtype(quantized) == torch.float16
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_noise_levels_in_half_precision_are_those_of_float32(kind):
-    """SD's σ at t = 0 is 0.03; √(1 − ᾱ) in bfloat16 is 0."""
-    scheduler, t = scheduler_of(kind), torch.tensor([0, 1, 2, 999])
-    half = torch.randn(4, 2, 3, 3).bfloat16()
-    for ours, exact in zip(
-        noise_levels(scheduler, t, half), noise_levels(scheduler, t, half.double()), strict=True
-    ):
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-6)
-    noise = torch.randn_like(half)
-    for function in (add_noise, regression_target):
-        exact = function(scheduler, half.double(), noise.double(), t)
-        assert torch.equal(function(scheduler, half, noise, t), exact.bfloat16())
-
-
 class Wrapped(torch.nn.parallel.DistributedDataParallel):
     """As DDP holds a model, without processes: nothing but `module` and the call is passed on."""
 
@@ -151,14 +120,14 @@ def test_a_denoiser_calls_the_model_as_the_host_has_wrapped_it(name):
     noisy, t, cond, image = batch_for(name)
     wrapped = Wrapped(made.model)
     bank = torch.tensor([0, 1, 0])
-    worn = TokenDenoiser(bare.attached, wrapped)(noisy, t, cond, bank, **image)
-    assert torch.equal(worn, bare(noisy, t, cond, bank, **image))
+    ours = TokenDenoiser(wrapped, tokens=bare.attached)(noisy, t, cond, bank, **image)
+    assert torch.equal(ours, bare(noisy, t, cond, bank, **image))
     off = bare(noisy, t, cond, Bank.OFF, **image)
-    with bare.attached.using(Bank.OFF):
+    with bare.using(Bank.OFF):
         assert torch.equal(PlainDenoiser(wrapped)(noisy, t, cond, bank, **image), off)
-    assert wrapped.calls == 2 and not torch.equal(worn, off)
+    assert wrapped.calls == 2 and not torch.equal(ours, off)
     with pytest.raises(ValueError, match="expected the attached denoiser"):
-        TokenDenoiser(bare.attached, torch.nn.Linear(1, 1))
+        TokenDenoiser(torch.nn.Linear(1, 1), tokens=bare.attached)
 
 
 def test_flux_and_qwen_latents_are_packed_as_their_pipelines_do():
@@ -183,65 +152,11 @@ def test_flux_and_qwen_latents_are_packed_as_their_pipelines_do():
 def test_a_bfloat16_backbone_takes_float32_inputs():
     made = tiny("sd3", torch.bfloat16)
     tokens = make_soft_tokens(made.model)
-    denoiser = TokenDenoiser(attach_soft_tokens(made.model, tokens))
+    denoiser = TokenDenoiser(made.model, tokens=tokens)
     noisy, t, cond, _ = batch_for("sd3")
     cond = {n: v.float() for n, v in cond.items()}
     out = denoiser(noisy.float(), t.float(), cond, Bank.POSITIVE)
     assert out.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_noise_and_target_agree_with_the_library(kind):
-    scheduler = scheduler_of(kind)
-    x_0, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
-    t = torch.tensor([3, 400, 900])
-    assert prediction_type(scheduler) == kind
-    noisy, target = (f(scheduler, x_0, noise, t) for f in (add_noise, regression_target))
-    if kind == "flow":
-        chosen = scheduler.timesteps[[5, 400, 900]]
-        expected = scheduler.scale_noise(x_0, chosen, noise)
-        torch.testing.assert_close(add_noise(scheduler, x_0, noise, chosen), expected)
-        assert torch.equal(target, noise - x_0)
-        add_noise(scheduler, x_0, noise, torch.tensor([3.5, 400.2, 900.9]))
-        return
-    torch.testing.assert_close(noisy, scheduler.add_noise(x_0, noise, t))
-    velocity = scheduler.get_velocity(x_0, noise, t)
-    expected = {"epsilon": noise, "sample": x_0, "v_prediction": velocity}[kind]
-    torch.testing.assert_close(target, expected)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_reward_weight_turns_errors_into_those_of_epsilon(kind):
-    """A prediction off by δ in ε, said in each parametrisation at the same x_t."""
-    scheduler = scheduler_of(kind)
-    x_0, noise = torch.randn(3, 5).double(), torch.randn(3, 5).double()
-    t = torch.tensor([50, 400, 900])
-    noisy = add_noise(scheduler, x_0, noise, t)
-    off = noise.unsqueeze(1) + 0.3 * torch.randn(3, 4, 5).double()
-    # The x_0 that explains the same x_t under a wrong ε, then that pair's own target.
-    if kind == "flow":
-        sigma = (t / 1000).double().reshape(3, 1, 1)
-        alpha = 1 - sigma
-    else:
-        level = scheduler.alphas_cumprod.double()[t].reshape(3, 1, 1)
-        alpha, sigma = level.sqrt(), (1 - level).sqrt()
-    implied = (noisy.unsqueeze(1) - sigma * off) / alpha
-    pred = torch.stack(
-        [regression_target(scheduler, implied[:, j], off[:, j], t) for j in range(4)], dim=1
-    )
-    guided = AGSMLoss(reward_weight=reward_weight(scheduler)).guide(
-        pred, regression_target(scheduler, x_0, noise, t), timesteps=t
-    )
-    torch.testing.assert_close(guided.weights, AF.guide(off, noise).weights, rtol=1e-4, atol=1e-5)
-
-
-def test_unknown_parametrisations_and_fractional_timesteps_are_refused():
-    scheduler = scheduler_of("epsilon")
-    with pytest.raises(ValueError, match=r"whole numbers in 0\.\.999"):
-        add_noise(scheduler, torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0.5]))
-    scheduler.register_to_config(prediction_type="other")
-    with pytest.raises(ValueError, match="got 'other' of DDPMScheduler"):
-        prediction_type(scheduler)
 
 
 @pytest.mark.parametrize("name", ["unet", "sd3"])
@@ -286,3 +201,130 @@ def test_checkpointed_backbone_in_a_chunked_regularizer():
         grads.append([p.grad for p in denoiser.tokens.parameters()])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+def hosts_inputs(name):
+    noisy, t, cond, image = batch_for(name)
+    return {"noisy": noisy, "timesteps": t, "conditioning": cond, **image}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_call_makes_and_attaches_and_detach_restores_bit_for_bit(name):
+    made, x = tiny(name), tiny(name).inputs()
+    bare, state = made.model(**x)[0], {n: v.clone() for n, v in made.model.state_dict().items()}
+    torch.manual_seed(4)
+    denoiser = TokenDenoiser(made.model, num_tokens=2)
+    out = made.model(**x)[0]
+    assert not torch.equal(out, bare)
+    with denoiser.using(Bank.OFF):
+        assert torch.equal(made.model(**x)[0], bare)
+    denoiser.detach()
+    denoiser.detach()
+    assert torch.equal(made.model(**x)[0], bare)
+    after = made.model.state_dict()
+    assert after.keys() == state.keys() and all(torch.equal(after[n], state[n]) for n in state)
+    torch.manual_seed(4)
+    by_hand = attach_soft_tokens(made.model, make_soft_tokens(made.model, num_tokens=2))
+    assert torch.equal(made.model(**x)[0], out)
+    by_hand.detach()
+    with pytest.raises(RuntimeError, match=r"were detached.*tokens=denoiser\.tokens"):
+        denoiser(**hosts_inputs(name), bank=Bank.POSITIVE)
+    again = TokenDenoiser(made.model, tokens=denoiser.tokens)
+    assert torch.equal(made.model(**x)[0], out) and again.tokens is denoiser.tokens
+
+
+def test_the_settings_of_new_tokens():
+    start = bos_embedding(torch.arange(32.0).reshape(1, 2, 16))
+    unet = tiny("unet").model
+    places = ("mid", "up")
+    denoiser = TokenDenoiser(unet, num_tokens=3, time_buckets=None, init=start, blocks=places)
+    assert denoiser.tokens.tokens.shape == (2, 3, 16) and denoiser.tokens.time_tokens is None
+    assert (denoiser.tokens.tokens == torch.arange(16.0)).all()
+    assert denoiser.attached.backbone.places == places
+    sd3 = TokenDenoiser(tiny("sd3").model, num_layers=2, banks="shared", time_buckets=7)
+    assert sd3.tokens.tokens.shape == (1, 2, 4, 24) and sd3.tokens.banks == "shared"
+    assert sd3.tokens.time_tokens.num_embeddings == 7
+
+
+def test_its_parameters_are_the_models_and_the_tokens():
+    model = tiny("sd3").model
+    denoiser = TokenDenoiser(model)
+    names = {f"model.{name}" for name in model.state_dict()}
+    assert denoiser.state_dict().keys() == names | {"tokens.tokens", "tokens.time_tokens.weight"}
+    trained = {name for name, p in denoiser.named_parameters() if p.requires_grad}
+    assert trained == {"tokens.tokens", "tokens.time_tokens.weight"}
+
+
+@pytest.mark.parametrize(("name", "settings"), [("unet", {"blocks": ("mid", "up")}), ("sd3", {})])
+def test_saved_tokens_load_again_equal(name, settings, tmp_path):
+    made, other = tiny(name), tiny(name)
+    denoiser = TokenDenoiser(made.model, **settings)
+    with torch.no_grad():
+        for parameter in denoiser.tokens.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    inputs, bank = hosts_inputs(name), torch.tensor([0, 1, -1])
+    expected = denoiser(**inputs, bank=bank)
+    denoiser.save_pretrained(tmp_path / "new", base_model="org/base", training={"lr": 0.1})
+    saved = SavedTokens.from_pretrained(tmp_path / "new")
+    assert saved.base_model == "org/base" and saved.training == {"lr": 0.1}
+    assert (
+        saved.config()
+        == SavedTokens.of(denoiser.attached, base_model="org/base", training={"lr": 0.1}).config()
+    )
+    further = TokenDenoiser(other.model, tokens=saved.attach(other.model))
+    assert torch.equal(further(**inputs, bank=bank), expected)
+
+
+@pytest.mark.parametrize("name", ["unet", "sd3"])
+def test_a_model_that_is_wrapped_already(name):
+    made, x = tiny(name), hosts_inputs(name)
+    tokens = make_soft_tokens(made.model, num_tokens=2, std=1.0).double()
+    bare = TokenDenoiser(made.model, tokens=tokens)
+    expected = bare(**x, bank=Bank.NEGATIVE)
+    bare.detach()
+    lora = LoraConfig(r=2, target_modules=["to_q"])
+    for wrap in (Wrapped, lambda model: get_peft_model(model, lora)):
+        wrapped = wrap(made.model)
+        denoiser = TokenDenoiser(wrapped, tokens=tokens)
+        assert denoiser.model is wrapped and denoiser.attached.model is made.model
+        torch.testing.assert_close(denoiser(**x, bank=Bank.NEGATIVE), expected)
+        denoiser.detach()
+    compiled = torch.compile(tiny(name).model)
+    assert TokenDenoiser(compiled).attached.model is unwrap(compiled)
+
+
+def test_new_tokens_inside_ddp_are_warned_of():
+    """Their gradients would differ between the processes."""
+    made = tiny("sd3")
+    with pytest.warns(UserWarning, match=r"not be averaged over the processes: DDP wraps"):
+        TokenDenoiser(Wrapped(made.model)).detach()
+    made.model.soft_tokens = make_soft_tokens(made.model)  # as its remedy says
+    denoiser = TokenDenoiser(Wrapped(made.model), tokens=made.model.soft_tokens)
+    assert set(denoiser.tokens.parameters()) <= set(denoiser.model.parameters())
+
+
+@pytest.mark.unchecked_shapes
+def test_refused_tokens():
+    made, x = tiny("unet"), tiny("unet").inputs()
+    bare = made.model(**x)[0]
+    tokens = make_soft_tokens(made.model)
+    for settings in ({"num_tokens": 2}, {"init": torch.zeros(16)}, {"time_buckets": None}):
+        with pytest.raises(ValueError, match=rf"^tokens: .*got both \({next(iter(settings))}\)"):
+            TokenDenoiser(made.model, tokens=tokens, **settings)
+    with pytest.raises(TypeError, match=r"got str\. For saved ones .*from_pretrained\(folder\)"):
+        TokenDenoiser(made.model, tokens="folder")
+    with pytest.raises(ValueError, match=r"expected dim=16.*got dim=24"):
+        TokenDenoiser(made.model, tokens=SoftTokens(24))
+    with pytest.raises(TypeError, match=r"no soft tokens for Linear\. Supported"):
+        TokenDenoiser(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="num_layers: expected None"):
+        TokenDenoiser(made.model, num_layers=2)
+    assert torch.equal(made.model(**x)[0], bare)
+    attached = attach_soft_tokens(made.model, tokens)
+    with pytest.raises(RuntimeError, match=r"attached already.*tokens=attached"):
+        TokenDenoiser(made.model)
+    with pytest.raises(ValueError, match=r"blocks: expected None with tokens that are attached"):
+        TokenDenoiser(made.model, tokens=attached, blocks=("mid",))
+    attached.detach()
+    with pytest.raises(ValueError, match=r"expected attached tokens, got detached ones"):
+        TokenDenoiser(made.model, tokens=attached)
