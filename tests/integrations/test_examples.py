@@ -1,0 +1,50 @@
+"""The examples in the integrations' docstrings run, under the names that users import.
+
+pytest's --doctest-modules would import the folder `integrations` a second time under another name,
+and the classes of the two would differ.
+"""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+from agsm_loss import integrations
+
+MODULES = [
+    found.name.removeprefix("agsm_loss.integrations.")
+    for found in pkgutil.walk_packages(integrations.__path__, "agsm_loss.integrations.")
+    if not found.ispkg
+]
+
+
+def imported(name):
+    """The module; a skip where it names an extra that is not installed."""
+    try:
+        return importlib.import_module(f"agsm_loss.integrations.{name}")
+    except ImportError as error:
+        if "pip install" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_of(name):
+    module = imported(name)
+    written = inspect.getsource(module).count(">>> ")
+    ran = doctest.testmod(module)
+    assert ran.failed == 0, f"{ran.failed} of {module.__name__}'s examples fail, as printed above."
+    assert ran.attempted == written, (
+        f"{module.__name__}: expected to run its {written} lines of examples, ran {ran.attempted}. "
+        "doctest looks into the docstrings of modules and classes, not of decorated functions "
+        "(the tests decorate those with shape annotations): move the example there."
+    )
+    assert written or name.startswith("hosts."), (
+        f"{module.__name__}: expected an example, got none."
+    )
+
+
+def test_every_module_is_listed():
+    assert {"denoisers", "noise", "tokens.attach", "hosts.step"} <= set(MODULES)
