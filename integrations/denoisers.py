@@ -209,7 +209,9 @@ def _attach(
 ) -> AttachedTokens:
     """The tokens on the model; those that are attached already are checked."""
     if isinstance(tokens, SoftTokens):
-        return attach_soft_tokens(model, move_to(tokens, unwrap(model)), blocks=blocks)
+        attached = attach_soft_tokens(model, tokens, blocks=blocks)
+        move_to(tokens, attached.model)
+        return attached
     if not isinstance(tokens, AttachedTokens):
         raise TypeError(
             f"tokens: expected SoftTokens or AttachedTokens, got {type(tokens).__name__}. For "

@@ -76,10 +76,10 @@ def load_soft_tokens(
     model = denoiser_of(pipe)
     if isinstance(source, SoftTokens):
         attached = attach_soft_tokens(model, source)
+        move_to(source, model)
     else:
         saved = source if isinstance(source, SavedTokens) else SavedTokens.from_pretrained(source)
         attached = saved.attach(model)
-    move_to(attached.tokens, model)
     set_sampling(pipe, attached, sampling)
     return attached
 

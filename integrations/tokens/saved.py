@@ -38,7 +38,12 @@ import torch
 from torch import Tensor, nn
 
 from agsm_loss import SoftTokens
-from agsm_loss.integrations.tokens.attach import AttachedTokens, attach_soft_tokens, unwrap
+from agsm_loss.integrations.tokens.attach import (
+    AttachedTokens,
+    attach_soft_tokens,
+    move_to,
+    unwrap,
+)
 from agsm_loss.integrations.tokens.unet import UNetBackbone
 
 try:
@@ -110,11 +115,16 @@ class SavedTokens(ModelHubMixin):
         return cls(attached.tokens, name, places, base_model, training or {})
 
     def attach(self, model: nn.Module) -> AttachedTokens:
-        """`attach_soft_tokens` to the saved blocks; a ValueError names the number that differs."""
+        """Attach the tokens to the saved blocks, and move them to the model's device.
+
+        As `attach_soft_tokens` does; a ValueError names the number that differs.
+        """
         name = type(unwrap(model)).__name__
         if name != self.backbone:
             raise ValueError(f"model: expected a {self.backbone}, got a {name}.")
-        return attach_soft_tokens(model, self.tokens, blocks=self.blocks)
+        attached = attach_soft_tokens(model, self.tokens, blocks=self.blocks)
+        move_to(self.tokens, attached.model)
+        return attached
 
     def config(self) -> dict[str, Any]:
         """What `config.json` holds."""

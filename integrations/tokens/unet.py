@@ -13,7 +13,7 @@ vector of the empty prompt, which `bos_embedding` takes out of its embeddings.
 ...     cross_attention_dim=16, attention_head_dim=4,
 ...     down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
 ... )
->>> embeds = torch.randn(1, 77, 16)  # yours: pipe.encode_prompt("", device, 1, False)[0]
+>>> embeds = torch.randn(1, 77, 16)  # yours: the text encoder's embeddings of ""
 >>> denoiser = TokenDenoiser(unet, init=bos_embedding(embeds), blocks=("down", "mid"))
 >>> bool((denoiser.tokens.tokens == embeds[0, 0]).all())
 True
@@ -147,7 +147,7 @@ def bos_embedding(prompt_embeds: Tensor) -> Tensor:
     """The embedding (d,) of the start-of-text token (BOS), to give as `init` to a UNet's tokens.
 
     Args:
-        prompt_embeds: the embeddings (1, S, d) of the empty prompt,
-            `pipe.encode_prompt("", device, 1, False)[0]`.
+        prompt_embeds: the embeddings (1, S, d) of the empty prompt, `pipe.encode_prompt(prompt="",
+            device=device, num_images_per_prompt=1, do_classifier_free_guidance=False)[0]`.
     """
     return prompt_embeds[0, 0].detach()

@@ -1,13 +1,17 @@
 """Denoisers with and without soft tokens, on every backbone."""
 
+import inspect
+
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, QwenImagePipeline
 from integrations_tiny import NAMES, TEXT, tiny
 from peft import LoraConfig, get_peft_model
 
 from agsm_loss import EMA, AGSMRegularizer, Bank, SoftTokens
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser, compute_dtype
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens, unwrap
+from agsm_loss.integrations.tokens.hooks import patches, unpatched
 from agsm_loss.integrations.tokens.saved import SavedTokens
 from agsm_loss.integrations.tokens.unet import bos_embedding
 
@@ -130,23 +134,42 @@ def test_a_denoiser_calls_the_model_as_the_host_has_wrapped_it(name):
         TokenDenoiser(torch.nn.Linear(1, 1), tokens=bare.attached)
 
 
-def test_flux_and_qwen_latents_are_packed_as_their_pipelines_do():
-    from diffusers import FluxPipeline, QwenImagePipeline
+PIPELINES = {
+    "flux": (FluxPipeline, ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")),
+    "qwen": (QwenImagePipeline, ("text_encoder", "tokenizer")),
+}
 
-    from agsm_loss.integrations.tokens.hooks import patches, unpatched
 
-    latents = torch.randn(2, 4, 6, 8)
-    for pipeline in (FluxPipeline, QwenImagePipeline):
-        assert torch.equal(patches(latents), pipeline._pack_latents(latents, 2, 4, 6, 8))
-    assert torch.equal(unpatched(patches(latents), latents), latents)
-    _, denoiser = denoiser_of("flux")
-    noisy, t, cond, image = batch_for("flux")
-    seen = {}
-    denoiser.model.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
-    denoiser(noisy, t, cond, Bank.OFF, **image)
-    ids = FluxPipeline._prepare_latent_image_ids(3, 4, 4, "cpu", torch.float64)
-    assert torch.equal(seen["img_ids"], ids)
-    torch.testing.assert_close(seen["timestep"], t / 1000)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_latents_are_packed_as_the_stock_pipeline_does(name):
+    """From the pipeline's noise the model gets what the pipeline gives it in its first step."""
+    model = tiny(name, torch.float32).model
+    kind, absent = PIPELINES[name]
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = kind(transformer=model, scheduler=scheduler, vae=None, **dict.fromkeys(absent))
+    calls = []
+    forward = inspect.signature(type(model).forward)
+    model.register_forward_pre_hook(
+        lambda m, a, k: calls.append(forward.bind(m, *a, **k).arguments), with_kwargs=True
+    )
+    text = {"prompt_embeds": torch.randn(1, TEXT, 16)}
+    if name == "flux":
+        text["pooled_prompt_embeds"] = torch.randn(1, 12)
+    else:
+        text["prompt_embeds_mask"] = torch.tensor([[1] * 4 + [0] * 2])
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 64, "width": 96, "num_inference_steps": 1, "output_type": "latent"}
+    pipe(**text, **size, generator=torch.Generator().manual_seed(7))
+    channels = model.config.in_channels // 4
+    noise = torch.randn(1, channels, 8, 12, generator=torch.Generator().manual_seed(7))
+    image = {"guidance": torch.tensor([3.5])} if name == "flux" else {}
+    out = PlainDenoiser(model)(noise, torch.tensor([1000.0]), text, Bank.OFF, **image)
+    theirs, ours = calls
+    assert out.shape == noise.shape
+    own = {"flux": ("img_ids", "txt_ids", "guidance"), "qwen": ("img_shapes",)}[name]
+    for key in ("hidden_states", "timestep", "encoder_hidden_states", *own):
+        torch.testing.assert_close(ours[key], theirs[key])
+    assert torch.equal(unpatched(patches(noise), noise), noise)
 
 
 def test_a_bfloat16_backbone_takes_float32_inputs():
