@@ -38,8 +38,7 @@ def test_the_examples_of(name):
     assert ran.failed == 0, f"{ran.failed} of {module.__name__}'s examples fail, as printed above."
     assert ran.attempted == written, (
         f"{module.__name__}: expected to run its {written} lines of examples, ran {ran.attempted}. "
-        "doctest looks into the docstrings of modules and classes, not of decorated functions "
-        "(the tests decorate those with shape annotations): move the example there."
+        "doctest did not find the others: put them into the docstring of the module or of a class."
     )
     assert written or name.startswith("hosts."), (
         f"{module.__name__}: expected an example, got none."
