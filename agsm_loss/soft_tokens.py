@@ -1,7 +1,7 @@
 """Dual soft tokens ψ⁺/ψ⁻: the trainable text-side tokens of AGSM (arXiv 2605.30038, §"dual soft
 tokens"), after SoftREPA's single bank (arXiv 2503.08250).
 
-Bank 0 is ψ⁺, worn by matching captions and at inference; bank 1 is ψ⁻, worn by the others while
+Bank 0 is ψ⁺, used by matching captions and at inference; bank 1 is ψ⁻, used by the others while
 training. A token is its bank's vector plus a time token, an embedding of the timestep's bucket
 that both banks share. What a backbone does with them is `agsm_loss.integrations`' business.
 """
@@ -20,7 +20,7 @@ Banks = Literal["dual", "shared", "positive_only"]
 
 
 class Bank(IntEnum):
-    """Which tokens a sample wears."""
+    """Which tokens a sample uses."""
 
     OFF = -1
     """None at all; known to the backbones' hooks, not to `SoftTokens`."""
@@ -105,6 +105,8 @@ class SoftTokens(nn.Module):
     ) -> Float[Tensor, "B *L n d"]:
         """Tokens of each sample: (B, L, n, d), or (B, n, d) without layers.
 
+        B is the number of timesteps or of banks; 1 where both are scalars.
+
         Args:
             timesteps: in 0..num_train_timesteps, (B,) or a scalar, of any dtype; rounded down to
                 its bucket, and to the first or last one outside the range. It may be None where
@@ -115,7 +117,6 @@ class SoftTokens(nn.Module):
             ValueError: a bank other than 0 and 1, no timesteps where there are time tokens, or
                 batch sizes that differ.
         """
-        device = self.tokens.device
         index = torch.as_tensor(bank)
         if index.dtype == torch.bool or index.is_floating_point():
             raise TypeError(f"bank: expected integers, got {index.dtype}.")
@@ -124,16 +125,16 @@ class SoftTokens(nn.Module):
                 f"bank: expected 0 (ψ⁺) or 1 (ψ⁻), got values from {int(index.min())} to "
                 f"{int(index.max())}."
             )
-        index = index.to(device)
-        time = None if self.time_tokens is None else self._time_tokens(timesteps)
-        sizes = {x.shape[0] for x in (index, time) if x is not None and x.ndim and x.shape[0] != 1}
-        if index.ndim > 1 or len(sizes) > 1:
+        rows = 1 if timesteps is None else torch.as_tensor(timesteps).numel()
+        if index.ndim > 1 or (index.numel() != rows and 1 not in (index.numel(), rows)):
             raise ValueError(
                 f"bank: expected a scalar or as many as there are timesteps, got "
                 f"{tuple(index.shape)} for timesteps {tuple(torch.as_tensor(timesteps).shape)}."
             )
-        tokens = self._table()[index.reshape(-1)]
-        return tokens if time is None else tokens + time
+        tokens = self._table()[index.to(self.tokens.device).reshape(-1)]
+        if self.time_tokens is not None:
+            return tokens + self._time_tokens(timesteps)
+        return tokens.expand(rows, *tokens.shape[1:]) if len(tokens) == 1 else tokens
 
     def bucket(self, timesteps: Tensor | float | int) -> Tensor:
         """Row of the time tokens for each timestep, (B,) int64; the input is left as it is."""

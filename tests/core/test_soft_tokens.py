@@ -1,4 +1,4 @@
-"""Dual soft tokens: what each sample wears."""
+"""Dual soft tokens: what each sample gets."""
 
 import pytest
 import torch
@@ -63,7 +63,16 @@ def test_without_time_tokens():
     assert [name for name, _ in tokens.named_parameters()] == ["tokens"]
 
 
-def test_gradient_reaches_the_banks_that_were_worn():
+def test_without_time_tokens_there_is_a_row_for_each_sample():
+    tokens, t = SoftTokens(4, num_layers=2, time_buckets=None), torch.tensor([0.0, 5.0, 9.0])
+    for bank in (Bank.NEGATIVE, torch.tensor([1]), torch.tensor([1, 1, 1])):
+        assert torch.equal(tokens(t, bank), tokens.tokens[[1, 1, 1]])
+    assert tokens(None, Bank.NEGATIVE).shape == tokens(5.0, Bank.NEGATIVE).shape == (1, 2, 4, 4)
+    tokens(t, Bank.NEGATIVE).sum().backward()
+    assert (tokens.tokens.grad[1] == 3).all() and (tokens.tokens.grad[0] == 0).all()
+
+
+def test_gradient_reaches_the_banks_that_were_used():
     tokens = SoftTokens(4, num_layers=2)
     tokens(torch.tensor([0.0, 0.0]), torch.tensor([0, 0])).sum().backward()
     assert (tokens.tokens.grad[0] != 0).all() and (tokens.tokens.grad[1] == 0).all()
