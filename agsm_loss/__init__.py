@@ -1,17 +1,11 @@
-"""Alignment-Guided Score Matching (arXiv 2605.30038) as a loss that any diffusion trainer can add."""
+"""Alignment-Guided Score Matching (arXiv 2605.30038) as a loss for any diffusion trainer."""
 
 from agsm_loss import candidates, functional, schedule
-from agsm_loss.candidates import (
-    Candidates,
-    caption_pool,
-    grid_candidates,
-    hard_candidates,
-    in_batch_candidates,
-    mixed_candidates,
-)
+from agsm_loss._random import draws
+from agsm_loss.candidates import Candidates, Grid, Hard, InBatch, Mixed, caption_pool
 from agsm_loss.ema import EMA
 from agsm_loss.loss import AGSMLoss, SoftREPALoss
-from agsm_loss.regularizer import AGSMRegularizer, Denoiser, RegularizerOutput
+from agsm_loss.regularizer import AGSMRegularizer, Denoiser, Passes, StepOutput
 from agsm_loss.soft_tokens import Bank, SoftTokens
 from agsm_loss.temperature import AdaptiveTemperature
 
@@ -25,15 +19,17 @@ __all__ = [
     "Bank",
     "Candidates",
     "Denoiser",
-    "RegularizerOutput",
+    "Grid",
+    "Hard",
+    "InBatch",
+    "Mixed",
+    "Passes",
     "SoftREPALoss",
     "SoftTokens",
+    "StepOutput",
     "candidates",
     "caption_pool",
+    "draws",
     "functional",
-    "grid_candidates",
-    "hard_candidates",
-    "in_batch_candidates",
-    "mixed_candidates",
     "schedule",
 ]

@@ -53,6 +53,21 @@ def check_same_shape(pred: Tensor, ema_pred: Tensor) -> None:
         )
 
 
+def check_predictions(pred: Any, ema_pred: Any, target: Any) -> None:
+    """Student and EMA predictions (B, K, *D) of the same candidates, `target` (B, *D)."""
+    check_floating(pred=pred, ema_pred=ema_pred, target=target)
+    check_candidate_shapes(pred, target)
+    check_same_shape(pred, ema_pred)
+
+
+def check_guided_shape(pred: Tensor, targets: Tensor) -> None:
+    if pred.shape != targets.shape:
+        raise ValueError(
+            f"pred: expected the shape of the guided targets {tuple(targets.shape)}, got "
+            f"{tuple(pred.shape)}. Run student and EMA on the same candidates."
+        )
+
+
 def check_per_image(name: str, value: Tensor, batch: int) -> None:
     if value.ndim > 1 or (value.ndim == 1 and value.shape[0] != batch):
         raise ValueError(
@@ -112,7 +127,7 @@ def check_rows(positive: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def check_scale(name: str, value: float) -> None:
+def check_scale(name: str, value: float | int) -> None:
     if not (isinstance(value, int | float) and 0 <= value < math.inf):
         raise ValueError(f"{name}: expected a finite number ≥ 0, got {value!r}.")
 

@@ -1,4 +1,4 @@
-"""What a step runs its denoiser on: (image, caption) pairs, in passes of a given size."""
+"""What a step runs its denoiser on: cells of the grid of images and captions, some at a time."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,27 +11,27 @@ from agsm_loss.candidates import Candidates
 from agsm_loss.soft_tokens import Bank
 
 
-class Pairs(NamedTuple):
-    """(image, candidate) pairs to run, flat: CPU indices (N,)."""
+class Cells(NamedTuple):
+    """(image, candidate) cells to run, flat: CPU indices (N,)."""
 
     rows: Tensor
     columns: Tensor
 
     @staticmethod
-    def where(grid: Tensor) -> "Pairs":
-        return Pairs(*grid.nonzero(as_tuple=True))
+    def where(grid: Tensor) -> "Cells":
+        return Cells(*grid.nonzero(as_tuple=True))
 
-    def split(self, size: int | None) -> list["Pairs"]:
+    def split(self, size: int | None) -> list["Cells"]:
         if size is None or len(self.rows) == 0:
             return [self] if len(self.rows) else []
         return [
-            Pairs(r, c)
+            Cells(r, c)
             for r, c in zip(self.rows.split(size), self.columns.split(size), strict=True)
         ]
 
 
-class Inputs(NamedTuple):
-    """A batch of B images, the pool's captions, and who competes."""
+class NoisedBatch(NamedTuple):
+    """B noised images, the pool's captions, and who competes."""
 
     noisy: Tensor
     timesteps: Tensor
@@ -49,22 +49,22 @@ class Inputs(NamedTuple):
         _check_rows("conditioning", self.conditioning, self.candidates.pool_size)
         _check_rows("image_conditioning", dict(self.image_conditioning), batch)
 
-    def of(self, pairs: Pairs) -> tuple[Tensor, Tensor, Any, Tensor]:
-        """noisy, timesteps, conditioning and bank of the pairs."""
+    def of(self, cells: Cells) -> tuple[Tensor, Tensor, Any, Tensor]:
+        """noisy, timesteps, conditioning and bank of the cells."""
         candidates = self.candidates
-        pool_rows = candidates.index[pairs.rows, pairs.columns]
-        matching = pairs.columns == candidates.positives[pairs.rows]
+        pool_rows = candidates.index[cells.rows, cells.columns]
+        matching = cells.columns == candidates.positives[cells.rows]
         bank = torch.where(matching, int(Bank.POSITIVE), int(Bank.NEGATIVE))
         return (
-            _rows(self.noisy, pairs.rows),
-            _rows(self.timesteps, pairs.rows),
+            _rows(self.noisy, cells.rows),
+            _rows(self.timesteps, cells.rows),
             _rows(self.conditioning, pool_rows),
             bank,
         )
 
-    def image(self, pairs: Pairs) -> dict[str, Any]:
-        """image_conditioning of the pairs, as keywords."""
-        return _rows(dict(self.image_conditioning), pairs.rows)
+    def image(self, cells: Cells) -> dict[str, Any]:
+        """image_conditioning of the cells, as keywords."""
+        return _rows(dict(self.image_conditioning), cells.rows)
 
 
 def _rows(tree: Any, index: Tensor) -> Any:
@@ -86,8 +86,8 @@ def _check_rows(name: str, tree: Any, expected: int) -> None:
     tree_map(check, tree)
 
 
-def checked(pred: Tensor, noisy: Tensor, chunk: Pairs) -> Tensor:
-    """`pred`, if it has the shape of the pairs' noisy samples."""
+def checked(pred: Tensor, noisy: Tensor, chunk: Cells) -> Tensor:
+    """`pred`, if it has the shape of the cells' noisy samples."""
     expected = (len(chunk.rows), *noisy.shape[1:])
     if not isinstance(pred, Tensor) or pred.shape != expected:
         got = tuple(pred.shape) if isinstance(pred, Tensor) else type(pred).__name__

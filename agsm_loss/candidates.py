@@ -4,16 +4,19 @@ A *pool* is the list of captions that a step has encoded: first the batch's own 
 belongs to image i), then any hard negatives, image by image. `Candidates.index` says which row of
 the pool stands in each column; column 0 is the image's own caption (in the grid, column i).
 
+`InBatch`, `Hard`, `Mixed` and `Grid` are rules: called on a batch's captions they choose.
+
 False negatives never compete: a caption with the same text as one of the image's own, or one that
 belongs to another row of the same image id (COCO has five captions an image). The empty caption "",
 which classifier-free guidance is trained with, fits every image: it competes for none, and an image
-under it has no negatives. Two candidates of an image never have the same text. Where there are fewer
-than asked for, columns are masked.
+under it has no negatives. Two candidates of an image never have the same text. Where there are
+fewer than asked for, columns are masked.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, chain
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -21,10 +24,27 @@ from torch import Tensor
 
 EMPTY = ""
 
+Captions = Sequence[Hashable] | Int[Tensor, " B"]
+"""A text or an id an image."""
+
+HardNegatives = Sequence[Sequence[Hashable]] | None
+"""Each image's edited captions."""
+
 
 @dataclass(frozen=True)
 class Candidates:
-    """B images, K columns, P captions in the pool. Tensors stay on the CPU until they are used."""
+    """B images, K columns, P captions in the pool. Tensors stay on the CPU until they are used.
+
+    A choice of your own: two images, each with the caption of the other as a negative.
+
+    >>> import torch
+    >>> from agsm_loss import Candidates
+    >>> index = torch.tensor([[0, 1], [1, 0]])
+    >>> mask = torch.ones(2, 2, dtype=torch.bool)
+    >>> Candidates(index, positives=torch.zeros(2, dtype=torch.long), mask=mask, pool_size=2).index
+    tensor([[0, 1],
+            [1, 0]])
+    """
 
     index: Int[Tensor, "B K"]
     """Row of the pool in each column; masked columns point at the image's own caption."""
@@ -54,83 +74,213 @@ class Candidates:
             )
 
 
-def in_batch_candidates(
-    captions: Sequence[Hashable] | Int[Tensor, " B"],
-    *,
-    num_negatives: int = 3,
-    image_ids: Sequence[Hashable] | Int[Tensor, " B"] | None = None,
-    generator: torch.Generator | None = None,
-    allow_empty: bool = False,
-) -> Candidates:
-    """Each image's own caption and `num_negatives` others of the batch, without replacement.
+@runtime_checkable
+class Rule(Protocol):
+    """Chooses who competes in a batch: `InBatch`, `Hard`, `Mixed`, `Grid`, or your own.
 
     Args:
-        captions: one caption an image, as text or as ids; equal values are the same caption. Dropped
-            captions are told by their text, "": ids of them would compete.
-        num_negatives: n ≥ 1 negatives an image, so K = 1 + n; the published number is 3.
+        captions: one caption an image, as text or as ids; equal values are the same caption.
+            Dropped captions are known by their text, "": ids of them would compete.
+        hard_negatives: `hard_negatives[i]` are image i's edited captions, any number of them.
         image_ids: rows with the same id show the same image, and their captions don't compete.
         generator: a CPU generator; the same state gives the same candidates.
-        allow_empty: let a batch pass in which no image has a negative, with all of them masked.
 
     Raises:
-        ValueError: no image has a negative (unless `allow_empty`).
+        ValueError: no image has a negative (unless the rule was made with `allow_empty`), or hard
+            negatives that the rule needs and did not get, or the reverse.
     """
-    return mixed_candidates(
-        captions,
-        [()] * len(captions),
-        num_negatives=num_negatives,
-        image_ids=image_ids,
-        generator=generator,
-        allow_empty=allow_empty,
-    )
+
+    def __call__(
+        self,
+        captions: Captions,
+        *,
+        hard_negatives: HardNegatives = None,
+        image_ids: Captions | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Candidates: ...
 
 
-def hard_candidates(
-    captions: Sequence[Hashable] | Int[Tensor, " B"],
-    hard_negatives: Sequence[Sequence[Hashable]],
-    *,
-    image_ids: Sequence[Hashable] | Int[Tensor, " B"] | None = None,
-    allow_empty: bool = False,
-) -> Candidates:
-    """Each image's own caption and its given negatives (edited captions, say).
+@dataclass(frozen=True)
+class InBatch:
+    """Each image's own caption and some others of the batch, drawn without replacement.
 
-    `hard_negatives[i]` are image i's captions, any number; the pool is the captions followed by
-    them image by image (`caption_pool`). The rest as in `in_batch_candidates`.
+    >>> candidates = InBatch(2)(["a dog", "a cat", "a dog", "a fox"])
+    >>> candidates.mask.sum(1)  # two captions are the same, and don't compete with each other
+    tensor([3, 3, 3, 3])
+
+    Args:
+        num_negatives: n ≥ 1 negatives an image, so K = 1 + n; the published number is 3.
+        allow_empty: accept a batch in which no image has a negative; all of them are masked then.
     """
-    return mixed_candidates(
-        captions, hard_negatives, num_negatives=0, image_ids=image_ids, allow_empty=allow_empty
-    )
+
+    num_negatives: int = 3
+    allow_empty: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.num_negatives < 1:
+            raise ValueError(f"num_negatives: expected at least 1, got {self.num_negatives}.")
+
+    def __call__(
+        self,
+        captions: Captions,
+        *,
+        hard_negatives: HardNegatives = None,
+        image_ids: Captions | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Candidates:
+        _refuse_hard("InBatch", hard_negatives)
+        hard: HardNegatives = [()] * len(_as_list(captions))
+        return _compete(captions, hard, self.num_negatives, image_ids, generator, self.allow_empty)
 
 
-def mixed_candidates(
-    captions: Sequence[Hashable] | Int[Tensor, " B"],
-    hard_negatives: Sequence[Sequence[Hashable]],
-    *,
+@dataclass(frozen=True)
+class Hard:
+    """Each image's own caption and its own hard negatives, edited captions for example.
+
+    The pool is the captions followed by the edited ones, image by image (`caption_pool`).
+
+    >>> candidates = Hard()(["a dog", "a cat"], hard_negatives=[["two dogs", "a fox"], ["a rat"]])
+    >>> candidates.index
+    tensor([[0, 2, 3],
+            [1, 4, 1]])
+    >>> candidates.mask
+    tensor([[ True,  True,  True],
+            [ True,  True, False]])
+
+    Args:
+        allow_empty: as of `InBatch`.
+    """
+
+    allow_empty: bool = field(default=False, kw_only=True)
+
+    def __call__(
+        self,
+        captions: Captions,
+        *,
+        hard_negatives: HardNegatives = None,
+        image_ids: Captions | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Candidates:
+        return _compete(captions, hard_negatives, 0, image_ids, generator, self.allow_empty)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Own caption, then the image's hard negatives, then `num_negatives` others of the batch.
+
+    >>> candidates = Mixed(1)(["a dog", "a cat"], hard_negatives=[["two dogs"], []])
+    >>> candidates.index
+    tensor([[0, 2, 1],
+            [1, 1, 0]])
+    >>> candidates.mask
+    tensor([[ True,  True,  True],
+            [ True, False,  True]])
+
+    Args:
+        num_negatives: n ≥ 0 captions of the batch an image, beside its hard negatives.
+        allow_empty: as of `InBatch`.
+    """
+
+    num_negatives: int
+    allow_empty: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.num_negatives < 0:
+            raise ValueError(f"num_negatives: expected at least 0, got {self.num_negatives}.")
+
+    def __call__(
+        self,
+        captions: Captions,
+        *,
+        hard_negatives: HardNegatives = None,
+        image_ids: Captions | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Candidates:
+        return _compete(
+            captions, hard_negatives, self.num_negatives, image_ids, generator, self.allow_empty
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The full B×B grid of SoftREPA: every caption of the batch, the own one in column i.
+
+    >>> candidates = Grid()(["a dog", "a cat", "a dog"])
+    >>> candidates.positives
+    tensor([0, 1, 2])
+    >>> candidates.mask
+    tensor([[ True,  True, False],
+            [ True,  True, False],
+            [False,  True,  True]])
+
+    Args:
+        allow_empty: as of `InBatch`.
+    """
+
+    allow_empty: bool = field(default=False, kw_only=True)
+
+    def __call__(
+        self,
+        captions: Captions,
+        *,
+        hard_negatives: HardNegatives = None,
+        image_ids: Captions | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Candidates:
+        _refuse_hard("Grid", hard_negatives)
+        texts, ids = _as_list(captions), _image_ids(captions, image_ids)
+        batch = len(texts)
+        own = _captions_of_images(texts, ids)
+        mask = torch.eye(batch, dtype=torch.bool)
+        for i in range(batch):
+            taken = set(own[ids[i]])
+            if texts[i] != EMPTY:
+                mask[i, _distinct(enumerate(texts), taken)] = True
+        if int(mask.sum()) == batch and not self.allow_empty:
+            raise ValueError(_no_negatives(texts, ids))
+        own_rows = torch.arange(batch)
+        index = torch.where(mask, own_rows.expand(batch, batch), own_rows.unsqueeze(1))
+        return Candidates(index=index, positives=own_rows, mask=mask, pool_size=batch)
+
+
+def caption_pool(
+    captions: Sequence[Hashable], hard_negatives: Sequence[Sequence[Hashable]]
+) -> list[Hashable]:
+    """The captions to encode, in the order that `Candidates.index` counts them.
+
+    >>> caption_pool(["a dog", "a cat"], [["two dogs"], ["a rat", "two cats"]])
+    ['a dog', 'a cat', 'two dogs', 'a rat', 'two cats']
+    """
+    return [*captions, *chain.from_iterable(hard_negatives)]
+
+
+def _compete(
+    captions: Captions,
+    hard_negatives: HardNegatives,
     num_negatives: int,
-    image_ids: Sequence[Hashable] | Int[Tensor, " B"] | None = None,
-    generator: torch.Generator | None = None,
-    allow_empty: bool = False,
+    image_ids: Captions | None,
+    generator: torch.Generator | None,
+    allow_empty: bool,
 ) -> Candidates:
-    """Own caption, then the given hard negatives, then `num_negatives` others of the batch."""
+    """Own caption, the hard negatives, and `num_negatives` others of the batch."""
     captions, image_ids = _as_list(captions), _image_ids(captions, image_ids)
     batch = len(captions)
+    if hard_negatives is None:
+        raise ValueError(
+            "hard_negatives: expected a sequence of captions an image, got None. For captions of "
+            "the batch alone take InBatch."
+        )
     if len(hard_negatives) != batch:
         raise ValueError(
             f"hard_negatives: expected one sequence of captions for each of the {batch} images, "
             f"got {len(hard_negatives)}."
         )
-    if num_negatives < 0:
-        raise ValueError(f"num_negatives: expected at least 0, got {num_negatives}.")
     if any(isinstance(hard, str) for hard in hard_negatives):
         raise TypeError(
             "hard_negatives: expected a sequence of captions an image, got a single text. "
             "Wrap it: [text]."
         )
     num_hard = max(map(len, hard_negatives), default=0)
-    if num_hard + num_negatives == 0:
-        raise ValueError(
-            "num_negatives: expected at least 1 where there are no hard negatives, got 0."
-        )
     own = _captions_of_images(captions, image_ids)
     starts = accumulate(map(len, hard_negatives), initial=batch)
     rows: list[list[int]] = []
@@ -142,7 +292,7 @@ def mixed_candidates(
         hard_rows = _distinct(((start + h, text) for h, text in enumerate(hard)), taken)
         others = _distinct(((j, captions[j]) for j in order), taken)
         rows.append(_pad(hard_rows, num_hard) + _pad(others[:num_negatives], num_negatives))
-    columns = torch.tensor(rows, dtype=torch.long)
+    columns = torch.tensor(rows, dtype=torch.long).reshape(batch, num_hard + num_negatives)
     mask = columns >= 0
     if not mask.any() and not allow_empty:
         raise ValueError(_no_negatives(captions, image_ids))
@@ -155,36 +305,17 @@ def mixed_candidates(
     )
 
 
-def grid_candidates(
-    captions: Sequence[Hashable] | Int[Tensor, " B"],
-    *,
-    image_ids: Sequence[Hashable] | Int[Tensor, " B"] | None = None,
-    allow_empty: bool = False,
-) -> Candidates:
-    """The full B×B grid of SoftREPA: every caption of the batch, the own one in column i."""
-    captions, image_ids = _as_list(captions), _image_ids(captions, image_ids)
-    batch = len(captions)
-    own = _captions_of_images(captions, image_ids)
-    mask = torch.eye(batch, dtype=torch.bool)
-    for i in range(batch):
-        taken = set(own[image_ids[i]])
-        if captions[i] != EMPTY:
-            mask[i, _distinct(enumerate(captions), taken)] = True
-    if int(mask.sum()) == batch and not allow_empty:
-        raise ValueError(_no_negatives(captions, image_ids))
-    own_rows = torch.arange(batch)
-    index = torch.where(mask, own_rows.expand(batch, batch), own_rows.unsqueeze(1))
-    return Candidates(index=index, positives=own_rows, mask=mask, pool_size=batch)
-
-
-def caption_pool(
-    captions: Sequence[Hashable], hard_negatives: Sequence[Sequence[Hashable]]
-) -> list[Hashable]:
-    """The captions to encode, in the order that `Candidates.index` counts them."""
-    return [*captions, *chain.from_iterable(hard_negatives)]
+def _refuse_hard(rule: str, hard_negatives: HardNegatives) -> None:
+    if hard_negatives is not None:
+        raise ValueError(
+            f"hard_negatives: {rule} chooses among the batch's own captions; expected None. Take "
+            "Hard() or Mixed(n)."
+        )
 
 
 def _as_list(values: Sequence[Hashable] | Tensor) -> list[Hashable]:
+    if values is None:
+        raise TypeError("captions: expected a text or an id for each image, got None.")
     if isinstance(values, Tensor):
         if values.ndim != 1:
             raise ValueError(f"expected ids of shape (B,), got {tuple(values.shape)}.")
@@ -234,6 +365,6 @@ def _no_negatives(captions: list[Hashable], image_ids: list[Hashable]) -> str:
         f"no image of this batch has a negative caption: {len(captions)} image(s) with "
         f"{len(set(captions) - {EMPTY})} distinct caption(s) beside the empty one and "
         f"{len(set(image_ids))} distinct image id(s). "
-        "Use a larger batch, add hard negatives, or pass allow_empty=True to train such a batch "
-        "on plain score matching."
+        "Use a larger batch, add hard negatives, or make the rule with allow_empty=True to train "
+        "such a batch on plain score matching."
     )

@@ -30,7 +30,7 @@ can run away; with γ⁻ > 1 the proof fails. SoftREPA's objective has no such b
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,13 +47,25 @@ Temperature = float | Tensor | Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Guidance(NamedTuple):
-    """What the EMA model says of K candidates; all constants for the gradient."""
+    """What the EMA model says of K candidates, and what the loss needs of it; all constants."""
 
     rewards: Float[Tensor, "B K"]
     weights: Float[Tensor, "B K"]
     guidance_norm: Float[Tensor, "B K"]
     """Root mean square of Δ_j over its elements."""
     targets: Float[Tensor, "B K *D"]
+    """The guided targets."""
+    coefficients: Float[Tensor, "B K"]
+    """c_ij of `loss_coefficients`."""
+    positive: Bool[Tensor, "B K"]
+    """Which candidates match."""
+    mask: Bool[Tensor, "B K"] | None
+    """Which are candidates at all; None for all of them."""
+
+    @property
+    def valid(self) -> Bool[Tensor, "B K"]:
+        """`mask`, or True everywhere where there is none."""
+        return torch.ones_like(self.positive) if self.mask is None else self.mask
 
 
 class AGSMTerms(NamedTuple):
@@ -85,7 +97,12 @@ class AGSMTerms(NamedTuple):
 def denoising_error(
     pred: Float[Tensor, "B K *D"], target: Float[Tensor, "B *D"] | Float[Tensor, "B K *D"]
 ) -> Float[Tensor, "B K"]:
-    """Mean squared error of each candidate against one target an image, or one a candidate."""
+    """Mean squared error of each candidate against one target an image, or one a candidate.
+
+    >>> pred, target = torch.tensor([[[1.0, 1.0], [0.0, 2.0]]]), torch.zeros(1, 2)
+    >>> denoising_error(pred, target)
+    tensor([[1., 2.]])
+    """
     _checks.check_floating(pred=pred, target=target)
     if pred.shape != target.shape:
         _checks.check_candidate_shapes(pred, target)
@@ -111,6 +128,10 @@ def implicit_reward(
     `reward_weight` is A(t), 1 if None. The paper's (A(t)/2)·‖·‖² is a sum over the D elements; the
     published configuration is the mean with T = 0.1, and so are the units of T here.
     `mask` is used by a callable temperature only.
+
+    >>> ema_pred, target = torch.tensor([[[1.0], [2.0]]]), torch.zeros(1, 1)
+    >>> implicit_reward(ema_pred, target, temperature=0.5)
+    tensor([[-2., -8.]])
     """
     _checks.check_floating(ema_pred=ema_pred, target=target)
     _checks.check_candidate_shapes(ema_pred, target, pred_name="ema_pred")
@@ -139,6 +160,12 @@ def plackett_luce_weights(
 
     The published exp(r_j)/Σ exp(r_k), as a softmax, so that large errors don't underflow to 0/0.
     With K = 2 it is the Bradley–Terry model, σ(r_1 − r_2).
+
+    >>> reward = torch.tensor([[0.0, 0.0, -1.0]])
+    >>> plackett_luce_weights(reward)
+    tensor([[0.4223, 0.4223, 0.1554]])
+    >>> plackett_luce_weights(reward, torch.tensor([[True, False, True]]))
+    tensor([[0.7311, 0.0000, 0.2689]])
     """
     _checks.check_floating(reward=reward)
     (reward,) = _in_float32(reward)
@@ -151,7 +178,12 @@ def plackett_luce_weights(
 def alignment_guidance(
     ema_pred: Float[Tensor, "B K *D"], weights: Float[Tensor, "B K"]
 ) -> Float[Tensor, "B K *D"]:
-    """Δ_j = p̂_j − Σ_k w_k p̂_k. Σ_j w_j Δ_j = 0, and Δ_j → 0 as w_j → 1."""
+    """Δ_j = p̂_j − Σ_k w_k p̂_k. Σ_j w_j Δ_j = 0, and Δ_j → 0 as w_j → 1.
+
+    >>> ema_pred, weights = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[0.75, 0.25]])
+    >>> alignment_guidance(ema_pred, weights).flatten()
+    tensor([-0.2500,  0.7500])
+    """
     _checks.check_floating(ema_pred=ema_pred, weights=weights)
     if weights.shape != ema_pred.shape[:2]:
         raise ValueError(
@@ -173,10 +205,16 @@ def guided_targets(
     guidance: Float[Tensor, "B K *D"],
     positives: Positives = None,
     *,
-    pos_scale: float = 1.0,
-    neg_scale: float = 1.0,
+    pos_scale: float | int = 1.0,
+    neg_scale: float | int,
 ) -> Float[Tensor, "B K *D"]:
-    """τ + γ⁺Δ_j for matching captions (γ⁺ = `pos_scale`), τ − γ⁻Δ_j for the rest (`neg_scale`)."""
+    """τ + γ⁺Δ_j for matching captions (γ⁺ = `pos_scale`), τ − γ⁻Δ_j for the rest (`neg_scale`).
+
+    >>> target, guidance = torch.zeros(1, 1), torch.tensor([[[-0.5], [0.5]]])
+    >>> guided_targets(target, guidance, neg_scale=0.1)
+    tensor([[[-0.5000],
+             [-0.0500]]])
+    """
     _checks.check_floating(target=target, guidance=guidance)
     _checks.check_candidate_shapes(guidance, target, pred_name="guidance")
     _checks.check_scale("pos_scale", pos_scale)
@@ -192,38 +230,75 @@ def guide(
     positives: Positives = None,
     mask: Bool[Tensor, "B K"] | None = None,
     *,
-    pos_scale: float = 1.0,
-    neg_scale: float = 1.0,
+    pos_scale: float | int = 1.0,
+    neg_scale: float | int,
     temperature: Temperature = 0.1,
     reward_weight: Float[Tensor, " B"] | Float[Tensor, ""] | None = None,
 ) -> Guidance:
-    """Rewards, weights and guided targets of K candidates: all that the EMA model contributes."""
+    """All that the EMA model contributes: weights, guided targets, and how they enter the loss.
+
+    Args:
+        ema_pred: the EMA model's predictions of every candidate.
+        target: regression target τ of each image, in the parametrisation of `ema_pred`.
+        positives: which candidates match: None for column 0, column indices (B,), or bool (B, K).
+        mask: bool (B, K), False where a candidate is padding or a false negative. What stands in
+            masked places is never read, not even a NaN.
+        pos_scale: γ⁺ ≥ 0. Above 1 the closed loop can run away.
+        neg_scale: γ⁻ ≥ 0. 0 drops the negative term. `agsm_loss.AGSMLoss` says which to choose.
+        temperature: T of the implicit reward, in units of A(t)·mean squared error: a number, a
+            tensor () or (B,), or an `agsm_loss.AdaptiveTemperature`.
+        reward_weight: A(t) of each image, (B,) or a scalar; None for 1.
+
+    Raises:
+        TypeError: a tensor of the wrong kind.
+        ValueError: shapes that don't match, positives out of range or masked, a row with every
+            candidate masked, a negative scale, a temperature that isn't finite and positive.
+
+    >>> ema_pred, target = torch.tensor([[[1.0], [2.0]]]), torch.zeros(1, 1)
+    >>> guidance = guide(ema_pred, target, neg_scale=0.1)
+    >>> guidance.weights  # the first caption explains the image better
+    tensor([[1.0000e+00, 9.3576e-14]])
+    >>> guidance.targets  # so it stays at τ, and the second is moved away from it
+    tensor([[[ 0.0000],
+             [-0.1000]]])
+    """
     _checks.check_floating(ema_pred=ema_pred, target=target)
     _checks.check_candidate_shapes(ema_pred, target, pred_name="ema_pred")
+    _checks.check_scale("pos_scale", pos_scale)
+    _checks.check_scale("neg_scale", neg_scale)
     positive, valid = candidate_masks(positives, mask, ema_pred.shape[:2], ema_pred.device)
-    return _guide(
-        ema_pred,
-        target,
-        positive,
-        None if mask is None else valid,
-        pos_scale=pos_scale,
-        neg_scale=neg_scale,
-        temperature=temperature,
-        reward_weight=reward_weight,
-    )
+    mask = None if mask is None else valid
+    with torch.no_grad():
+        ema_pred, target = _in_float32(ema_pred, target)
+        if mask is not None:
+            # A masked target becomes τ itself, whatever the EMA prediction holds there.
+            ema_pred = torch.where(_expand(mask, ema_pred), ema_pred, target.unsqueeze(1))
+        rewards = implicit_reward(
+            ema_pred, target, mask, temperature=temperature, reward_weight=reward_weight
+        )
+        weights = plackett_luce_weights(rewards, mask)
+        guidance = alignment_guidance(ema_pred, weights)
+        norm = _root_mean_square(guidance)
+        targets = _guided_targets(target, guidance, positive, pos_scale, neg_scale, out=guidance)
+    coefficients = loss_coefficients(positive, valid, neg_scale=neg_scale, dtype=targets.dtype)
+    return Guidance(rewards, weights, norm, targets, coefficients, positive, mask)
 
 
 def loss_coefficients(
     positive: Bool[Tensor, "B K"],
     valid: Bool[Tensor, "B K"],
     *,
-    neg_scale: float,
+    neg_scale: float | int,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "B K"]:
     """c_ij of the loss Σ_ij c_ij·mean((p_ij − guided target_ij)²): it is a sum over candidates.
 
     1/(B·|P_i|) at positives; [γ⁻ > 0]/(B·|N_i|) at negatives; 0 where not `valid`. With one
     positive and no mask: 1/B and 1/(B(K − 1)). The masks are those of `candidate_masks`.
+
+    >>> positive, valid = candidate_masks(None, None, (1, 3))
+    >>> loss_coefficients(positive, valid, neg_scale=0.1)
+    tensor([[1.0000, 0.5000, 0.5000]])
     """
 
     def share(group: Tensor) -> Tensor:
@@ -241,95 +316,61 @@ def agsm_loss(
     target: Float[Tensor, "B *D"],
     positives: Positives = None,
     mask: Bool[Tensor, "B K"] | None = None,
-    *,
-    pos_scale: float = 1.0,
-    neg_scale: float = 1.0,
-    temperature: Temperature = 0.1,
-    reward_weight: Float[Tensor, " B"] | Float[Tensor, ""] | None = None,
+    **settings: Any,
 ) -> Float[Tensor, ""]:
     """The AGSM objective (arXiv 2605.30038), averaged over images, elements and candidates.
+
+    It is `agsm_terms(pred, guide(ema_pred, ...)).loss`: the other arguments, the settings and the
+    errors are those of `guide`.
 
     Args:
         pred: student predictions of every candidate; the only input that gets a gradient.
         ema_pred: the EMA model's predictions for the same x_t, t and captions.
-        target: regression target τ of each image, in the parametrisation of `pred`.
-        positives: which candidates match: None for column 0, column indices (B,), or bool (B, K).
-        mask: bool (B, K), False where a candidate is padding or a false negative. What stands in
-            masked places is never read, not even a NaN.
-        pos_scale: γ⁺ ≥ 0. Above 1 the closed loop can run away.
-        neg_scale: γ⁻ ≥ 0. 0 drops the negative term.
-        temperature: T of the implicit reward, in units of A(t)·mean squared error: a number, a
-            tensor () or (B,), or an `agsm_loss.AdaptiveTemperature`.
-        reward_weight: A(t) of each image, (B,) or a scalar; None for 1.
 
-    Raises:
-        TypeError: a tensor of the wrong kind.
-        ValueError: shapes that don't match, positives out of range or masked, a row with every
-            candidate masked, a negative scale, a temperature that isn't finite and positive.
+    >>> pred = torch.zeros(2, 3, 4, requires_grad=True)
+    >>> ema_pred, target = torch.zeros(2, 3, 4), torch.ones(2, 4)
+    >>> agsm_loss(pred, ema_pred, target, neg_scale=0.1).item()  # plain score matching, twice
+    2.0
     """
-    return agsm_terms(
-        pred,
-        ema_pred,
-        target,
-        positives,
-        mask,
-        pos_scale=pos_scale,
-        neg_scale=neg_scale,
-        temperature=temperature,
-        reward_weight=reward_weight,
-    ).loss
+    _checks.check_predictions(pred, ema_pred, target)
+    return agsm_terms(pred, guide(ema_pred, target, positives, mask, **settings)).loss
 
 
-def agsm_terms(
-    pred: Float[Tensor, "B K *D"],
-    ema_pred: Float[Tensor, "B K *D"],
-    target: Float[Tensor, "B *D"],
-    positives: Positives = None,
-    mask: Bool[Tensor, "B K"] | None = None,
-    *,
-    pos_scale: float = 1.0,
-    neg_scale: float = 1.0,
-    temperature: Temperature = 0.1,
-    reward_weight: Float[Tensor, " B"] | Float[Tensor, ""] | None = None,
-) -> AGSMTerms:
-    """`agsm_loss` with its named terms and diagnostics; same arguments and errors."""
+def agsm_terms(pred: Float[Tensor, "B K *D"], guidance: Guidance) -> AGSMTerms:
+    """The loss of student predictions under `guide`'s guidance, with its terms and diagnostics.
+
+    >>> ema_pred, target = torch.tensor([[[1.0], [2.0]]]), torch.zeros(1, 1)
+    >>> terms = agsm_terms(ema_pred, guide(ema_pred, target, neg_scale=0.1))
+    >>> terms.positive_term.item(), round(terms.negative_term.item(), 2)  # 1² and (2 + 0.1)²
+    (1.0, 4.41)
+    """
     _checks.check_floating(pred=pred)
-    _checks.check_floating(ema_pred=ema_pred, target=target)
-    _checks.check_candidate_shapes(pred, target)
-    _checks.check_same_shape(pred, ema_pred)
-    positive, valid = candidate_masks(positives, mask, pred.shape[:2], pred.device)
-    guided = _guide(
-        ema_pred,
-        target,
-        positive,
-        None if mask is None else valid,
-        pos_scale=pos_scale,
-        neg_scale=neg_scale,
-        temperature=temperature,
-        reward_weight=reward_weight,
-    )
-    if mask is not None:
-        pred = torch.where(_expand(valid, pred), pred, torch.zeros_like(pred))
-    errors = denoising_error(pred, guided.targets)
-    coefficients = loss_coefficients(positive, valid, neg_scale=neg_scale, dtype=errors.dtype)
-    return terms_from_errors(errors * coefficients, guided, positive, valid)
+    _checks.check_guided_shape(pred, guidance.targets)
+    if guidance.mask is not None:
+        pred = torch.where(_expand(guidance.mask, pred), pred, torch.zeros_like(pred))
+    errors = denoising_error(pred, guidance.targets)
+    return terms_from_errors(errors * guidance.coefficients, guidance)
 
 
-def terms_from_errors(
-    errors: Float[Tensor, "B K"],
-    guided: Guidance,
-    positive: Bool[Tensor, "B K"],
-    valid: Bool[Tensor, "B K"],
-) -> AGSMTerms:
+def terms_from_errors(errors: Float[Tensor, "B K"], guidance: Guidance) -> AGSMTerms:
     """Named terms from the weighted errors c_ij·mean((p_ij − guided target_ij)²) that sum to L.
 
-    The masks are those of `candidate_masks`.
+    For loops that make the predictions a few candidates at a time.
+
+    >>> ema_pred, target = torch.tensor([[[1.0], [2.0]]]), torch.zeros(1, 1)
+    >>> guidance = guide(ema_pred, target, neg_scale=0.1)
+    >>> first = denoising_error(ema_pred[:, :1], guidance.targets[:, :1])
+    >>> second = denoising_error(ema_pred[:, 1:], guidance.targets[:, 1:])
+    >>> errors = torch.cat([first, second], dim=1) * guidance.coefficients
+    >>> round(terms_from_errors(errors, guidance).loss.item(), 2)
+    5.41
     """
+    positive, valid = guidance.positive, guidance.valid
     zero = errors.new_zeros(())
     positive_term = torch.where(positive, errors, zero).sum()
     negative_term = torch.where(positive, zero, errors).sum()
 
-    weights = guided.weights
+    weights = guidance.weights
     ranked = (valid & ~positive).any(1)
     rows = ranked.sum().clamp(min=1)
     best_positive = weights.masked_fill(~positive, 0).amax(1)
@@ -341,14 +382,14 @@ def terms_from_errors(
         positive_term=positive_term,
         negative_term=negative_term,
         per_image=errors.sum(1) * errors.shape[0],
-        rewards=guided.rewards,
+        rewards=guidance.rewards,
         weights=weights,
         win_rate=((margin > 0) & ranked).sum() / rows,
         score_margin=(margin * ranked).sum() / rows,
         positive_weight=weights.masked_fill(~positive, 0).sum(1).mean(),
         chance_weight=(positive.sum(1) / valid.sum(1)).mean(),
         weight_entropy=entropy.mean(),
-        guidance_norm=(guided.guidance_norm * valid).sum() / valid.sum(),
+        guidance_norm=(guidance.guidance_norm * valid).sum() / valid.sum(),
     )
 
 
@@ -367,7 +408,11 @@ def softrepa_loss(
     Cross-entropy over the candidates of each image with logits s·exp(−e_j/T), where
     e_j = mean((p_j − τ)²) and s is `logit_scale`, plus `denoising_weight` times the mean error of
     the matching captions. Published on the full B×B grid of images and captions: K = B and
-    `positives = arange(B)` (`agsm_loss.candidates.grid_candidates`).
+    `positives = arange(B)` (`agsm_loss.candidates.Grid`).
+
+    >>> pred, target = torch.zeros(2, 2, 4), torch.ones(2, 4)
+    >>> round(softrepa_loss(pred, target, torch.arange(2)).item(), 4)  # equal errors: log 2
+    0.6931
     """
     _checks.check_floating(pred=pred, target=target)
     _checks.check_candidate_shapes(pred, target)
@@ -396,6 +441,10 @@ def candidate_masks(
     """(positive, valid): which candidates match, and which are candidates at all.
 
     Checked where `positives` and `mask` live, then moved to `device`. Positives are valid.
+
+    >>> candidate_masks(torch.tensor([1, 0]), None, (2, 2))[0]
+    tensor([[False,  True],
+            [ True, False]])
     """
     if mask is not None:
         _checks.check_mask(mask, shape)
@@ -415,40 +464,12 @@ def candidate_masks(
     return positive & valid, valid
 
 
-def _guide(
-    ema_pred: Tensor,
-    target: Tensor,
-    positive: Tensor,
-    valid: Tensor | None,
-    *,
-    pos_scale: float,
-    neg_scale: float,
-    temperature: Temperature,
-    reward_weight: Tensor | None,
-) -> Guidance:
-    _checks.check_scale("pos_scale", pos_scale)
-    _checks.check_scale("neg_scale", neg_scale)
-    with torch.no_grad():
-        ema_pred, target = _in_float32(ema_pred, target)
-        if valid is not None:
-            # A masked target becomes τ itself, whatever the EMA prediction holds there.
-            ema_pred = torch.where(_expand(valid, ema_pred), ema_pred, target.unsqueeze(1))
-        rewards = implicit_reward(
-            ema_pred, target, valid, temperature=temperature, reward_weight=reward_weight
-        )
-        weights = plackett_luce_weights(rewards, valid)
-        guidance = alignment_guidance(ema_pred, weights)
-        norm = _root_mean_square(guidance)
-        targets = _guided_targets(target, guidance, positive, pos_scale, neg_scale, out=guidance)
-        return Guidance(rewards, weights, norm, targets)
-
-
 def _guided_targets(
     target: Tensor,
     guidance: Tensor,
     positive: Tensor,
-    pos_scale: float,
-    neg_scale: float,
+    pos_scale: float | int,
+    neg_scale: float | int,
     out: Tensor | None = None,
 ) -> Tensor:
     scale = guidance.new_full(positive.shape, -neg_scale).masked_fill(positive, pos_scale)

@@ -1,7 +1,6 @@
 """`AGSMLoss` and `SoftREPALoss`: the settings of `agsm_loss.functional`, remembered."""
 
 from collections.abc import Callable
-from typing import Any
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -17,21 +16,24 @@ class AGSMLoss(nn.Module):
     >>> from agsm_loss import AGSMLoss
     >>> pred = torch.zeros(2, 3, 4, 8, 8, requires_grad=True)  # (B, K, *D), column 0 matches
     >>> ema_pred, target = torch.zeros(2, 3, 4, 8, 8), torch.ones(2, 4, 8, 8)
-    >>> loss = AGSMLoss(pos_scale=1.0, neg_scale=0.1)(pred, ema_pred, target)
+    >>> loss = AGSMLoss(neg_scale=0.1)(pred, ema_pred, target)
     >>> loss.item()  # equal predictions guide nowhere: plain score matching, once a term
     2.0
 
     Args:
         pos_scale: γ⁺ ≥ 0, how far the matching caption's target is moved along its guidance.
-        neg_scale: γ⁻ ≥ 0, how far the other captions' targets are moved against theirs.
-            Published: 1 for SD1.5 and SDXL, 0.1 for SD3. 0 drops the negative term, any γ⁻ above
-            it brings the whole of it: the other captions are trained towards this image, γ⁻Δ
-            short of it. That is for ψ⁻; where captions share what is trained (a LoRA, the
-            denoiser itself), take 0.
+        neg_scale: γ⁻ ≥ 0, how far the other captions' targets are moved against theirs. Choose it
+            by what is trained:
+            0 for a LoRA or the denoiser's own weights;
+            0.1 (SD3) or 1 (SD1.5, SDXL), as published, for soft tokens on a frozen denoiser.
+            The reason: 0 drops the negative term, and any γ⁻ above it brings the whole of it. The
+            other captions are then trained towards this image, γ⁻Δ short of it. That is for ψ⁻
+            alone; weights that all captions share would learn this image for wrong captions.
         temperature: T of the Plackett–Luce weights: a number (published: 0.1), a tensor () or
             (B,), or an `AdaptiveTemperature`, for errors whose gaps are far from 0.1.
         reward_weight: A(t), a function of the timesteps (B,) to (B,); None for 1. With it, the
-            weights of ε-, v- and x_0-prediction models can be made to agree.
+            weights of ε-, v- and x_0-prediction models can be made to agree. The calls then take
+            `timesteps`.
 
     Keep γ⁺ ≤ 1 and γ⁻ ≤ 1: there the closed loop of student and EMA is bounded for every K
     (`agsm_loss.functional`).
@@ -40,8 +42,8 @@ class AGSMLoss(nn.Module):
     def __init__(
         self,
         *,
-        pos_scale: float = 1.0,
-        neg_scale: float = 1.0,
+        pos_scale: float | int = 1.0,
+        neg_scale: float | int,
         temperature: AF.Temperature = 0.1,
         reward_weight: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -53,7 +55,7 @@ class AGSMLoss(nn.Module):
         if reward_weight is not None and not callable(reward_weight):
             raise TypeError(
                 "reward_weight: expected a function of the timesteps or None, got "
-                f"{type(reward_weight).__name__}. A tensor (B,) goes to the call itself."
+                f"{type(reward_weight).__name__}. `agsm_loss.functional` takes a tensor (B,)."
             )
         self.pos_scale = pos_scale
         self.neg_scale = neg_scale
@@ -69,22 +71,12 @@ class AGSMLoss(nn.Module):
         mask: Bool[Tensor, "B K"] | None = None,
         *,
         timesteps: Tensor | None = None,
-        reward_weight: Float[Tensor, " B"] | Float[Tensor, ""] | None = None,
     ) -> Float[Tensor, ""]:
         """The scalar loss; arguments and errors as in `agsm_loss.functional.agsm_loss`.
 
-        `timesteps` (B,) is needed when the module was given a `reward_weight` function, and
-        refused when it was not. `reward_weight` here is A(t) itself.
+        `timesteps` (B,) is needed where the module has a `reward_weight`, and refused elsewhere.
         """
-        return self.terms(
-            pred,
-            ema_pred,
-            target,
-            positives,
-            mask,
-            timesteps=timesteps,
-            reward_weight=reward_weight,
-        ).loss
+        return self.terms(pred, ema_pred, target, positives, mask, timesteps=timesteps).loss
 
     def terms(
         self,
@@ -95,17 +87,11 @@ class AGSMLoss(nn.Module):
         mask: Bool[Tensor, "B K"] | None = None,
         *,
         timesteps: Tensor | None = None,
-        reward_weight: Float[Tensor, " B"] | Float[Tensor, ""] | None = None,
     ) -> AF.AGSMTerms:
         """Every named term and diagnostic; `.loss` is what `forward` returns."""
-        return AF.agsm_terms(
-            pred,
-            ema_pred,
-            target,
-            positives,
-            mask,
-            **self.settings(timesteps=timesteps, reward_weight=reward_weight),
-        )
+        _checks.check_predictions(pred, ema_pred, target)
+        guidance = self.guide(ema_pred, target, positives, mask, timesteps=timesteps)
+        return AF.agsm_terms(pred, guidance)
 
     def guide(
         self,
@@ -115,7 +101,6 @@ class AGSMLoss(nn.Module):
         mask: Bool[Tensor, "B K"] | None = None,
         *,
         timesteps: Tensor | None = None,
-        reward_weight: Float[Tensor, " B"] | Float[Tensor, ""] | None = None,
     ) -> AF.Guidance:
         """Weights and guided targets alone, for loops that visit the candidates one by one."""
         return AF.guide(
@@ -123,37 +108,26 @@ class AGSMLoss(nn.Module):
             target,
             positives,
             mask,
-            **self.settings(timesteps=timesteps, reward_weight=reward_weight),
+            pos_scale=self.pos_scale,
+            neg_scale=self.neg_scale,
+            temperature=self.temperature,
+            reward_weight=self._reward_weight_at(timesteps),
         )
 
-    def settings(
-        self, *, timesteps: Tensor | None = None, reward_weight: Tensor | None = None
-    ) -> dict[str, Any]:
-        """Keyword arguments of the functions in `agsm_loss.functional` for one call."""
+    def _reward_weight_at(self, timesteps: Tensor | None) -> Tensor | None:
         if self.reward_weight is None:
             if timesteps is not None:
                 raise ValueError(
                     "timesteps: this AGSMLoss has no reward_weight function to use them. Construct "
                     "it with reward_weight=A, or leave timesteps out."
                 )
-        elif reward_weight is not None:
-            raise ValueError(
-                "reward_weight: this AGSMLoss has a reward_weight function already. Pass timesteps "
-                "for it, or construct the module without."
-            )
-        elif timesteps is None:
+            return None
+        if timesteps is None:
             raise ValueError(
                 "timesteps: expected a tensor (B,), because this AGSMLoss was constructed with a "
                 "reward_weight function of them; got None."
             )
-        else:
-            reward_weight = self.reward_weight(timesteps)
-        return {
-            "pos_scale": self.pos_scale,
-            "neg_scale": self.neg_scale,
-            "temperature": self.temperature,
-            "reward_weight": reward_weight,
-        }
+        return self.reward_weight(timesteps)
 
     def extra_repr(self) -> str:
         shown = f"pos_scale={self.pos_scale}, neg_scale={self.neg_scale}"

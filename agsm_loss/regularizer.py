@@ -1,17 +1,18 @@
 """`AGSMRegularizer`: AGSM as one line in somebody's training step.
 
-    loss = loss + agsm(noisy_latents, timesteps, target, prompt_embeds, captions=captions).loss
+    loss = loss + agsm(noisy_latents, timesteps, target, prompt_embeds, captions).loss
     loss.backward(); optimizer.step(); agsm.update_ema()
 
 It chooses the candidates, runs the EMA model on all of them without gradient, turns its
 predictions into weights and guided targets, and runs the student on the matching caption (or takes
 the host's own prediction) with ψ⁺ and on the others with ψ⁻. The targets being constants, the
-loss is a sum over (image, caption) pairs, so the pairs can be worked through a few at a time
-with the same gradient, and over a random subset of the negatives with the same gradient on average.
+loss is a sum over (image, caption) cells, so the cells can be run a few at a time with the same
+gradient, and over a random subset of the negatives with the same gradient on average (`Passes`).
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -23,11 +24,13 @@ from torch.utils.checkpoint import checkpoint
 
 from agsm_loss import _checks
 from agsm_loss import functional as AF
-from agsm_loss._inputs import Inputs, Pairs, checked
-from agsm_loss.candidates import Candidates, in_batch_candidates
+from agsm_loss._passes import Cells, NoisedBatch, checked
+from agsm_loss._random import draws
+from agsm_loss.candidates import Candidates, InBatch, Rule
 from agsm_loss.ema import EMA
 from agsm_loss.loss import AGSMLoss
 from agsm_loss.schedule import Schedule, as_schedule
+from agsm_loss.soft_tokens import SoftTokens
 
 
 @runtime_checkable
@@ -35,7 +38,7 @@ class Denoiser(Protocol):
     """The student, as the regularizer calls it: N samples in, N predictions out.
 
     `conditioning` has the structure that was given to the regularizer, with N rows in every
-    tensor; `bank` (N,) says which soft tokens each sample wears; `image_conditioning`'s entries
+    tensor; `bank` (N,) says which soft tokens each sample uses; `image_conditioning`'s entries
     come as keywords.
     """
 
@@ -44,71 +47,105 @@ class Denoiser(Protocol):
     ) -> Tensor: ...
 
 
-class RegularizerOutput(NamedTuple):
-    """`loss` is already multiplied by λ. `metrics` are detached scalars to log."""
+class StepOutput(NamedTuple):
+    """The loss to add or to run backward, and detached scalars to log."""
 
     loss: Float[Tensor, ""]
     metrics: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How the regularizer runs the student. Advanced: the defaults are one pass over everything.
+
+    >>> Passes(chunk_size=8, train_negatives=1)
+    Passes(chunk_size=8, train_negatives=1, backward=None)
+
+    Args:
+        chunk_size: samples that a forward pass may hold; None for one pass. The student's passes
+            are then checkpointed (but for `backward`), so that memory doesn't grow with K. The
+            gradients are the same.
+        train_negatives: train on this many of each image's negatives a step, drawn at random,
+            while the weights and guidance use all of them. Unbiased; None for all.
+        backward: `torch.Tensor.backward` or `accelerator.backward`. Each chunk's loss is then
+            passed to it at once, so that only one chunk's graph lives, and nothing is run twice.
+            The returned loss still has the full value, and graph only for what was not yet run
+            backward (the matching captions, where `pred` was given). In DDP each of these calls
+            exchanges gradients, and a host's graph from before them would not be exchanged: run
+            the host's backward first, and give no `pred`.
+    """
+
+    chunk_size: int | None = None
+    train_negatives: int | None = None
+    backward: Callable[[Tensor], object] | None = None
+
+    def __post_init__(self) -> None:
+        sizes = {"chunk_size": self.chunk_size, "train_negatives": self.train_negatives}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name}: expected None or at least 1, got {size}.")
+
+
 class AGSMRegularizer:
-    """AGSM beside another training loss.
+    """AGSM as a term in another training loss.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+    >>> layer = nn.Linear(4 + 3, 4)
+    >>> def denoiser(noisy, timesteps, text, bank):
+    ...     return layer(torch.cat([noisy, text], dim=1))
+    >>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0))
+    >>> noisy, target, text = torch.randn(2, 4), torch.randn(2, 4), torch.randn(2, 3)
+    >>> loss, metrics = agsm(noisy, torch.tensor([10, 900]), target, text, ["a dog", "a cat"])
+    >>> loss.backward()  # then optimizer.step() and
+    >>> agsm.update_ema()
+    >>> metrics["agsm/chance_weight"]
+    tensor(0.5000)
 
     Args:
         denoiser: the student (`Denoiser`); it must run the parameters that `ema` follows.
         ema: `EMA` of the trainable parameters (tokens, adapters, or all of them).
-        loss: an `AGSMLoss`; default `AGSMLoss()`.
+        loss: an `AGSMLoss`.
         weight: λ, a number or a function of the optimizer step (`agsm_loss.schedule`). At a step
             where it is 0 nothing is run and the returned loss is a constant 0.
-        num_negatives: in-batch negatives an image, where the call is given captions.
-        train_negatives: train on this many of each image's negatives a step, drawn at random,
-            while the weights and guidance use all of them. Unbiased; None for all.
-        chunk_size: samples a forward pass may hold. The student's passes are then checkpointed,
-            so that memory doesn't grow with K; gradients are the same. None for one pass.
-        seed: of the draws of captions and negatives; default `torch.initial_seed()`. Each call draws
-            from this and its own number, so that the host's random stream stays as it is and every
-            rank resumes exactly. Give each rank a different one.
-        allow_empty: accept batches in which no image has a negative (as in `in_batch_candidates`).
-        shared: what is trained and all captions share (a LoRA, the denoiser's own weights). The
-            negatives' gradient stops there and is left to ψ⁻: else shared weights learn this image
-            for wrong captions. Those passes run with `requires_grad` off for these parameters, so
-            checkpointing inside the denoiser cannot be on (torch raises a CheckpointError); take
-            `chunk_size` instead. Two student passes in place of one.
+        candidates: the rule by which captions compete: `InBatch`, `Hard`, `Mixed` or `Grid` of
+            `agsm_loss.candidates`, or your own.
+        negatives_train: the parameters that the negatives' gradient reaches, where γ⁻ > 0. None
+            for those of the `SoftTokens` in the denoiser. Weights that all captions share would
+            learn this image for wrong captions (`AGSMLoss`). Where other parameters are trained
+            too, the negatives have a pass of their own, in which `requires_grad` is off for these;
+            checkpointing inside the denoiser cannot be on then (torch raises a CheckpointError),
+            so take `Passes(chunk_size=...)` instead.
+        passes: `Passes`, for less memory or time.
+        seed: of the draws of captions and negatives; default `torch.initial_seed()`. Each call
+            draws from this and its own number, so that the host's random stream stays as it is and
+            every rank resumes exactly. Give each rank a different one.
+
+    Raises:
+        ValueError: γ⁻ > 0, and no parameter for the negatives to train.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
         ema: EMA,
-        loss: AGSMLoss | None = None,
+        loss: AGSMLoss,
         *,
         weight: float | Schedule = 1.0,
-        num_negatives: int = 3,
-        train_negatives: int | None = None,
-        chunk_size: int | None = None,
+        candidates: Rule = InBatch(3),  # noqa: B008 (it is frozen)
+        negatives_train: Iterable[nn.Parameter] | None = None,
+        passes: Passes = Passes(),
         seed: int | None = None,
-        allow_empty: bool = False,
-        shared: Iterable[nn.Parameter] = (),
     ) -> None:
-        for name, size in (("train_negatives", train_negatives), ("chunk_size", chunk_size)):
-            if size is not None and size < 1:
-                raise ValueError(f"{name}: expected None or at least 1, got {size}.")
         self.denoiser = denoiser
         self.ema = ema
-        self.loss = AGSMLoss() if loss is None else loss
+        self.loss = loss
         self.weight = as_schedule(weight)
-        self.num_negatives = num_negatives
-        self.train_negatives = train_negatives
-        self.chunk_size = chunk_size
+        self.candidates = candidates
+        self.passes = passes
         self.seed = torch.initial_seed() if seed is None else seed
-        self.allow_empty = allow_empty
-        self.shared = list(shared)
-        held = {id(one) for one in self.shared}
-        if self.loss.neg_scale > 0 and all(id(one) in held for one in ema.parameters):
-            raise ValueError(
-                f"shared: expected some of the {len(ema.parameters)} parameters that the EMA follows to be "
-                "left to the negatives, got all. Train soft tokens beside them, or take neg_scale=0."
-            )
+        self._spared = _spared(denoiser, ema, loss.neg_scale, negatives_train)
         self.step = self.calls = 0
 
     def __call__(
@@ -117,14 +154,13 @@ class AGSMRegularizer:
         timesteps: Tensor,
         target: Float[Tensor, "B *D"],
         conditioning: Any,
+        captions: Sequence[Hashable] | Tensor | Candidates,
         *,
-        captions: Sequence[Hashable] | Tensor | None = None,
+        hard_negatives: Sequence[Sequence[Hashable]] | None = None,
         image_ids: Sequence[Hashable] | Tensor | None = None,
-        candidates: Candidates | None = None,
         image_conditioning: Mapping[str, Any] | None = None,
         pred: Float[Tensor, "B *D"] | None = None,
-        backward: Callable[[Tensor], object] | None = None,
-    ) -> RegularizerOutput:
+    ) -> StepOutput:
         """λ·L and metrics for one batch of B images.
 
         Args:
@@ -132,62 +168,63 @@ class AGSMRegularizer:
             timesteps: t of each image, (B,) or a scalar.
             target: regression target τ in the denoiser's parametrisation.
             conditioning: encoded captions: a tensor, or any nesting of dicts, lists and tuples of
-                tensors, with one row a caption of the pool. Without `candidates` the pool is the
-                batch's own captions, so B rows.
-            captions: text or id of each image's caption, to tell equal ones; in-batch negatives
-                are drawn from them. Give these or `candidates`.
-            image_ids: as in `in_batch_candidates`.
-            candidates: which captions compete (`agsm_loss.candidates`).
+                tensors, with one row a caption of the pool: the batch's own captions, then the
+                hard negatives, image by image (`caption_pool`).
+            captions: text or id of each image's caption, to tell equal ones; or `Candidates`, where
+                you have chosen who competes already.
+            hard_negatives: each image's edited captions, for `Hard` and `Mixed`.
+            image_ids: rows with the same id show the same image, and their captions don't compete.
             image_conditioning: what belongs to the image and not to the caption (SDXL's time ids,
                 a ControlNet's input): tensors with B rows, passed on by keyword.
             pred: the host's own prediction for (x_t, t, own caption), made with ψ⁺; the matching
-                pairs are then not run again, and the returned loss reaches the host's graph.
-            backward: if given (`torch.Tensor.backward`, `accelerator.backward`), each chunk's loss
-                is passed to it at once, so that only one chunk's graph lives. The returned loss
-                still has the full value, and graph only for what was not yet run backward
-                (the matching pairs, where `pred` was given). In DDP each of these calls exchanges
-                gradients, and a host's graph from before them would not be exchanged: run the host's
-                backward first, and no `pred`.
+                captions are then not run again, and the returned loss reaches the host's graph.
 
         Raises:
-            ValueError, TypeError: as in `agsm_loss.functional.agsm_loss` and
-                `agsm_loss.candidates.in_batch_candidates`, and for conditioning whose rows are not
-                the pool's.
+            ValueError, TypeError: as in `agsm_loss.functional.guide` and `agsm_loss.candidates`,
+                and for conditioning whose rows are not the pool's.
         """
         weight = float(self.weight(self.step))
         _checks.check_scale("weight", weight)
         if weight == 0:
-            return RegularizerOutput(target.new_zeros((), dtype=torch.float32), self._idle())
+            zero = target.new_zeros((), dtype=torch.float32)
+            return StepOutput(zero, {"agsm/weight": torch.zeros(())})
+        backward = self.passes.backward
         if backward is not None and pred is not None and _in_ddp(self.denoiser):
             raise ValueError(
-                "backward: expected None beside pred in DDP, whose exchange of gradients it would end before "
-                "the host's own backward. Take chunk_size without backward, or no pred."
+                "pred: expected None with Passes(backward=...) in DDP, whose exchange of gradients "
+                "would end before the host's own backward. Take chunk_size without backward, or no "
+                "pred."
             )
-        draws = self._draws()
-        candidates = self._candidates(noisy, target, captions, image_ids, candidates, pred, draws)
+        self.calls += 1
+        generator = draws(self.seed, self.calls)
+        _check_images(noisy, target, pred)
+        candidates = self._choose(captions, hard_negatives, image_ids, generator)
         batch, num_candidates = candidates.index.shape
+        if batch != noisy.shape[0]:
+            raise ValueError(
+                f"captions: expected one for each of the {noisy.shape[0]} images, got {batch}."
+            )
         timesteps = timesteps.expand(batch) if timesteps.ndim == 0 else timesteps
-        inputs = Inputs(noisy, timesteps, conditioning, image_conditioning or {}, candidates)
+        inputs = NoisedBatch(noisy, timesteps, conditioning, image_conditioning or {}, candidates)
         inputs.check()
 
-        guided = self._guide(inputs, target)
+        guidance = self._guide(inputs, target)
         positive = torch.arange(num_candidates) == candidates.positives.unsqueeze(1)
-        coefficients = self._coefficients(positive, candidates.mask, draws)
-        errors = target.new_zeros(batch, num_candidates, dtype=guided.targets.dtype)
+        coefficients = self._coefficients(positive, candidates.mask, generator)
+        errors = target.new_zeros(batch, num_candidates, dtype=guidance.targets.dtype)
         todo = coefficients > 0
         if pred is not None:
-            own = Pairs(torch.arange(batch), candidates.positives)
-            errors = _weighted_errors(pred, guided, own, coefficients, errors)
+            own = Cells(torch.arange(batch), candidates.positives)
+            errors = _weighted_errors(pred, guidance, own, coefficients, errors)
             todo = todo & ~positive
         for chunk in self._chunks(todo, positive):
-            values = self._student_errors(inputs, guided, chunk, coefficients, errors)
+            values = self._student_errors(inputs, guidance, chunk, coefficients, errors)
             if backward is not None:
                 backward(values.sum() * weight)
                 values = values.detach()
             errors = errors + values
-        masks = positive.to(errors.device), candidates.mask.to(errors.device)
-        terms = AF.terms_from_errors(errors, guided, *masks)
-        return RegularizerOutput(terms.loss * weight, _metrics(terms, weight))
+        terms = AF.terms_from_errors(errors, guidance)
+        return StepOutput(terms.loss * weight, _metrics(terms, weight))
 
     def update_ema(self) -> None:
         """After each `optimizer.step()`: moves the EMA and the schedule's step."""
@@ -197,7 +234,8 @@ class AGSMRegularizer:
     def state_dict(self) -> dict[str, Any]:
         """Step, draws, EMA and temperature; for `accelerator.register_for_checkpointing`.
 
-        One rank's state serves all: of several, each but the first keeps the seed that it was made with.
+        One rank's state serves all: of several, each but the first keeps the seed that it was made
+        with.
         """
         return {
             "step": self.step,
@@ -214,50 +252,25 @@ class AGSMRegularizer:
             self.seed = int(state["seed"])
         self.step, self.calls = int(state["step"]), int(state["calls"])
 
-    def _draws(self) -> torch.Generator:
-        """The next call's. The factor is odd, so that all calls of 2**32 have seeds of their own."""
-        self.calls += 1
-        return torch.Generator().manual_seed((self.seed + self.calls * 0x9E3779B1) % 2**63)
-
-    def _candidates(
+    def _choose(
         self,
-        noisy: Tensor,
-        target: Tensor,
-        captions: Sequence[Hashable] | Tensor | None,
+        captions: Sequence[Hashable] | Tensor | Candidates,
+        hard_negatives: Sequence[Sequence[Hashable]] | None,
         image_ids: Sequence[Hashable] | Tensor | None,
-        candidates: Candidates | None,
-        pred: Tensor | None,
-        draws: torch.Generator,
+        generator: torch.Generator,
     ) -> Candidates:
-        _checks.check_floating(noisy=noisy, target=target)
-        given = {"target": target} if pred is None else {"target": target, "pred": pred}
-        for name, tensor in given.items():
-            if tensor.shape != noisy.shape:
+        if not isinstance(captions, Candidates):
+            return self.candidates(
+                captions, hard_negatives=hard_negatives, image_ids=image_ids, generator=generator
+            )
+        for name, given in (("hard_negatives", hard_negatives), ("image_ids", image_ids)):
+            if given is not None:
                 raise ValueError(
-                    f"{name}: expected the shape of noisy {tuple(noisy.shape)}, got "
-                    f"{tuple(tensor.shape)}."
+                    f"{name}: expected None beside Candidates, which are chosen already."
                 )
-        if (captions is None) == (candidates is None):
-            raise ValueError("expected either captions or candidates, got both or neither.")
-        if candidates is None:
-            assert captions is not None
-            candidates = in_batch_candidates(
-                captions,
-                num_negatives=self.num_negatives,
-                image_ids=image_ids,
-                generator=draws,
-                allow_empty=self.allow_empty,
-            )
-        elif image_ids is not None:
-            raise ValueError("image_ids: they belong with captions; candidates are chosen already.")
-        if candidates.index.shape[0] != noisy.shape[0]:
-            raise ValueError(
-                f"expected one caption for each of the {noisy.shape[0]} images, got "
-                f"{candidates.index.shape[0]}."
-            )
-        return candidates
+        return captions
 
-    def _guide(self, inputs: Inputs, target: Tensor) -> AF.Guidance:
+    def _guide(self, inputs: NoisedBatch, target: Tensor) -> AF.Guidance:
         """The EMA pass over every candidate, and what follows from it."""
         candidates = inputs.candidates
         # Masked places are never read, so they may hold anything.
@@ -267,7 +280,7 @@ class AGSMRegularizer:
             device=target.device,
         )
         with torch.no_grad(), self.ema.applied():
-            for chunk in Pairs.where(candidates.mask).split(self.chunk_size):
+            for chunk in Cells.where(candidates.mask).split(self.passes.chunk_size):
                 values = self.denoiser(*inputs.of(chunk), **inputs.image(chunk))
                 ema_pred[chunk.rows, chunk.columns] = checked(values, inputs.noisy, chunk).to(
                     ema_pred
@@ -277,47 +290,81 @@ class AGSMRegularizer:
             ema_pred, target, candidates.positives, candidates.mask, timesteps=timesteps
         )
 
-    def _coefficients(self, positive: Tensor, valid: Tensor, draws: torch.Generator) -> Tensor:
+    def _coefficients(self, positive: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
         """c_ij of the loss, with this step's draw of the negatives; on the CPU."""
-        if self.train_negatives is not None and self.loss.neg_scale > 0:
+        number = self.passes.train_negatives
+        if number is not None and self.loss.neg_scale > 0:
             # Rank 0 is the positive, ranks 1..n the negatives in random order, then the masked.
-            keys = torch.rand(valid.shape, generator=draws)
+            keys = torch.rand(valid.shape, generator=generator)
             keys = keys.masked_fill(~valid, 2.0).masked_fill(positive, -1.0)
-            valid = valid & (keys.argsort(1).argsort(1) <= self.train_negatives)
+            valid = valid & (keys.argsort(1).argsort(1) <= number)
         return AF.loss_coefficients(
             positive, valid, neg_scale=self.loss.neg_scale, dtype=torch.float64
         )
 
-    def _chunks(self, todo: Tensor, positive: Tensor) -> list[Pairs]:
-        """What the student is run on, pass by pass; a pass with `shared` has one kind of pairs."""
-        kinds = [todo & positive, todo & ~positive] if self.shared else [todo]
-        return [chunk for kind in kinds for chunk in Pairs.where(kind).split(self.chunk_size)]
+    def _chunks(self, todo: Tensor, positive: Tensor) -> list[Cells]:
+        """What the student is run on, pass by pass; matching cells apart where some is spared."""
+        kinds = [todo & positive, todo & ~positive] if self._spared else [todo]
+        return [
+            chunk for kind in kinds for chunk in Cells.where(kind).split(self.passes.chunk_size)
+        ]
 
     def _student_errors(
         self,
-        inputs: Inputs,
-        guided: AF.Guidance,
-        chunk: Pairs,
+        inputs: NoisedBatch,
+        guidance: AF.Guidance,
+        chunk: Cells,
         coefficients: Tensor,
         errors: Tensor,
     ) -> Tensor:
-        """(B, K) weighted errors of the chunk's pairs, zero elsewhere."""
+        """(B, K) weighted errors of the chunk's cells, zero elsewhere."""
 
         matching = bool((chunk.columns == inputs.candidates.positives[chunk.rows]).all())
-        stopped = [] if matching else self.shared
+        spared = [] if matching else self._spared
 
         def run(noisy: Tensor, timesteps: Tensor, conditioning: Any, bank: Tensor) -> Tensor:
-            with _without_gradient(stopped):
+            with _without_gradient(spared):
                 pred = self.denoiser(noisy, timesteps, conditioning, bank, **inputs.image(chunk))
             checked(pred, inputs.noisy, chunk)
-            return _weighted_errors(pred, guided, chunk, coefficients, torch.zeros_like(errors))
+            return _weighted_errors(pred, guidance, chunk, coefficients, torch.zeros_like(errors))
 
-        if self.chunk_size is None or not torch.is_grad_enabled():
+        # What is run backward at once has no need to be run again for it.
+        whole = self.passes.chunk_size is None or self.passes.backward is not None
+        if whole or not torch.is_grad_enabled():
             return run(*inputs.of(chunk))
         return checkpoint(run, *inputs.of(chunk), use_reentrant=False)
 
-    def _idle(self) -> dict[str, Tensor]:
-        return {"agsm/weight": torch.zeros(())}
+
+def _spared(
+    denoiser: Any, ema: EMA, neg_scale: float | int, negatives_train: Iterable[nn.Parameter] | None
+) -> list[nn.Parameter]:
+    """What is trained and the negatives' gradient does not reach."""
+    modules = list(denoiser.modules()) if isinstance(denoiser, nn.Module) else []
+    if negatives_train is None:
+        tokens = [one for one in modules if isinstance(one, SoftTokens)]
+        negatives_train = [p for one in tokens for p in one.parameters()]
+    reached = {id(p) for p in negatives_train if p.requires_grad}
+    if neg_scale > 0 and not reached:
+        raise ValueError(
+            f"negatives_train: expected trainable parameters for neg_scale={neg_scale}, got none: "
+            "the denoiser has no trainable SoftTokens. Take neg_scale=0 (for a LoRA or the "
+            "denoiser's own weights), train soft tokens, or pass the parameters that the negatives "
+            "shall train (ema.parameters for all)."
+        )
+    trained = [*ema.parameters, *(p for one in modules for p in one.parameters(recurse=False))]
+    trained = list({id(p): p for p in trained if p.requires_grad}.values())
+    return [p for p in trained if id(p) not in reached]
+
+
+def _check_images(noisy: Tensor, target: Tensor, pred: Tensor | None) -> None:
+    _checks.check_floating(noisy=noisy, target=target)
+    given = {"target": target} if pred is None else {"target": target, "pred": pred}
+    for name, tensor in given.items():
+        if tensor.shape != noisy.shape:
+            raise ValueError(
+                f"{name}: expected the shape of noisy {tuple(noisy.shape)}, got "
+                f"{tuple(tensor.shape)}."
+            )
 
 
 def _several_ranks() -> bool:
@@ -344,13 +391,13 @@ def _without_gradient(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def _weighted_errors(
-    pred: Tensor, guided: AF.Guidance, pairs: Pairs, coefficients: Tensor, errors: Tensor
+    pred: Tensor, guidance: AF.Guidance, cells: Cells, coefficients: Tensor, errors: Tensor
 ) -> Tensor:
-    """`errors` (B, K) with c_ij·mean((p_ij − guided target_ij)²) put at the pairs."""
-    targets = guided.targets[pairs.rows, pairs.columns]
+    """`errors` (B, K) with c_ij·mean((p_ij − guided target_ij)²) put at the cells."""
+    targets = guidance.targets[cells.rows, cells.columns]
     values = AF.denoising_error(pred.unsqueeze(1), targets).squeeze(1)
-    scaled = values * coefficients[pairs.rows, pairs.columns].to(values)
-    return errors.index_put((pairs.rows, pairs.columns), scaled.to(errors.dtype))
+    scaled = values * coefficients[cells.rows, cells.columns].to(values)
+    return errors.index_put((cells.rows, cells.columns), scaled.to(errors.dtype))
 
 
 def _metrics(terms: AF.AGSMTerms, weight: float) -> dict[str, Tensor]:

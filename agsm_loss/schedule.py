@@ -10,7 +10,11 @@ Schedule = Callable[[int], float]
 
 
 def as_schedule(weight: float | Schedule) -> Schedule:
-    """A number becomes the constant schedule."""
+    """A number becomes the constant schedule.
+
+    >>> as_schedule(0.5)(1000)
+    0.5
+    """
     if callable(weight):
         return weight
     constant = float(weight)

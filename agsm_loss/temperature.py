@@ -40,8 +40,8 @@ class AdaptiveTemperature(nn.Module):
     In training mode each call updates the estimate from its own batch first; in evaluation mode it
     is only read. The estimate is a buffer, so it is saved with the state dict. Under
     `torch.distributed` all ranks take the mean of their estimates, so every rank must call it.
-    Rows with fewer than two candidates, with equal errors or with one that is not finite say nothing
-    and are left out.
+    Rows with fewer than two candidates, with equal errors or with one that is not finite say
+    nothing and are left out.
     """
 
     log_temperature: Tensor
@@ -71,7 +71,7 @@ class AdaptiveTemperature(nn.Module):
                 rows = total[1]
                 log_t = total[0] / rows.clamp(min=1)
             seen = (rows > 0).to(self.log_temperature.device)
-            # Corrected for the start: the first estimate counts fully, later ones by a running mean.
+            # Corrected for the start: the first estimate counts fully, then a running mean.
             step = torch.clamp(1 / (self.updates + 1.0), min=1 - self.momentum)
             moved = torch.lerp(self.log_temperature, log_t.to(self.log_temperature), step)
             self.log_temperature.copy_(torch.where(seen, moved, self.log_temperature))

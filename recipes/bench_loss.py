@@ -41,7 +41,7 @@ def plain(pred: Tensor, ema_pred: Tensor, target: Tensor) -> Tensor:
 
 
 def ours(pred: Tensor, ema_pred: Tensor, target: Tensor) -> Tensor:
-    return AGSMLoss()(pred, ema_pred, target)
+    return AGSMLoss(neg_scale=1.0)(pred, ema_pred, target)
 
 
 METHODS = {"plain": plain, "AGSMLoss": ours}

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from agsm_loss import EMA, AdaptiveTemperature, AGSMLoss, AGSMRegularizer, SoftREPALoss, SoftTokens
+from agsm_loss import (
+    EMA,
+    AdaptiveTemperature,
+    AGSMLoss,
+    AGSMRegularizer,
+    Passes,
+    SoftREPALoss,
+    SoftTokens,
+)
 from agsm_loss import candidates as C
 from agsm_loss import functional as AF
 
@@ -46,7 +54,7 @@ P, Q, T = torch.zeros(2, 3, 4), torch.ones(2, 3, 4), torch.zeros(2, 4)
 )
 def test_loss_arguments(arguments, error, text):
     with pytest.raises(error, match=text):
-        AGSMLoss()(*arguments)
+        AGSMLoss(neg_scale=1.0)(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +69,7 @@ def test_loss_arguments(arguments, error, text):
     ],
 )
 def test_loss_settings(settings, text):
+    settings = {"neg_scale": 1.0, **settings}
     with pytest.raises(ValueError, match=text):
         AGSMLoss(**settings)
     with pytest.raises(ValueError, match=text):
@@ -69,17 +78,15 @@ def test_loss_settings(settings, text):
 
 def test_reward_weight():
     with pytest.raises(TypeError, match=r"reward_weight: expected a function .* got Tensor"):
-        AGSMLoss(reward_weight=torch.ones(2))
+        AGSMLoss(neg_scale=1.0, reward_weight=torch.ones(2))
     with pytest.raises(ValueError, match=r"reward_weight: expected a scalar or .*\(2,\).*\(3,\)"):
-        AGSMLoss()(P, Q, T, reward_weight=torch.ones(3))
+        AF.agsm_loss(P, Q, T, neg_scale=1.0, reward_weight=torch.ones(3))
     with pytest.raises(ValueError, match="has no reward_weight function"):
-        AGSMLoss()(P, Q, T, timesteps=torch.zeros(2))
+        AGSMLoss(neg_scale=1.0)(P, Q, T, timesteps=torch.zeros(2))
     with pytest.raises(ValueError, match="timesteps: expected"):
-        AGSMLoss(reward_weight=torch.exp)(P, Q, T)
-    with pytest.raises(ValueError, match="has a reward_weight function already"):
-        AGSMLoss(reward_weight=torch.exp)(P, Q, T, reward_weight=torch.ones(2))
+        AGSMLoss(neg_scale=1.0, reward_weight=torch.exp)(P, Q, T)
     with pytest.raises(ValueError, match=r"temperature: expected a scalar .*\(3,\)"):
-        AGSMLoss(temperature=torch.ones(3))(P, Q, T)
+        AGSMLoss(neg_scale=1.0, temperature=torch.ones(3))(P, Q, T)
 
 
 def test_functions():
@@ -88,7 +95,9 @@ def test_functions():
     with pytest.raises(TypeError, match="reward: expected a floating-point"):
         AF.plackett_luce_weights(torch.ones(2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="guidance: expected"):
-        AF.guided_targets(T, T)
+        AF.guided_targets(T, T, neg_scale=1.0)
+    with pytest.raises(ValueError, match=r"pred: expected the shape of the guided .* \(2, 3, 4\)"):
+        AF.agsm_terms(P[:, :2], AF.guide(Q, T, neg_scale=1.0))
 
 
 def test_softrepa():
@@ -108,29 +117,39 @@ def test_adaptive_temperature():
 
 def test_candidates():
     with pytest.raises(ValueError, match=r"1 image\(s\) with 1 distinct.*allow_empty=True"):
-        C.in_batch_candidates(["a dog"])
+        C.InBatch()(["a dog"])
     with pytest.raises(
         ValueError, match=r"3 image\(s\) with 1 distinct caption\(s\) beside the empty"
     ):
-        C.in_batch_candidates(["a dog", "", ""])
+        C.InBatch()(["a dog", "", ""])
     with pytest.raises(ValueError, match=r"3 image\(s\) with 1 distinct caption"):
-        C.in_batch_candidates(["a", "a", "a"])
+        C.InBatch()(["a", "a", "a"])
     with pytest.raises(ValueError, match=r"1 distinct image id"):
-        C.grid_candidates(["a", "b"], image_ids=[7, 7])
+        C.Grid()(["a", "b"], image_ids=[7, 7])
     with pytest.raises(ValueError, match="image_ids: expected one for each of the 2"):
-        C.in_batch_candidates(["a", "b"], image_ids=[1])
+        C.InBatch()(["a", "b"], image_ids=[1])
     with pytest.raises(ValueError, match="num_negatives: expected at least 0"):
-        C.in_batch_candidates(["a", "b"], num_negatives=-1)
+        C.Mixed(-1)
     with pytest.raises(ValueError, match="num_negatives: expected at least 1"):
-        C.in_batch_candidates(["a", "b"], num_negatives=0)
+        C.InBatch(0)
     with pytest.raises(TypeError, match="got one text"):
-        C.in_batch_candidates("a dog")
+        C.InBatch()("a dog")
     with pytest.raises(TypeError, match="got a single text"):
-        C.hard_candidates(["a", "b"], ["x", "y"])
+        C.Hard()(["a", "b"], hard_negatives=["x", "y"])
     with pytest.raises(ValueError, match="one sequence of captions for each of the 2"):
-        C.hard_candidates(["a", "b"], [["x"]])
+        C.Hard()(["a", "b"], hard_negatives=[["x"]])
+    with pytest.raises(ValueError, match=r"2 image\(s\) with 2 distinct.*add hard negatives"):
+        C.Hard()(["a", "b"], hard_negatives=[[], []])
+    for rule in (C.Hard(), C.Mixed(1)):
+        with pytest.raises(
+            ValueError, match=r"hard_negatives: expected a sequence .* take InBatch"
+        ):
+            rule(["a", "b"])
+    for rule in (C.InBatch(), C.Grid()):
+        with pytest.raises(ValueError, match=r"expected None\. Take Hard\(\) or Mixed\(n\)"):
+            rule(["a", "b"], hard_negatives=[["x"], ["y"]])
     with pytest.raises(ValueError, match=r"ids of shape \(B,\)"):
-        C.in_batch_candidates(torch.zeros(2, 2, dtype=torch.long))
+        C.InBatch()(torch.zeros(2, 2, dtype=torch.long))
     index = torch.zeros(2, 2, dtype=torch.long)
     with pytest.raises(ValueError, match="rows of a pool of 2, got values from 5"):
         C.Candidates(index + 5, index[:, 0], index.bool(), 2)
@@ -181,39 +200,41 @@ def test_schedules():
 
 def test_regularizer():
     layer = torch.nn.Linear(4, 4)
-    ema = EMA(layer.parameters())
+    ema, loss = EMA(layer.parameters()), AGSMLoss(neg_scale=0)
     with pytest.raises(ValueError, match="chunk_size: expected None or at least 1, got 0"):
-        AGSMRegularizer(layer, ema, chunk_size=0)
+        Passes(chunk_size=0)
     with pytest.raises(ValueError, match="train_negatives"):
-        AGSMRegularizer(layer, ema, train_negatives=0)
+        Passes(train_negatives=0)
 
     def denoiser(noisy, timesteps, conditioning, bank):
         return layer(noisy)[:, :width]
 
     width = 4
-    agsm = AGSMRegularizer(denoiser, ema)
+    agsm = AGSMRegularizer(denoiser, ema, loss)
     x, t, names = torch.zeros(2, 4), torch.zeros(2), ["a", "b"]
-    with pytest.raises(ValueError, match="either captions or candidates"):
-        agsm(x, t, x, x)
     with pytest.raises(ValueError, match=r"target: expected the shape of noisy \(2, 4\)"):
-        agsm(x, t, x[:1], x, captions=names)
+        agsm(x, t, x[:1], x, names)
     with pytest.raises(ValueError, match="pred: expected the shape of noisy"):
-        agsm(x, t, x, x, captions=names, pred=x[:1])
+        agsm(x, t, x, x, names, pred=x[:1])
     with pytest.raises(ValueError, match=r"timesteps: expected \(2,\) or a scalar"):
-        agsm(x, torch.zeros(3), x, x, captions=names)
+        agsm(x, torch.zeros(3), x, x, names)
     with pytest.raises(ValueError, match=r"conditioning: expected 2 rows .* pool"):
-        agsm(x, t, x, {"text": torch.zeros(3, 4)}, captions=names)
+        agsm(x, t, x, {"text": torch.zeros(3, 4)}, names)
     with pytest.raises(ValueError, match="image_conditioning: expected 2 rows"):
-        agsm(x, t, x, x, captions=names, image_conditioning={"time_ids": torch.zeros(3, 4)})
-    with pytest.raises(ValueError, match="one caption for each of the 2 images, got 3"):
-        agsm(x, t, x, x, captions=["a", "b", "c"])
-    chosen = C.in_batch_candidates(names, num_negatives=1)
-    with pytest.raises(ValueError, match="image_ids: they belong with captions"):
-        agsm(x, t, x, x, candidates=chosen, image_ids=[1, 2])
+        agsm(x, t, x, x, names, image_conditioning={"time_ids": torch.zeros(3, 4)})
+    with pytest.raises(ValueError, match="one for each of the 2 images, got 3"):
+        agsm(x, t, x, x, ["a", "b", "c"])
+    chosen = C.InBatch(1)(names)
+    with pytest.raises(ValueError, match="image_ids: expected None beside Candidates"):
+        agsm(x, t, x, x, chosen, image_ids=[1, 2])
+    with pytest.raises(ValueError, match="hard_negatives: expected None beside Candidates"):
+        agsm(x, t, x, x, chosen, hard_negatives=[[], []])
+    with pytest.raises(TypeError, match="captions: expected a text or an id for each image"):
+        agsm(x, t, x, x, None)
     with pytest.raises(ValueError, match="no image of this batch has a negative"):
-        agsm(x, t, x, x, captions=["a", "a"])
+        agsm(x, t, x, x, ["a", "a"])
     width = 3
     with pytest.raises(ValueError, match=r"denoiser: expected a prediction of shape .*variances"):
-        agsm(x, t, x, x, captions=names)
+        agsm(x, t, x, x, names)
     with pytest.raises(ValueError, match="weight: expected a finite number"):
-        AGSMRegularizer(denoiser, ema, weight=-1.0)(x, t, x, x, captions=names)
+        AGSMRegularizer(denoiser, ema, loss, weight=-1.0)(x, t, x, x, names)

@@ -1,4 +1,4 @@
-"""Bounded negative guidance: the negatives are drawn to a finite place, alone and in closed loop."""
+"""Bounded negative guidance: negatives are drawn to a finite place, alone and in closed loop."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def test_the_minimum_is_the_guided_target(problem, neg_scale):
 @given(problems(min_candidates=2), st.floats(1.0, 1e6))
 def test_the_gradient_is_linear_in_the_prediction(problem, factor):
     pred, ema_pred, target, positives, mask = problem
-    loss = AGSMLoss()
+    loss = AGSMLoss(neg_scale=1.0)
     goal = loss.guide(ema_pred, target, positives, mask).targets
 
     def grad(away):
@@ -81,7 +81,7 @@ def test_two_candidates_contract_at_the_derived_rate():
     """K = 2, the EMA right behind: the gap d is multiplied by 1 − rate·(1 − γ⁺w_n + γ⁻w_y)."""
     start = torch.tensor([[[0.5], [-0.2]]]).double()
     target, rate = torch.zeros(1, 1).double(), 0.25
-    weights = AF.guide(start, target).weights[0]
+    weights = AF.guide(start, target, neg_scale=0.3).weights[0]
     after = start.clone().requires_grad_()
     loss = AGSMLoss(pos_scale=1.0, neg_scale=0.3)(after, start, target)
     (grad,) = torch.autograd.grad(loss, after)
@@ -114,6 +114,6 @@ def test_softrepa_has_no_fixed_point():
         errors.append(float(AF.denoising_error(pred, target)[0, 1].detach()))
     assert all(later > earlier for earlier, later in itertools.pairwise(errors))
     assert errors[-1] > 10 * errors[0]
-    ours = distances(start, target, steps=3000)[:, 0]
+    ours = distances(start, target, steps=3000, neg_scale=1.0)[:, 0]
     assert ours.sum(1).max() <= ours[0].sum() * (1 + 1e-9)
     assert ours[-1, 1] < ours[0, 1]

@@ -6,13 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS
 
-from agsm_loss import (
-    caption_pool,
-    grid_candidates,
-    hard_candidates,
-    in_batch_candidates,
-    mixed_candidates,
-)
+from agsm_loss import Grid, Hard, InBatch, Mixed, caption_pool
 
 BATCHES = st.lists(
     st.tuples(st.sampled_from(["", *"abcdef"]), st.integers(0, 4)), min_size=1, max_size=9
@@ -43,12 +37,8 @@ def test_in_batch(rows, num_negatives, seed):
     captions, image_ids = zip(*rows, strict=True)
 
     def draw():
-        return in_batch_candidates(
-            captions,
-            num_negatives=num_negatives,
-            image_ids=image_ids,
-            generator=torch.Generator().manual_seed(seed),
-            allow_empty=True,
+        return InBatch(num_negatives, allow_empty=True)(
+            captions, image_ids=image_ids, generator=torch.Generator().manual_seed(seed)
         )
 
     candidates = draw()
@@ -66,13 +56,11 @@ def test_in_batch(rows, num_negatives, seed):
 def test_mixed(rows, num_negatives, seed):
     captions, image_ids = zip(*rows, strict=True)
     hard = [[f"{c}+", c, "a", f"{c}-"][: 1 + i % 4] for i, c in enumerate(captions)]
-    candidates = mixed_candidates(
+    candidates = Mixed(num_negatives, allow_empty=True)(
         captions,
-        hard,
-        num_negatives=num_negatives,
+        hard_negatives=hard,
         image_ids=image_ids,
         generator=torch.Generator().manual_seed(seed),
-        allow_empty=True,
     )
     check(candidates, captions, image_ids, caption_pool(captions, hard))
     assert candidates.index.shape[1] == 1 + max(map(len, hard)) + num_negatives
@@ -83,14 +71,14 @@ def test_mixed(rows, num_negatives, seed):
 @given(BATCHES)
 def test_grid(rows):
     captions, image_ids = zip(*rows, strict=True)
-    candidates = grid_candidates(captions, image_ids=image_ids, allow_empty=True)
+    candidates = Grid(allow_empty=True)(captions, image_ids=image_ids)
     check(candidates, captions, image_ids, captions)
     assert torch.equal(candidates.positives, torch.arange(len(rows)))
     assert candidates.index.shape == (len(rows), len(rows))
 
 
 def test_the_published_case_by_hand():
-    candidates = in_batch_candidates(["a", "b", "c", "d"], num_negatives=3)
+    candidates = InBatch(3)(["a", "b", "c", "d"])
     assert candidates.index[:, 0].tolist() == [0, 1, 2, 3]
     assert [sorted(row) for row in candidates.index.tolist()] == [[0, 1, 2, 3]] * 4
     assert candidates.mask.all() and candidates.positives.tolist() == [0, 0, 0, 0]
@@ -98,17 +86,15 @@ def test_the_published_case_by_hand():
 
 def test_a_dropped_caption_stands_alone():
     captions, hard = ["a", "", "b"], [["c", ""], ["d"], []]
-    candidates = mixed_candidates(captions, hard, num_negatives=2)
+    candidates = Mixed(2)(captions, hard_negatives=hard)
     assert candidates.index.tolist() == [[0, 3, 0, 2, 0], [1] * 5, [2, 2, 2, 0, 2]]
     assert candidates.mask.sum(1).tolist() == [3, 1, 2]
-    assert grid_candidates(captions).mask.sum(1).tolist() == [2, 1, 2]
+    assert Grid()(captions).mask.sum(1).tolist() == [2, 1, 2]
 
 
 def test_ids_serve_as_captions():
-    by_text = in_batch_candidates(["a", "b", "a", "c"], generator=torch.Generator().manual_seed(1))
-    by_id = in_batch_candidates(
-        torch.tensor([5, 6, 5, 7]), generator=torch.Generator().manual_seed(1)
-    )
+    by_text = InBatch()(["a", "b", "a", "c"], generator=torch.Generator().manual_seed(1))
+    by_id = InBatch()(torch.tensor([5, 6, 5, 7]), generator=torch.Generator().manual_seed(1))
     assert torch.equal(by_text.index, by_id.index)
     assert by_text.mask.sum(1).tolist() == [3, 3, 3, 3]
 
@@ -117,20 +103,56 @@ def test_draws_are_uniform():
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(4)
     for _ in range(3000):
-        drawn = in_batch_candidates(list("abcd"), num_negatives=1, generator=generator)
+        drawn = InBatch(1)(list("abcd"), generator=generator)
         counts[drawn.index[0, 1]] += 1
     assert counts[0] == 0
     assert ((counts[1:] / 3000 - 1 / 3).abs() < 0.04).all()
 
 
 def test_hard_negatives_are_in_order_and_ragged():
-    candidates = hard_candidates(["a", "b"], [["a2", "a3"], ["b2"]])
+    candidates = Hard()(["a", "b"], hard_negatives=[["a2", "a3"], ["b2"]])
     assert candidates.index.tolist() == [[0, 2, 3], [1, 4, 1]]
     assert candidates.mask.tolist() == [[True, True, True], [True, True, False]]
 
 
 def test_a_batch_without_negatives_can_be_allowed():
-    candidates = in_batch_candidates(["a", "a"], allow_empty=True)
+    candidates = InBatch(allow_empty=True)(["a", "a"])
     assert candidates.mask.tolist() == [[True, False, False, False]] * 2
     with pytest.raises(ValueError, match="larger batch"):
-        in_batch_candidates(["a", "a"])
+        InBatch()(["a", "a"])
+    alone = Hard(allow_empty=True)(["a", "b"], hard_negatives=[[], []])
+    assert alone.index.tolist() == [[0], [1]] and alone.mask.all()
+
+
+@given(BATCHES, st.integers(1, 4), SEEDS)
+def test_the_rules_are_mixtures(rows, num_negatives, seed):
+    """`Mixed` without hard negatives is `InBatch`, and without captions of the batch `Hard`."""
+    captions, image_ids = zip(*rows, strict=True)
+    hard = [[f"{c}+", "a"][: i % 3] for i, c in enumerate(captions)]
+    none = [[]] * len(rows)
+
+    def choose(rule, hard):
+        generator = torch.Generator().manual_seed(seed)
+        return rule(captions, hard_negatives=hard, image_ids=image_ids, generator=generator)
+
+    pairs = (
+        (
+            InBatch(num_negatives, allow_empty=True),
+            None,
+            Mixed(num_negatives, allow_empty=True),
+            none,
+        ),
+        (Hard(allow_empty=True), hard, Mixed(0, allow_empty=True), hard),
+    )
+    for rule, given_to_it, mixed, given_to_mixed in pairs:
+        ours, theirs = choose(rule, given_to_it), choose(mixed, given_to_mixed)
+        assert torch.equal(ours.index, theirs.index) and torch.equal(ours.mask, theirs.mask)
+        assert ours.pool_size == theirs.pool_size
+
+
+def test_rules_are_values():
+    """So that one can be a default, be compared and be printed."""
+    assert InBatch(3) == InBatch() != InBatch(2)
+    assert repr(Mixed(2, allow_empty=True)) == "Mixed(num_negatives=2, allow_empty=True)"
+    with pytest.raises(AttributeError):
+        InBatch().num_negatives = 5

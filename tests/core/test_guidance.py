@@ -44,7 +44,7 @@ def test_vanishes_for_a_certain_winner(problem):
     sizes = []
     for temperature in (1e3, 1.0, 1e-3, 1e-9):
         scale = temperature * float((ema_pred - target.unsqueeze(1)).square().mean())
-        guided = AF.guide(ema_pred, target, temperature=scale)
+        guided = AF.guide(ema_pred, target, neg_scale=1.0, temperature=scale)
         sizes.append(float(guided.guidance_norm[:, 0].max()))
     # Errors of random rows are distinct, so the winner's weight tends to one as T falls.
     assert sizes[-1] <= 1e-6 * max(sizes[0], 1e-300)
@@ -90,5 +90,5 @@ def test_targets_carry_no_gradient(problem):
         x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for x in problem
     )
-    AGSMLoss()(pred, ema_pred, target, positives, mask).backward()
+    AGSMLoss(neg_scale=1.0)(pred, ema_pred, target, positives, mask).backward()
     assert pred.grad is not None and ema_pred.grad is None and target.grad is None

@@ -24,27 +24,45 @@ def batch(shape=(2, 3, 4), dtype=torch.float64):
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 7), (2, 3, 4, 8, 8), (1, 2, 3, 4, 5, 6)])
 def test_any_number_of_trailing_axes(shape):
-    loss = AGSMLoss()(*batch(shape))
+    loss = AGSMLoss(neg_scale=1.0)(*batch(shape))
     assert loss.shape == () and loss.isfinite()
 
 
 def test_module_and_function_have_the_same_settings_and_defaults():
-    for module, function, extra in (
-        (AGSMLoss, AF.agsm_loss, {"timesteps", "reward_weight"}),
-        (SoftREPALoss, AF.softrepa_loss, set()),
+    for module, called, function in (
+        (AGSMLoss, AGSMLoss.guide, AF.guide),
+        (SoftREPALoss, SoftREPALoss.forward, AF.softrepa_loss),
     ):
         made = inspect.signature(module).parameters
-        called = inspect.signature(module.forward).parameters
         plain = inspect.signature(function).parameters
         keyword = {n for n, p in plain.items() if p.kind is p.KEYWORD_ONLY}
         assert set(made) == keyword
         assert all(made[n].default == plain[n].default for n in made)
         positional = [n for n, p in plain.items() if p.kind is not p.KEYWORD_ONLY]
-        assert [n for n in called if n not in {"self", *extra}] == positional
-    for name in ("agsm_terms", "guide"):
-        ours = inspect.signature(getattr(AF, name)).parameters
-        theirs = inspect.signature(AF.agsm_loss).parameters
-        assert all(ours[n].default == theirs[n].default for n in ours)
+        given = inspect.signature(called).parameters
+        assert [n for n in given if n not in {"self", "timesteps"}] == positional
+    ours = inspect.signature(AF.agsm_loss).parameters
+    for method in (AGSMLoss.forward, AGSMLoss.terms):
+        given = inspect.signature(method).parameters
+        assert [n for n in given if n not in {"self", "timesteps"}] == [*ours][:-1]
+
+
+def test_the_negative_scale_is_chosen():
+    """There is no default that is right for a LoRA and for soft tokens."""
+    problem = batch()
+    for call in (AGSMLoss, partial(AF.agsm_loss, *problem), partial(AF.guide, *problem[1:])):
+        with pytest.raises(TypeError, match="neg_scale"):
+            call()
+
+
+def test_the_loss_is_its_parts():
+    pred, ema_pred, target = batch()
+    guidance = AF.guide(ema_pred, target, neg_scale=0.3)
+    whole = AF.agsm_loss(pred, ema_pred, target, neg_scale=0.3)
+    assert AF.agsm_terms(pred, guidance).loss == whole
+    columns = [AF.denoising_error(pred[:, [j]], guidance.targets[:, [j]]) for j in range(3)]
+    errors = torch.cat(columns, dim=1) * guidance.coefficients
+    assert AF.terms_from_errors(errors, guidance).loss == whole
 
 
 @given(problems())
@@ -60,10 +78,10 @@ def test_ways_to_name_the_positives_agree(problem):
     if mask is not None:
         columns = mask.int().argmax(1)
     grid = columns.unsqueeze(1) == torch.arange(pred.shape[1])
-    by_column = AGSMLoss()(pred, ema_pred, target, columns, mask)
-    assert by_column == AGSMLoss()(pred, ema_pred, target, grid, mask)
+    by_column = AGSMLoss(neg_scale=1.0)(pred, ema_pred, target, columns, mask)
+    assert by_column == AGSMLoss(neg_scale=1.0)(pred, ema_pred, target, grid, mask)
     if (columns == 0).all():
-        assert by_column == AGSMLoss()(pred, ema_pred, target, None, mask)
+        assert by_column == AGSMLoss(neg_scale=1.0)(pred, ema_pred, target, None, mask)
 
 
 @given(problems(min_candidates=2), SEEDS)
@@ -72,8 +90,8 @@ def test_permuting_candidates_changes_nothing(problem, seed):
     order = torch.randperm(pred.shape[1], generator=torch.Generator().manual_seed(seed))
     where = torch.full((len(target),), int((order == 0).nonzero()))
     torch.testing.assert_close(
-        AGSMLoss()(pred[:, order], ema_pred[:, order], target, where),
-        AGSMLoss()(pred, ema_pred, target),
+        AGSMLoss(neg_scale=1.0)(pred[:, order], ema_pred[:, order], target, where),
+        AGSMLoss(neg_scale=1.0)(pred, ema_pred, target),
     )
 
 
@@ -81,9 +99,10 @@ def test_permuting_candidates_changes_nothing(problem, seed):
 def test_the_batch_is_the_mean_of_its_images(problem):
     pred, ema_pred, target, positives, mask = problem
     alone = [
-        AGSMLoss()(*(x if x is None else x[i : i + 1] for x in problem)) for i in range(len(pred))
+        AGSMLoss(neg_scale=1.0)(*(x if x is None else x[i : i + 1] for x in problem))
+        for i in range(len(pred))
     ]
-    whole = AGSMLoss().terms(pred, ema_pred, target, positives, mask)
+    whole = AGSMLoss(neg_scale=1.0).terms(pred, ema_pred, target, positives, mask)
     torch.testing.assert_close(torch.stack(alone).mean(), whole.loss)
     torch.testing.assert_close(torch.stack(alone), whole.per_image)
 
@@ -91,10 +110,10 @@ def test_the_batch_is_the_mean_of_its_images(problem):
 def test_masked_places_are_never_read():
     pred, ema_pred, target = batch()
     mask = torch.tensor([[True, True, False], [True, False, True]])
-    clean = AGSMLoss()(pred, ema_pred, target, mask=mask)
+    clean = AGSMLoss(neg_scale=1.0)(pred, ema_pred, target, mask=mask)
     (slope,) = torch.autograd.grad(clean, pred)
     dirty = pred.detach().masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
-    loss = AGSMLoss()(
+    loss = AGSMLoss(neg_scale=1.0)(
         dirty, ema_pred.masked_fill(~mask.unsqueeze(-1), torch.inf), target, mask=mask
     )
     loss.backward()
@@ -114,11 +133,11 @@ def plain_score_matching(pred, target):
 def test_degenerate_rows_are_plain_score_matching():
     pred, ema_pred, target = batch()
     first = plain_score_matching(pred[:, 0], target)
-    one = AGSMLoss()(pred[:, :1], ema_pred[:, :1], target)
+    one = AGSMLoss(neg_scale=1.0)(pred[:, :1], ema_pred[:, :1], target)
     torch.testing.assert_close(one, first)
     mask = torch.tensor([[True, False, False]] * 2)
-    torch.testing.assert_close(AGSMLoss()(pred, ema_pred, target, mask=mask), first)
-    terms = AGSMLoss().terms(pred, ema_pred, target, mask=mask)
+    torch.testing.assert_close(AGSMLoss(neg_scale=1.0)(pred, ema_pred, target, mask=mask), first)
+    terms = AGSMLoss(neg_scale=1.0).terms(pred, ema_pred, target, mask=mask)
     assert terms.win_rate == 0 and terms.score_margin == 0 and terms.chance_weight == 1
     assert all(value.isfinite().all() for value in terms)
 
@@ -137,14 +156,14 @@ def test_equal_predictions_give_the_plain_error_twice():
     pred, _, target = batch()
     same = pred[:, :1].expand_as(pred)
     torch.testing.assert_close(
-        AGSMLoss()(same, same, target), 2 * plain_score_matching(pred[:, 0], target)
+        AGSMLoss(neg_scale=1.0)(same, same, target), 2 * plain_score_matching(pred[:, 0], target)
     )
 
 
 def test_diagnostics_by_hand():
     ema_pred = torch.tensor([[[1.0], [2.0]], [[3.0], [0.0]], [[0.0], [0.0]]])
     target, mask = torch.zeros(3, 1), torch.tensor([[True, True], [True, True], [True, False]])
-    terms = AGSMLoss(temperature=1.0).terms(ema_pred, ema_pred, target, mask=mask)
+    terms = AGSMLoss(neg_scale=1.0, temperature=1.0).terms(ema_pred, ema_pred, target, mask=mask)
     first, second = 1 / (1 + math.exp(-3)), 1 / (1 + math.exp(9))
     assert terms.win_rate.item() == pytest.approx(1 / 2)
     assert terms.score_margin.item() == pytest.approx((2 * first - 1 + 2 * second - 1) / 2)
@@ -161,10 +180,10 @@ def test_diagnostics_by_hand():
 def test_half_precision_is_computed_in_float32(dtype):
     pred, ema_pred, target = (x.detach() for x in batch(dtype=dtype))
     pred.requires_grad_()
-    wide = AGSMLoss()(pred.float(), ema_pred.float(), target.float())
-    loss = AGSMLoss()(pred, ema_pred, target)
+    wide = AGSMLoss(neg_scale=1.0)(pred.float(), ema_pred.float(), target.float())
+    loss = AGSMLoss(neg_scale=1.0)(pred, ema_pred, target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = AGSMLoss()(pred, ema_pred, target)
+        cast = AGSMLoss(neg_scale=1.0)(pred, ema_pred, target)
     assert loss.dtype == cast.dtype == torch.float32
     assert loss == wide and cast == wide
     loss.backward()
@@ -200,7 +219,7 @@ def test_compiles_without_a_graph_break():
 
 def test_loss_moves_down_a_free_prediction():
     pred, ema_pred, target = batch()
-    optimizer, loss = torch.optim.SGD([pred], lr=1.0), AGSMLoss()
+    optimizer, loss = torch.optim.SGD([pred], lr=1.0), AGSMLoss(neg_scale=1.0)
     values = []
     for _ in range(50):
         value = loss(pred, ema_pred, target)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from strategies import problems
 
 from agsm_loss import AGSMLoss, SoftREPALoss
+from agsm_loss import functional as AF
 
 SCALES = st.sampled_from([0.0, 0.1, 1.0, 2.5])
 TEMPERATURES = st.sampled_from([1e-3, 0.1, 1.0, 50.0])
@@ -55,12 +56,14 @@ def test_temperature_and_reward_weight_by_image():
     pred, ema_pred = torch.randn(2, 3, 4, 5).double(), torch.randn(2, 3, 4, 5).double()
     target = torch.randn(2, 4, 5).double()
     temperature, weight = torch.tensor([0.3, 2.0]).double(), torch.tensor([0.5, 4.0]).double()
-    loss = AGSMLoss(temperature=temperature)(pred, ema_pred, target, reward_weight=weight)
+    loss = AF.agsm_loss(
+        pred, ema_pred, target, neg_scale=1.0, temperature=temperature, reward_weight=weight
+    )
     expected, _, _ = oracle.agsm(
         pred, ema_pred, target, temperature=temperature.numpy(), reward_weight=weight.numpy()
     )
     close(loss.item(), expected, 1e-12)
-    by_time = AGSMLoss(temperature=temperature, reward_weight=lambda t: weight[t])
+    by_time = AGSMLoss(neg_scale=1.0, temperature=temperature, reward_weight=lambda t: weight[t])
     assert by_time(pred, ema_pred, target, timesteps=torch.tensor([0, 1])) == loss
 
 
@@ -91,4 +94,4 @@ def test_the_oracle_can_disagree():
     pred, ema_pred, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(2, 4)
     wrong, _, _ = oracle.agsm(pred, ema_pred, target, neg_scale=0.9)
     with pytest.raises(AssertionError):
-        close(AGSMLoss()(pred, ema_pred, target).item(), wrong, 1e-5)
+        close(AGSMLoss(neg_scale=1.0)(pred, ema_pred, target).item(), wrong, 1e-5)

@@ -143,9 +143,9 @@ def test_weights_agree_across_parametrisations(seed):
         "v_prediction": lambda p: ak * p + sk * xk,
         "sample": lambda p: (xk - ak * p) / sk,
     }
-    guided = {n: AF.guide(p, t, reward_weight=w) for n, (p, t, w) in views.items()}
+    guided = {n: AF.guide(p, t, neg_scale=1.0, reward_weight=w) for n, (p, t, w) in views.items()}
     for name, result in guided.items():
         torch.testing.assert_close(result.weights, guided["epsilon"].weights)
         torch.testing.assert_close(as_eps[name](result.targets), guided["epsilon"].targets)
-    unweighted = AF.guide(*views["v_prediction"][:2])
+    unweighted = AF.guide(*views["v_prediction"][:2], neg_scale=1.0)
     assert (unweighted.weights - guided["epsilon"].weights).abs().max() > 1e-2

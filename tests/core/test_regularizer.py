@@ -13,11 +13,15 @@ from agsm_loss import (
     AdaptiveTemperature,
     AGSMLoss,
     AGSMRegularizer,
+    Candidates,
+    Grid,
+    Hard,
+    InBatch,
+    Mixed,
+    Passes,
     SoftTokens,
-    hard_candidates,
-    in_batch_candidates,
+    draws,
 )
-from agsm_loss import functional as AF
 
 B, D, W = 4, 6, 8
 CAPTIONS = ["one", "two", "three", "four"]
@@ -48,6 +52,13 @@ def problem(seed=0, pool=B):
     t = torch.tensor([10.0, 300.0, 600.0, 990.0]).double()
     cond = {"text": torch.randn(pool, 3, W).double(), "name": "kept"}
     return net, (x, t, target, cond)
+
+
+def regularizer(net, loss=None, *, decay=0.9999, ema=None, **settings):
+    """Over all of the net, with negatives that train all of it, unless the settings say else."""
+    ema = EMA(net.parameters(), decay=decay) if ema is None else ema
+    settings = {"negatives_train": ema.parameters, **settings}
+    return AGSMRegularizer(net, ema, AGSMLoss(neg_scale=1.0) if loss is None else loss, **settings)
 
 
 def grads(net, loss):
@@ -81,11 +92,11 @@ def test_equals_the_loss_on_every_pair_at_step_0():
     """The EMA starts equal, so both passes can be made with the student."""
     net, batch = problem()
     loss = AGSMLoss(neg_scale=0.3)
-    candidates = in_batch_candidates(["a", "b", "a", "c"], num_negatives=3)
+    candidates = InBatch(3)(["a", "b", "a", "c"])
     size = torch.rand(B).double()
     expected = by_hand(net, *batch, candidates, loss, size=size)
-    agsm = AGSMRegularizer(net, EMA(net.parameters()), loss, weight=0.7)
-    out = agsm(*batch, candidates=candidates, image_conditioning={"size": size})
+    agsm = regularizer(net, loss, weight=0.7)
+    out = agsm(*batch, candidates, image_conditioning={"size": size})
     torch.testing.assert_close(out.loss, 0.7 * expected.loss)
     close(grads(net, out.loss), grads(net, 0.7 * expected.loss))
     for name in ("win_rate", "score_margin", "weight_entropy", "positive_weight", "guidance_norm"):
@@ -99,16 +110,16 @@ def test_the_analytic_value_where_captions_do_not_matter():
     """Without conditioning all predictions agree: Δ = 0, and L is the plain error, twice."""
     layer = nn.Linear(D, D).double()
     _, (x, t, target, cond) = problem()
-    agsm = AGSMRegularizer(lambda x, t, c, bank: layer(x), EMA(layer.parameters()))
-    out = agsm(x, t, target, cond, captions=CAPTIONS)
+    agsm = regularizer(lambda x, t, c, bank: layer(x), ema=EMA(layer.parameters()))
+    out = agsm(x, t, target, cond, CAPTIONS)
     torch.testing.assert_close(out.loss, 2 * (layer(x) - target).square().mean())
     assert out.metrics["agsm/positive_weight"] == out.metrics["agsm/chance_weight"] == 0.25
 
 
 def test_the_student_and_the_ema_pass():
     net, batch = problem()
-    agsm = AGSMRegularizer(net, EMA(net.parameters()))
-    agsm(*batch, captions=CAPTIONS)
+    agsm = regularizer(net)
+    agsm(*batch, CAPTIONS)
     banks = [0, 1, 1, 1] * B
     assert net.calls == [(banks, False), (banks, True)]
 
@@ -122,17 +133,18 @@ def test_chunks_have_the_same_gradients(chunk_size, reuse, immediate):
     with torch.no_grad():
         net.tokens.tokens.add_(0.3)
     ema.update()
-    candidates = in_batch_candidates(["a", "b", "a", "c"], num_negatives=3)
-    whole = AGSMRegularizer(net, ema, weight=0.7)(*batch, candidates=candidates).loss
+    candidates = InBatch(3)(["a", "b", "a", "c"])
+    whole = regularizer(net, ema=ema, weight=0.7)(*batch, candidates).loss
     expected = grads(net, whole)
 
     x, t, _, cond = batch
     zeros = torch.zeros(B, dtype=torch.long)
     pred = net(x, t, {"text": cond["text"]}, zeros) if reuse else None
-    agsm = AGSMRegularizer(net, ema, weight=0.7, chunk_size=chunk_size)
-    net.calls.clear()
     backward = torch.Tensor.backward if immediate else None
-    out = agsm(*batch, candidates=candidates, pred=pred, backward=backward)
+    passes = Passes(chunk_size=chunk_size, backward=backward)
+    agsm = regularizer(net, ema=ema, weight=0.7, passes=passes)
+    net.calls.clear()
+    out = agsm(*batch, candidates, pred=pred)
     torch.testing.assert_close(out.loss.detach(), whole.detach())
     if out.loss.requires_grad:
         out.loss.backward()
@@ -140,6 +152,9 @@ def test_chunks_have_the_same_gradients(chunk_size, reuse, immediate):
         assert immediate and not reuse
     close([p.grad for p in net.parameters()], expected)
     assert max(len(bank) for bank, _ in net.calls) <= chunk_size
+    trained = sum(len(bank) for bank, with_gradient in net.calls if with_gradient)
+    cells = int(candidates.mask.sum()) - (B if reuse else 0)
+    assert trained == (cells if immediate else 2 * cells)  # checkpointed passes are run again
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3])
@@ -148,7 +163,7 @@ def test_chunks_have_the_same_gradients(chunk_size, reuse, immediate):
 def test_the_negatives_leave_alone_what_all_captions_share(chunk_size, immediate, reuse):
     net, batch = problem()
     loss = AGSMLoss(neg_scale=0.3)
-    candidates = in_batch_candidates(["a", "b", "a", "c"], num_negatives=3)
+    candidates = InBatch(3)(["a", "b", "a", "c"])
     terms = by_hand(net, *batch, candidates, loss)
     shared, tokens = [*net.query.parameters(), *net.out.parameters()], [*net.tokens.parameters()]
     expected = [
@@ -157,10 +172,10 @@ def test_the_negatives_leave_alone_what_all_captions_share(chunk_size, immediate
     ]
     x, t, _, cond = batch
     pred = net(x, t, {"text": cond["text"]}, torch.zeros(B, dtype=torch.long)) if reuse else None
-    ema = EMA(net.parameters())
-    agsm = AGSMRegularizer(net, ema, loss, chunk_size=chunk_size, shared=shared)
     backward = torch.Tensor.backward if immediate else None
-    out = agsm(*batch, candidates=candidates, pred=pred, backward=backward)
+    passes = Passes(chunk_size=chunk_size, backward=backward)
+    agsm = regularizer(net, loss, passes=passes, negatives_train=None)
+    out = agsm(*batch, candidates, pred=pred)
     torch.testing.assert_close(out.loss.detach(), terms.loss.detach())
     if out.loss.requires_grad:
         out.loss.backward()
@@ -168,25 +183,76 @@ def test_the_negatives_leave_alone_what_all_captions_share(chunk_size, immediate
     assert all(p.requires_grad for p in net.parameters())
 
 
-def test_shared_weights_are_trained_again_after_a_failed_pass():
+def test_the_negatives_train_what_they_are_given():
     net, batch = problem()
-    shared = [*net.query.parameters(), *net.out.parameters()]
-    agsm = AGSMRegularizer(net, EMA(net.parameters()), AGSMLoss(neg_scale=0.3), shared=shared)
+    loss, candidates = AGSMLoss(neg_scale=0.3), InBatch(3)(CAPTIONS)
+    terms = by_hand(net, *batch, candidates, loss)
+    reached = [*net.tokens.parameters(), net.out.bias]
+    others = [p for p in net.parameters() if not any(p is one for one in reached)]
+    expected = [
+        *torch.autograd.grad(terms.loss, reached, retain_graph=True),
+        *torch.autograd.grad(terms.positive_term, others),
+    ]
+    out = regularizer(net, loss, negatives_train=iter(reached))(*batch, candidates)
+    close(torch.autograd.grad(out.loss, [*reached, *others]), expected)
+
+
+def test_the_default_is_one_pass_where_tokens_alone_are_trained():
+    net, batch = problem()
+    for part in (net.query, net.out):
+        part.requires_grad_(False)
+    loss, candidates = AGSMLoss(neg_scale=0.3), InBatch(3)(CAPTIONS)
+    tokens = list(net.tokens.parameters())
+    expected = torch.autograd.grad(by_hand(net, *batch, candidates, loss).loss, tokens)
+    net.calls.clear()
+    out = AGSMRegularizer(net, EMA(tokens), loss)(*batch, candidates)
+    close(torch.autograd.grad(out.loss, tokens), expected)
+    assert [len(bank) for bank, _ in net.calls] == [4 * B, 4 * B]
+
+
+def test_what_the_ema_leaves_out_is_spared_too():
+    net, batch = problem()
+    ema, loss = EMA(net.tokens.parameters()), AGSMLoss(neg_scale=0.3)
+    spared = [*net.query.parameters(), *net.out.parameters()]
+    candidates = InBatch(3)(CAPTIONS)
+    terms = by_hand(net, *batch, candidates, loss)
+    expected = torch.autograd.grad(terms.positive_term, spared)
+    out = AGSMRegularizer(net, ema, loss)(*batch, candidates)
+    close(torch.autograd.grad(out.loss, spared), expected)
+
+
+def test_negatives_without_anything_to_train_are_refused():
+    layer, (net, _) = nn.Linear(D, D), problem()
+    net.tokens.requires_grad_(False)
+    for denoiser, trained in (
+        (layer, layer),  # a LoRA, or all of the denoiser
+        (net, net),  # its tokens are frozen
+        (lambda *_: None, SoftTokens(W)),  # tokens that cannot be found
+    ):
+        ema = EMA(trained.parameters())
+        with pytest.raises(ValueError, match=r"neg_scale=0\.1.*Take neg_scale=0 .*ema\.parameters"):
+            AGSMRegularizer(denoiser, ema, AGSMLoss(neg_scale=0.1))
+        AGSMRegularizer(denoiser, ema, AGSMLoss(neg_scale=0))
+        AGSMRegularizer(denoiser, ema, AGSMLoss(neg_scale=0.1), negatives_train=ema.parameters)
+    with pytest.raises(ValueError, match="negatives_train"):
+        AGSMRegularizer(net, ema, AGSMLoss(neg_scale=0.1), negatives_train=[])
+
+
+def test_spared_weights_are_trained_again_after_a_failed_pass():
+    net, batch = problem()
+    spared = [*net.query.parameters(), *net.out.parameters()]
+    agsm = regularizer(net, AGSMLoss(neg_scale=0.3), negatives_train=None)
 
     def fails(noisy, timesteps, conditioning, bank):
         if torch.is_grad_enabled() and bank.any():
-            assert not any(p.requires_grad for p in shared)
+            assert not any(p.requires_grad for p in spared)
             raise RuntimeError("out of memory")
         return net(noisy, timesteps, conditioning, bank)
 
     agsm.denoiser = fails
     with pytest.raises(RuntimeError, match="out of memory"):
-        agsm(*batch, captions=CAPTIONS)
-    assert all(p.requires_grad for p in shared)
-    everything = list(net.parameters())
-    with pytest.raises(ValueError, match="shared: expected some of the"):
-        AGSMRegularizer(net, EMA(everything), AGSMLoss(neg_scale=0.3), shared=everything)
-    AGSMRegularizer(net, EMA(everything), AGSMLoss(neg_scale=0.0), shared=everything)
+        agsm(*batch, CAPTIONS)
+    assert all(p.requires_grad for p in spared)
 
 
 def test_chunks_hold_fewer_tensors_for_backward():
@@ -194,13 +260,13 @@ def test_chunks_hold_fewer_tensors_for_backward():
     kept = {}
     for num_negatives, chunk_size in itertools.product((1, 3), (None, B)):
         net, batch = problem()
-        agsm = AGSMRegularizer(net, EMA(net.parameters()), chunk_size=chunk_size)
-        candidates = in_batch_candidates(CAPTIONS, num_negatives=num_negatives)
+        agsm = regularizer(net, passes=Passes(chunk_size=chunk_size))
+        candidates = InBatch(num_negatives)(CAPTIONS)
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x
         ):
-            agsm(*batch, candidates=candidates)
+            agsm(*batch, candidates)
         kept[num_negatives, chunk_size] = sum(saved)
     assert kept[3, None] > 1.5 * kept[1, None]
     assert kept[3, B] < 0.5 * kept[3, None]
@@ -209,88 +275,85 @@ def test_chunks_hold_fewer_tensors_for_backward():
 def test_the_hosts_prediction_is_not_run_again():
     net, batch = problem()
     x, t, _, cond = batch
-    agsm = AGSMRegularizer(net, EMA(net.parameters()))
+    agsm = regularizer(net)
     pred = net(x, t, cond, torch.zeros(B, dtype=torch.long))
     net.calls.clear()
-    agsm(*batch, captions=CAPTIONS, pred=pred)
+    agsm(*batch, CAPTIONS, pred=pred)
     assert [bank for bank, trained in net.calls if trained] == [[1, 1, 1] * B]
 
 
 def test_no_student_pass_for_negatives_without_their_term():
     net, batch = problem()
-    agsm = AGSMRegularizer(net, EMA(net.parameters()), AGSMLoss(neg_scale=0.0))
-    agsm(*batch, captions=CAPTIONS)
+    agsm = regularizer(net, AGSMLoss(neg_scale=0.0))
+    agsm(*batch, CAPTIONS)
     assert [bank for bank, trained in net.calls if trained] == [[0] * B]
-
-
-class FixedDraws(AGSMRegularizer):
-    """Trains on a given subset of the negatives instead of drawing one."""
-
-    def _coefficients(self, positive, valid, draws):
-        chosen = torch.zeros_like(valid)
-        for i, columns in enumerate(self.subset):
-            chosen[i, list(columns)] = True
-        return AF.loss_coefficients(
-            positive,
-            valid & (positive | chosen),
-            neg_scale=self.loss.neg_scale,
-            dtype=torch.float64,
-        )
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_subset_of_the_negatives_is_unbiased(size):
-    """The mean gradient over every subset, enumerated, is the full gradient, weights untouched."""
-    net, batch = problem()
-    ema, candidates = EMA(net.parameters()), in_batch_candidates(CAPTIONS, num_negatives=3)
-    full = AGSMRegularizer(net, ema)(*batch, candidates=candidates)
+    """The mean gradient over every subset of one image's three is the full gradient."""
+    net, (x, t, target, cond) = problem()
+    batch = x[:1], t[:1], target[:1], cond
+    candidates = Candidates(
+        torch.arange(4).reshape(1, 4), torch.tensor([0]), torch.ones(1, 4).bool(), pool_size=4
+    )
+    full = regularizer(net)(*batch, candidates)
     expected = grads(net, full.loss)
-    fixed = FixedDraws(net, ema)
-    subsets = list(itertools.combinations((1, 2, 3), size))
-    total, losses = [torch.zeros_like(g) for g in expected], []
-    for subset in subsets:  # rows are independent, so the same subset in each row enumerates enough
-        fixed.subset = [subset] * B
-        out = fixed(*batch, candidates=candidates)
-        losses.append(out.loss.detach())
-        total = [a + g / len(subsets) for a, g in zip(total, grads(net, out.loss), strict=True)]
+    agsm = regularizer(net, seed=0, passes=Passes(train_negatives=size))
+    found = {}
+    for _ in range(40):
+        out = agsm(*batch, candidates)
+        found[round(out.loss.item(), 9)] = grads(net, out.loss)
         torch.testing.assert_close(
             out.metrics["agsm/guidance_norm"], full.metrics["agsm/guidance_norm"]
         )
-    close(total, expected, 1e-10)
-    torch.testing.assert_close(torch.stack(losses).mean(), full.loss.detach())
-    assert torch.stack(losses).std() > 1e-3
+    assert len(found) == 3  # three choose `size`
+    close([sum(parts) / 3 for parts in zip(*found.values(), strict=True)], expected, 1e-10)
+    assert sum(found) / 3 == pytest.approx(full.loss.item())
+    assert max(found) - min(found) > 1e-3
 
 
 def test_drawn_subsets_are_uniform_and_of_the_asked_size():
-    net, _ = problem()
-    agsm = AGSMRegularizer(net, EMA(net.parameters()), train_negatives=2)
-    positive = torch.tensor([[True, False, False, False], [False, False, True, False]])
-    valid = torch.tensor([[True, True, True, True], [True, False, True, False]])
-    counts = torch.zeros(2, 4)
+    weight = nn.Parameter(torch.ones(()))
+    trained = torch.zeros(2, 4)
+
+    def denoiser(noisy, timesteps, conditioning, bank):
+        if torch.is_grad_enabled():
+            trained.index_put_((noisy[:, 0].long(), conditioning), torch.ones(()), accumulate=True)
+        return weight * noisy
+
+    candidates = Candidates(
+        index=torch.tensor([[0, 1, 2, 3], [0, 1, 1, 1]]),
+        positives=torch.tensor([0, 1]),
+        mask=torch.tensor([[True, True, True, True], [True, True, False, False]]),
+        pool_size=4,
+    )
+    agsm = regularizer(denoiser, ema=EMA([weight]), passes=Passes(train_negatives=2), seed=0)
+    images = torch.tensor([[0.0], [1.0]])
     for _ in range(600):
-        drawn = agsm._coefficients(positive, valid, agsm._draws()) > 0
-        counts += drawn
-        assert drawn[0].sum() == 3 and drawn[1].tolist() == [True, False, True, False]
-    assert counts[0, 0] == 600
-    assert ((counts[0, 1:] / 600 - 2 / 3).abs() < 0.07).all()
+        before = trained.clone()
+        agsm(images, torch.zeros(2), images, torch.arange(4), candidates)
+        assert (trained - before).sum(1).tolist() == [3, 2]
+    assert trained[0, 0] == 600 and trained[1].tolist() == [600, 600, 0, 0]
+    assert ((trained[0, 1:] / 600 - 2 / 3).abs() < 0.07).all()
 
 
 def test_subset_runs_fewer_student_passes_and_the_full_ema_pass():
     net, batch = problem()
-    agsm = AGSMRegularizer(net, EMA(net.parameters()), train_negatives=1)
-    agsm(*batch, captions=CAPTIONS)
+    agsm = regularizer(net, passes=Passes(train_negatives=1))
+    agsm(*batch, CAPTIONS)
     assert [len(bank) for bank, _ in net.calls] == [4 * B, 2 * B]
 
 
 def test_weight_zero_runs_nothing_and_schedules_follow_the_step():
     net, batch = problem()
-    agsm = AGSMRegularizer(net, EMA(net.parameters()), weight=lambda step: float(step))
+    agsm = regularizer(net, weight=lambda step: float(step))
     before = torch.get_rng_state()
-    out = agsm(*batch, captions=CAPTIONS)
+    out = agsm(*batch, CAPTIONS)
     assert out.loss == 0 and not out.loss.requires_grad and net.calls == []
     agsm.update_ema()
     agsm.update_ema()
-    out = agsm(*batch, captions=CAPTIONS)
+    out = agsm(*batch, CAPTIONS)
     assert out.metrics["agsm/weight"] == 2.0
     torch.testing.assert_close(out.loss.detach(), 2 * out.metrics["agsm/loss"])
     assert torch.equal(torch.get_rng_state(), before)  # the host's random stream is its own
@@ -298,31 +361,52 @@ def test_weight_zero_runs_nothing_and_schedules_follow_the_step():
 
 def test_the_ema_is_what_makes_the_targets():
     net, batch = problem()
-    agsm = AGSMRegularizer(net, EMA(net.parameters(), decay=0.0))
-    candidates = in_batch_candidates(CAPTIONS)
-    first = agsm(*batch, candidates=candidates).metrics["agsm/positive_weight"]
+    agsm = regularizer(net, decay=0.0)
+    candidates = InBatch()(CAPTIONS)
+    first = agsm(*batch, candidates).metrics["agsm/positive_weight"]
     with torch.no_grad():
         net.out.weight.mul_(-2)
-    assert agsm(*batch, candidates=candidates).metrics["agsm/positive_weight"] == first
+    assert agsm(*batch, candidates).metrics["agsm/positive_weight"] == first
     agsm.update_ema()
-    assert agsm(*batch, candidates=candidates).metrics["agsm/positive_weight"] != first
+    assert agsm(*batch, candidates).metrics["agsm/positive_weight"] != first
 
 
 def test_hard_negatives_from_a_larger_pool():
     hard = [[f"{c} edited"] for c in CAPTIONS]
     net, batch = problem(pool=2 * B)
-    candidates = hard_candidates(CAPTIONS, hard)
-    expected = by_hand(net, *batch, candidates, AGSMLoss())
-    out = AGSMRegularizer(net, EMA(net.parameters()))(*batch, candidates=candidates)
+    candidates = Hard()(CAPTIONS, hard_negatives=hard)
+    expected = by_hand(net, *batch, candidates, AGSMLoss(neg_scale=1.0))
+    out = regularizer(net)(*batch, candidates)
     torch.testing.assert_close(out.loss, expected.loss)
+
+
+@pytest.mark.parametrize(
+    ("rule", "hard"),
+    [
+        (InBatch(2), None),
+        (Hard(), [["a", "b"], ["c"], [], ["d"]]),
+        (Mixed(1), [["a", "b"], ["c"], [], ["d"]]),
+        (Grid(), None),
+    ],
+)
+def test_the_rule_chooses_from_the_call(rule, hard):
+    """The same as its choice, made outside with the call's draws."""
+    net, batch = problem(pool=B + sum(map(len, hard or [])))
+    ids, seed = [0, 0, 1, 2], 3
+    chosen = rule(CAPTIONS, hard_negatives=hard, image_ids=ids, generator=draws(seed, 1))
+    expected = regularizer(net)(*batch, chosen)
+    agsm = regularizer(net, candidates=rule, seed=seed)
+    out = agsm(*batch, CAPTIONS, hard_negatives=hard, image_ids=ids)
+    assert out.loss == expected.loss
+    assert agsm(*batch, chosen).loss == expected.loss
 
 
 @pytest.mark.parametrize("captions", [["same"] * B, ["", *CAPTIONS[:1], *[""] * (B - 2)]])
 def test_a_batch_without_negatives(captions):
     net, batch = problem()
-    agsm = AGSMRegularizer(net, EMA(net.parameters()), allow_empty=True)
+    agsm = regularizer(net, candidates=InBatch(allow_empty=True))
     x, t, target, cond = batch
-    out = agsm(*batch, captions=captions)
+    out = agsm(*batch, captions)
     expected = (net(x, t, cond, torch.zeros(B, dtype=torch.long)) - target).square().mean()
     torch.testing.assert_close(out.loss, expected)
     assert all(value.isfinite() for value in out.metrics.values())
@@ -330,10 +414,10 @@ def test_a_batch_without_negatives(captions):
 
 def test_reward_weight_gets_the_timesteps():
     net, batch = problem()
-    candidates = in_batch_candidates(CAPTIONS)
-    by_time = AGSMLoss(reward_weight=lambda t: 1 + t / 100)
-    out = AGSMRegularizer(net, EMA(net.parameters()), by_time)(*batch, candidates=candidates)
-    plain = AGSMRegularizer(net, EMA(net.parameters()))(*batch, candidates=candidates)
+    candidates = InBatch()(CAPTIONS)
+    by_time = AGSMLoss(neg_scale=1.0, reward_weight=lambda t: 1 + t / 100)
+    out = regularizer(net, by_time)(*batch, candidates)
+    plain = regularizer(net)(*batch, candidates)
     assert out.metrics["agsm/weight_entropy"] < plain.metrics["agsm/weight_entropy"]
 
 
@@ -342,15 +426,16 @@ def test_resumes_exactly():
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
         for _ in range(steps):
             optimizer.zero_grad()
-            agsm(*batch, captions=CAPTIONS).loss.backward()
+            agsm(*batch, CAPTIONS).loss.backward()
             optimizer.step()
             agsm.update_ema()
 
     def make():
         net, batch = problem()
-        loss = AGSMLoss(temperature=AdaptiveTemperature())
+        loss = AGSMLoss(neg_scale=1.0, temperature=AdaptiveTemperature())
         ema = EMA(net.parameters(), decay=0.9, warmup=True)
-        return AGSMRegularizer(net, ema, loss, num_negatives=2, train_negatives=1), net, batch
+        passes = Passes(train_negatives=1)
+        return regularizer(net, loss, ema=ema, candidates=InBatch(2), passes=passes), net, batch
 
     straight, net, batch = make()
     train(straight, net, batch, 6)
@@ -374,12 +459,12 @@ def test_each_call_draws_from_the_seed_and_its_number():
     state = torch.get_rng_state()
     losses = {}
     for seed in (1, 2):
-        agsm = AGSMRegularizer(net, EMA(net.parameters()), num_negatives=1, seed=seed)
-        losses[seed] = [agsm(*batch, captions=CAPTIONS).loss.item() for _ in range(6)]
+        agsm = regularizer(net, candidates=InBatch(1), seed=seed)
+        losses[seed] = [agsm(*batch, CAPTIONS).loss.item() for _ in range(6)]
     assert len(set(losses[1])) > 2 and losses[1] != losses[2]
-    again = AGSMRegularizer(net, EMA(net.parameters()), num_negatives=1, seed=1)
+    again = regularizer(net, candidates=InBatch(1), seed=1)
     again.calls = 3
-    assert again(*batch, captions=CAPTIONS).loss.item() == losses[1][3]
+    assert again(*batch, CAPTIONS).loss.item() == losses[1][3]
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -398,21 +483,21 @@ def test_one_autocast_around_it_all_changes_nothing(reuse):
         p.data += 0.3 * torch.randn_like(p)
     seen = {}
     for cached in (True, False):
-        agsm = AGSMRegularizer(net, ema, AGSMLoss(neg_scale=0.5), seed=0)
+        agsm = regularizer(net, AGSMLoss(neg_scale=0.5), ema=ema, seed=0)
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
             x, t, _, cond = batch
             pred = net(x, t, cond, torch.zeros(B, dtype=torch.long)) if reuse else None
-            out = agsm(*batch, captions=CAPTIONS, pred=pred)
+            out = agsm(*batch, CAPTIONS, pred=pred)
         seen[cached] = [out.loss.detach(), *grads(net, out.loss)]
     close(seen[True], seen[False])
 
 
 def test_two_ranks():
-    """Of other draws each, also after resuming; waiting for nobody; and of one mind about gradients."""
+    """Each has draws of its own, also after resuming; none waits; their gradients agree."""
     ranks = run_ranks(workers.regularizer)
     for rank, told in ranks.items():
         assert told["seed"] == rank and told["calls"] == 1
-        assert "backward: expected None" in told["refused"]
+        assert "pred: expected None" in told["refused"]
         assert told["steps"] == 2
     for ours, theirs in zip(*(told["weights"] for told in ranks.values()), strict=True):
         assert torch.equal(ours, theirs)
@@ -420,13 +505,13 @@ def test_two_ranks():
 
 def test_training_lowers_the_loss():
     net, batch = problem()
-    loss = AGSMLoss(temperature=AdaptiveTemperature(0.8))
-    agsm = AGSMRegularizer(net, EMA(net.parameters(), decay=0.9), loss)
+    loss = AGSMLoss(neg_scale=1.0, temperature=AdaptiveTemperature(0.8))
+    agsm = regularizer(net, loss, decay=0.9)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     losses = []
     for _ in range(300):
         optimizer.zero_grad()
-        out = agsm(*batch, captions=CAPTIONS)
+        out = agsm(*batch, CAPTIONS)
         out.loss.backward()
         optimizer.step()
         agsm.update_ema()

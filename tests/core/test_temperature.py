@@ -37,8 +37,10 @@ def test_where_the_published_temperature_fails():
     target = torch.zeros(32, 16)
     ema_pred = (0.04 * torch.rand(32, 4, 1)).sqrt() * torch.ones(16)
     ema_pred = ema_pred * 0.2
-    published = AGSMLoss().terms(ema_pred, ema_pred, target)
-    follows = AGSMLoss(temperature=AdaptiveTemperature(0.7)).terms(ema_pred, ema_pred, target)
+    published = AGSMLoss(neg_scale=1.0).terms(ema_pred, ema_pred, target)
+    follows = AGSMLoss(neg_scale=1.0, temperature=AdaptiveTemperature(0.7)).terms(
+        ema_pred, ema_pred, target
+    )
     assert published.weight_entropy > 0.999 * math.log(4)
     assert follows.weight_entropy.item() == pytest.approx(0.7 * math.log(4), abs=0.02)
 
@@ -84,7 +86,7 @@ def test_rows_that_say_nothing_are_left_out():
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_an_overflow_does_not_last(bad):
-    """As fp16's, which a GradScaler passes over: the row says nothing, and all of them nothing at all."""
+    """As fp16's, which a GradScaler skips: the row says nothing, and a batch of them nothing."""
     good = errors_of(0)
     broken = torch.cat([good, good[:1]])
     broken[-1, 1] = bad

@@ -26,7 +26,7 @@ def main():
     for extra in ((), (columns,), (columns, mask)):
         compare(AGSMLoss(neg_scale=0.3), pred, ema_pred, target, *extra)
     print("AGSMLoss")
-    follows = AGSMLoss(temperature=AdaptiveTemperature(momentum=0.0))
+    follows = AGSMLoss(neg_scale=1.0, temperature=AdaptiveTemperature(momentum=0.0))
     compare(follows, pred, ema_pred, target, columns, mask)
     print("AdaptiveTemperature")
     compare(SoftREPALoss(), pred, target, columns)

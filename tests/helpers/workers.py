@@ -13,7 +13,15 @@ from integrations_tiny import tiny
 from strategies import errors_of
 from torch import nn
 
-from agsm_loss import EMA, AdaptiveTemperature, AGSMLoss, AGSMRegularizer, Bank
+from agsm_loss import (
+    EMA,
+    AdaptiveTemperature,
+    AGSMLoss,
+    AGSMRegularizer,
+    Bank,
+    InBatch,
+    Passes,
+)
 from agsm_loss.integrations.denoisers import TokenDenoiser
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
@@ -88,7 +96,7 @@ def ddp_checkpointed(rank):
 
 
 def regularizer(rank):
-    """AGSM on SD3 (it has buffers) in DDP as it comes; rank 1 has nobody to compete, so fewer calls."""
+    """AGSM on SD3 (it has buffers) in DDP as it comes; rank 1 has no negatives, so fewer calls."""
     made = tiny("sd3")
     model = made.model.float().requires_grad_(False)
     assert list(model.buffers())
@@ -97,10 +105,10 @@ def regularizer(rank):
     ddp = nn.parallel.DistributedDataParallel(TokenDenoiser(model, tokens=tokens))
     optimizer = torch.optim.SGD([p for p in tokens.parameters() if p.requires_grad], lr=0.1)
 
-    def regularized(seed):
-        loss = AGSMLoss(neg_scale=0.5)
+    def regularized(seed, **settings):
+        loss, rule = AGSMLoss(neg_scale=0.5), InBatch(allow_empty=True)
         ema = EMA(tokens.parameters())
-        return AGSMRegularizer(ddp, ema, loss, seed=seed, allow_empty=True)
+        return AGSMRegularizer(ddp, ema, loss, candidates=rule, seed=seed, **settings)
 
     generator = torch.Generator().manual_seed(rank)
     noisy, target = torch.randn(2, 2, 4, 8, 8, generator=generator)
@@ -114,10 +122,11 @@ def regularizer(rank):
     for _ in range(2):
         pred = ddp(*batch[:2], text, torch.zeros(2, dtype=torch.long))
         optimizer.zero_grad()
-        agsm(*batch, captions=captions, pred=pred).loss.backward()
+        agsm(*batch, captions, pred=pred).loss.backward()
         optimizer.step()
     try:
-        agsm(*batch, captions=captions, pred=pred, backward=torch.Tensor.backward)
+        eager = regularized(rank, passes=Passes(backward=torch.Tensor.backward))
+        eager(*batch, captions, pred=pred)
         refused = ""
     except ValueError as error:
         refused = str(error)
