@@ -25,7 +25,7 @@ A training step, and what it leaves in the gradients:
 >>> noisy = add_noise(scheduler, latents, noise, timesteps)
 >>> target = regression_target(scheduler, latents, noise, timesteps)
 >>> captions = ["two cats", "a red cube", "a blue cube"]
->>> agsm(noisy, timesteps, target, {"prompt_embeds": text}, captions=captions).loss.backward()
+>>> agsm(noisy, timesteps, target, {"prompt_embeds": text}, captions).loss.backward()
 >>> denoiser.tokens.tokens.grad.shape  # (banks, n, d)
 torch.Size([2, 4, 16])
 

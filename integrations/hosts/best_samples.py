@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agsm_loss.integrations.hosts.step import Clean, best_rows
+from agsm_loss import draws
+from agsm_loss.integrations.hosts.step import AGSMBatch, best_rows
 
 
 def check_schedule(scheduler: Any, config: Any) -> None:
@@ -88,19 +89,17 @@ class BestSamples:
         self.latents, self.embeds = self.latents[kept], self.embeds[kept]
         self.prompts = [self.prompts[int(i)] for i in kept]
 
-    def batch(self, number: int) -> Clean:
+    def batch(self, number: int) -> AGSMBatch:
         """A micro-step's draw of them."""
-        # The CPU's generator reads the lower 32 bits alone, so all three have a part in these.
-        key = self.seed + self.rank * 0x85EBCA6B + number * 0x9E3779B1
-        generator = torch.Generator().manual_seed(key % 2**63)
+        generator = draws(self.seed, self.rank, number)
         rows = torch.randperm(len(self.latents), generator=generator)[: self.batch_size]
         latents = self.latents[rows.to(self.latents.device)]
         times = torch.randint(self.steps, (len(rows),), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
-        return Clean(
+        return AGSMBatch(
             latents,
             times.to(latents.device),
             noise.to(latents),
             {"prompt_embeds": self.embeds[rows.to(self.embeds.device)]},
-            captions=[self.prompts[int(row)] for row in rows],
+            [self.prompts[int(row)] for row in rows],
         )

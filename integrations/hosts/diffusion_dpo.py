@@ -2,7 +2,7 @@
 
     step = DiffusionDPO(denoiser, scheduler, reference=lambda: adapters_off(unet), agsm=agsm)
     loss, metrics = step(winner, loser, conditioning, timesteps, noise, captions=captions)
-    loss.backward(); optimizer.step(); step.after_step()
+    loss.backward(); optimizer.step(); step.update_ema()
 
 AGSM (`AGSMRegularizer`, whose `weight` is λ) runs on the winner under its own caption, at the host's
 x_t, t and target, and takes the host's own prediction; the negatives are the batch's other captions.
@@ -19,13 +19,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from agsm_loss import AGSMRegularizer, Bank, Candidates, Denoiser
+from agsm_loss import AGSMRegularizer, Bank, Candidates, Denoiser, StepOutput
 from agsm_loss import functional as AF
 from agsm_loss.integrations.denoisers import no_grad_pass
 from agsm_loss.integrations.hosts.step import (
-    Clean,
+    AGSMBatch,
     Host,
-    StepOutput,
     agsm_on,
     bank_of,
     first_rows_twice,
@@ -101,17 +100,17 @@ class DiffusionDPO(Host):
     """A batch of preference pairs -> loss and metrics.
 
     Args:
-        denoiser: the student, e.g. `TokenDenoiser`. Its host predictions wear ψ⁺, as at inference.
+        denoiser: the student, e.g. `TokenDenoiser`. Its host predictions use ψ⁺, as at inference.
         scheduler: the training scheduler; tells how to noise and what is predicted.
         reference: makes a context in which the denoiser is the reference: `adapters_off` for a LoRA
             (no second model), `EMA(parameters, decay=1.0).applied` for full fine-tuning (a copy of
             what is trained), `contextlib.nullcontext` where tokens alone are trained.
-        reference_bank: what the reference wears; ψ⁺ where the model was given with its tokens.
+        reference_bank: the tokens of the reference; ψ⁺ where the model was given with its tokens.
         beta, loss_type: of `diffusion_dpo_loss`.
-        agsm: AGSM beside it; its own `weight` is λ (number or schedule). None, or λ = 0: the host
+        agsm: AGSM in its step; its own `weight` is λ (number or schedule). None, or λ = 0: the host
             alone, bit for bit. A batch in which no winner has another's caption to compete with
-            (one pair) is an error of the regularizer, or, with its `allow_empty`, gets the
-            denoising error of the winner.
+            (one pair) is an error, or, where its candidates allow it (`InBatch(allow_empty=True)`),
+            gets the denoising error of the winner.
     """
 
     def __init__(
@@ -141,9 +140,9 @@ class DiffusionDPO(Host):
         timesteps: Tensor,
         noise: Float[Tensor, "B *D"],
         *,
-        captions: Sequence[Hashable] | Tensor | None = None,
+        captions: Sequence[Hashable] | Tensor | Candidates | None = None,
+        hard_negatives: Sequence[Sequence[Hashable]] | None = None,
         image_ids: Sequence[Hashable] | Tensor | None = None,
-        candidates: Candidates | None = None,
         image_conditioning: Mapping[str, Any] | None = None,
     ) -> StepOutput:
         """One step on B pairs.
@@ -151,9 +150,9 @@ class DiffusionDPO(Host):
         Args:
             winner, loser: latents x_0.
             conditioning: encoded captions, one row a caption; the first B are the pairs' own. More
-                than B only with `candidates`, whose pool they are.
+                than B with `hard_negatives`, or `Candidates` as captions: the rows are the pool's.
             timesteps, noise: t (B,) and ε, shared by both of a pair.
-            captions, image_ids, candidates: as AGSM takes them; not read without AGSM.
+            captions, hard_negatives, image_ids: as AGSM takes them; not read without AGSM.
             image_conditioning: what belongs to the image (SDXL's time ids), B rows.
         """
         both, twice = torch.cat([winner, loser]), torch.cat([noise, noise])
@@ -166,8 +165,8 @@ class DiffusionDPO(Host):
             timesteps,
             conditioning,
             captions=captions,
+            hard_negatives=hard_negatives,
             image_ids=image_ids,
-            candidates=candidates,
             image_conditioning=image_conditioning,
         )
 
@@ -179,12 +178,12 @@ class DiffusionDPO(Host):
         conditioning: Any,
         *,
         image_conditioning: Mapping[str, Any] | None = None,
-        clean: Clean | None = None,
+        agsm_batch: AGSMBatch | None = None,
         **agsm: Any,
     ) -> StepOutput:
         """The step after noising: x_t and targets (2B, *D), the winners first.
 
-        clean: what AGSM trains on, with its own noise, instead of the winners as they stand here.
+        agsm_batch: what AGSM trains on, with its own noise, in place of these winners.
         """
         batch = len(timesteps)
         doubled = torch.cat([timesteps, timesteps])
@@ -203,8 +202,8 @@ class DiffusionDPO(Host):
             "dpo/error": terms.error,
         }
         if self.agsm is not None:
-            if clean is not None:
-                term = agsm_on(clean, self.agsm, self.scheduler)
+            if agsm_batch is not None:
+                term = agsm_on(agsm_batch, self.agsm, self.scheduler)
             else:
                 term = self.agsm(
                     noisy[:batch],

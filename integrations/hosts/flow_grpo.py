@@ -2,8 +2,8 @@
 
     trajectory = sample_sde(denoise, scheduler, noise, num_steps=10)     # no gradient
     advantages = group_advantages(reward(trajectory.last), group)
-    loss, metrics = step(trajectory, advantages, conditioning, clean=clean)
-    loss.backward(); optimizer.step(); step.after_step()
+    loss, metrics = step(trajectory, advantages, conditioning, agsm_batch=agsm_batch)
+    loss.backward(); optimizer.step(); step.update_ema()
 
 A flow's sampler is an ODE and has no likelihoods; the SDE with the same marginals has. What AGSM needs of
 such a loop is what `trl_ddpo` names: the loss, the place behind the optimizer's step, and clean images.
@@ -19,12 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from agsm_loss import AGSMRegularizer, Bank, Denoiser
+from agsm_loss import AGSMRegularizer, Bank, Denoiser, StepOutput
 from agsm_loss.integrations.denoisers import no_grad_pass
 from agsm_loss.integrations.hosts.step import (
-    Clean,
+    AGSMBatch,
     Host,
-    StepOutput,
     agsm_on,
     bank_of,
     mean_log_prob,
@@ -198,14 +197,15 @@ class FlowGRPO(Host):
         steps: Int[Tensor, " n"] | None = None,
         *,
         image_conditioning: Mapping[str, Tensor] | None = None,
-        clean: Clean | None = None,
+        agsm_batch: AGSMBatch | None = None,
     ) -> StepOutput:
         """The loss over these steps of the trajectory, by default all but the last.
 
-        conditioning, image_conditioning: a row an image. clean: what AGSM trains on; needed where `agsm` was given.
+        conditioning, image_conditioning: a row an image. agsm_batch: what AGSM trains on; needed
+        where `agsm` was given.
         """
-        if (clean is None) != (self.agsm is None):
-            raise ValueError("clean: expected it with agsm, and only then.")
+        if (agsm_batch is None) != (self.agsm is None):
+            raise ValueError("agsm_batch: expected it with agsm, and only then.")
         number, batch = len(trajectory.log_probs), len(advantages)
         steps = torch.arange(number - 1) if steps is None else steps.cpu()
         if not len(steps) or int(steps.min()) < 0 or int(steps.max()) >= number - 1:
@@ -227,8 +227,8 @@ class FlowGRPO(Host):
         loss = clipped_policy_loss(log_prob, old, advantages.to(log_prob)[rows], self.clip)
         gap = (log_prob - old).detach()
         metrics = {"grpo/loss": loss.detach(), "grpo/approx_kl": 0.5 * gap.square().mean()}
-        if self.agsm is not None and clean is not None:
+        if self.agsm is not None and agsm_batch is not None:
             with self.autocast():
-                term = agsm_on(clean, self.agsm, self.scheduler)
+                term = agsm_on(agsm_batch, self.agsm, self.scheduler)
             loss, metrics = loss + term.loss, metrics | term.metrics
         return StepOutput(loss, metrics)

@@ -4,8 +4,8 @@
     loss, metrics = step(winner, loser, conditioning, timestep, captions=captions)
 
 Each image is carried to x_t by the model being trained, without gradient, and the noise that x_t
-then implies is the target. AGSM runs on the winner there, as in `DiffusionDPO`, or on `clean` images at
-Gaussian noise. For ε- and v-prediction.
+then implies is the target. AGSM runs on the winner there, as in `DiffusionDPO`, or on images at Gaussian noise
+(`agsm_batch`). For ε- and v-prediction.
 
 The authors' script stops at the last of its ten levels below t and calls that x_t, so that at small t
 almost no noise is implied; here a last step goes from that level to t itself.
@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from agsm_loss import Bank, Candidates
+from agsm_loss import Bank, Candidates, StepOutput
 from agsm_loss.integrations.denoisers import no_grad_pass
 from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
-from agsm_loss.integrations.hosts.step import Clean, StepOutput, bank_of, first_rows_twice
+from agsm_loss.integrations.hosts.step import AGSMBatch, bank_of, first_rows_twice
 from agsm_loss.integrations.noise import (
     clean_and_noise,
     ddim_sigma,
@@ -124,25 +124,26 @@ class InPO(DiffusionDPO):
         conditioning: Any,
         timestep: int,
         *,
-        captions: Sequence[Hashable] | Tensor | None = None,
+        captions: Sequence[Hashable] | Tensor | Candidates | None = None,
+        hard_negatives: Sequence[Sequence[Hashable]] | None = None,
         image_ids: Sequence[Hashable] | Tensor | None = None,
-        candidates: Candidates | None = None,
         image_conditioning: Mapping[str, Any] | None = None,
-        clean: Clean | None = None,
+        agsm_batch: AGSMBatch | None = None,
     ) -> StepOutput:
         """One step on B pairs at one t, as published; the rest as in `DiffusionDPO`.
 
-        clean: AGSM's images with Gaussian noise, e.g. the winners at timesteps of their own, in place of
-            the winners at their inverted noise. Costs a further pass. Inverted noise is not what sampling
-            starts from: a model that a large λ teaches to find it samples worse.
+        agsm_batch: AGSM's images with Gaussian noise, e.g. the winners at timesteps of their own, in
+            place of the winners at their inverted noise. Costs a further pass. Inverted noise is
+            not what sampling starts from: a model that a large λ teaches to find it samples worse.
 
         Raises:
-            ValueError: captions, image_ids or candidates beside `clean`, which has its own.
+            ValueError: captions, hard_negatives or image_ids with `agsm_batch`, which has its own.
         """
-        if clean is not None and any(one is not None for one in (captions, image_ids, candidates)):
+        given = (captions, hard_negatives, image_ids)
+        if agsm_batch is not None and any(one is not None for one in given):
             raise ValueError(
-                "clean: expected it without captions, image_ids and candidates, got both. Put them into "
-                "`Clean`."
+                "agsm_batch: expected it without captions, hard_negatives and image_ids, got both. "
+                "Put them into the `AGSMBatch`."
             )
         batch = len(winner)
         both = torch.cat([winner, loser])
@@ -166,8 +167,8 @@ class InPO(DiffusionDPO):
             timesteps[:batch],
             conditioning,
             captions=captions,
+            hard_negatives=hard_negatives,
             image_ids=image_ids,
-            candidates=candidates,
             image_conditioning=image_conditioning,
-            clean=clean,
+            agsm_batch=agsm_batch,
         )

@@ -1,13 +1,13 @@
 """SPO, Step-by-step Preference Optimization (arXiv 2406.04314), alone or with AGSM in its step.
 
     pairs = sample_pairs(denoise, scheduler, noise, score)          # on-policy, no gradient
-    loss, metrics = step(pairs, conditioning, unconditional, clean=clean)
-    loss.backward(); optimizer.step(); step.after_step()
+    loss, metrics = step(pairs, conditioning, unconditional, agsm_batch=agsm_batch)
+    loss.backward(); optimizer.step(); step.update_ema()
 
 A DDIM step with η > 0 is a Gaussian. At a state x_t several x_{t−1} are drawn, a preference model scores
 them, and the best and the worst become a pair whose likelihoods are compared with the reference's.
 
-There is no clean image with a known noise in it for AGSM, so it is given its own (`host.Clean`):
+There is no clean image with a known noise in it for AGSM, so it is given its own (`AGSMBatch`):
 latents of a captioned data set, where the prompts' pictures are what the model should learn; or
 the rollout's last states, where there is no such set, re-noised. AGSM learns whatever it is shown as
 a match, so take the best of them (`best_rows`, by the preference model's scores of the final
@@ -25,12 +25,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from agsm_loss import AGSMRegularizer, Bank, Denoiser
+from agsm_loss import AGSMRegularizer, Bank, Denoiser, StepOutput
 from agsm_loss.integrations.denoisers import no_grad_pass
 from agsm_loss.integrations.hosts.step import (
-    Clean,
+    AGSMBatch,
     Host,
-    StepOutput,
     agsm_on,
     bank_of,
     mean_log_prob,
@@ -38,7 +37,7 @@ from agsm_loss.integrations.hosts.step import (
 from agsm_loss.integrations.noise import clean_and_noise, ddim_sigma, noise_levels, prediction_type
 
 
-class Pairs(NamedTuple):
+class StatePairs(NamedTuple):
     """M pairs of next states, of any images and steps.
 
     Attributes:
@@ -59,7 +58,7 @@ class Pairs(NamedTuple):
 class Rollout(NamedTuple):
     """`pairs` of the whole rollout; `last` (B, *D): x_0 of the state that was gone on from."""
 
-    pairs: Pairs
+    pairs: StatePairs
     last: Float[Tensor, "B *D"]
 
 
@@ -177,17 +176,19 @@ def sample_pairs(
             )
         best, worst, keep = choose_pairs(scores.float().reshape(batch, -1).to(x.device), threshold)
         states = drawn.unflatten(0, (batch, num_candidates))
-        pairs = Pairs(x, states[rows, best], states[rows, worst], here, there, rows)
-        found.append(Pairs(*(part[keep] for part in pairs)))
+        pairs = StatePairs(x, states[rows, best], states[rows, worst], here, there, rows)
+        found.append(StatePairs(*(part[keep] for part in pairs)))
         chosen = torch.randint(num_candidates, (batch,), generator=generator).to(x.device)
         x = states[rows, chosen]
     last = torch.full_like(rows, times[-1])
     clean, _ = clean_and_noise(scheduler, x, denoise(x, last, rows), last)
-    empty = Pairs(x[:0], x[:0], x[:0], rows[:0], rows[:0], rows[:0])
-    return Rollout(Pairs(*(torch.cat(parts) for parts in zip(empty, *found, strict=True))), clean)
+    empty = StatePairs(x[:0], x[:0], x[:0], rows[:0], rows[:0], rows[:0])
+    return Rollout(
+        StatePairs(*(torch.cat(parts) for parts in zip(empty, *found, strict=True))), clean
+    )
 
 
-def guided(
+def classifier_free_guidance(
     denoiser: Denoiser,
     conditioning: Any,
     unconditional: Any,
@@ -258,12 +259,12 @@ class SPO(Host):
 
     def __call__(
         self,
-        pairs: Pairs,
+        pairs: StatePairs,
         conditioning: Any,
         unconditional: Any,
         *,
         image_conditioning: Mapping[str, Tensor] | None = None,
-        clean: Clean | None = None,
+        agsm_batch: AGSMBatch | None = None,
     ) -> StepOutput:
         """One step. Without a pair (nothing passed the threshold) SPO's loss is a constant 0.
 
@@ -274,32 +275,36 @@ class SPO(Host):
             pairs: of `sample_pairs`.
             conditioning, unconditional: the rollout's encoded prompts and empty prompts, a row an
                 image, which `pairs.rows` points into; `image_conditioning` too.
-            clean: what AGSM trains on; needed where `agsm` was given.
+            agsm_batch: what AGSM trains on; needed where `agsm` was given.
         """
-        if (clean is None) != (self.agsm is None):
-            raise ValueError("clean: expected it with agsm, and only then.")
+        if (agsm_batch is None) != (self.agsm is None):
+            raise ValueError("agsm_batch: expected it with agsm, and only then.")
         loss, metrics = pairs.noisy.new_zeros((), dtype=torch.float32), {}
         metrics["spo/pairs"] = torch.tensor(float(len(pairs.noisy)))
         if len(pairs.noisy):
             given = (conditioning, unconditional, self.guidance_scale)
             with no_grad_pass(), self.reference():
                 ref = self._log_probs(
-                    guided(self.denoiser, *given, self.reference_bank, image_conditioning), pairs
+                    classifier_free_guidance(
+                        self.denoiser, *given, self.reference_bank, image_conditioning
+                    ),
+                    pairs,
                 )
             ours = self._log_probs(
-                guided(self.denoiser, *given, Bank.POSITIVE, image_conditioning), pairs
+                classifier_free_guidance(self.denoiser, *given, Bank.POSITIVE, image_conditioning),
+                pairs,
             )
             loss, inside = spo_loss(ours, ref, self.beta, self.clip)
             metrics["spo/loss"] = loss.detach()
             metrics["spo/accuracy"] = (inside.detach() > 0).float().mean()
             metrics["spo/margin"] = inside.detach().mean()
-        if self.agsm is not None and clean is not None:
-            term = agsm_on(clean, self.agsm, self.scheduler)
+        if self.agsm is not None and agsm_batch is not None:
+            term = agsm_on(agsm_batch, self.agsm, self.scheduler)
             loss, metrics = loss + term.loss, metrics | term.metrics
         return StepOutput(loss, metrics)
 
     def _log_probs(
-        self, denoise: Callable[[Tensor, Tensor, Tensor], Tensor], pairs: Pairs
+        self, denoise: Callable[[Tensor, Tensor, Tensor], Tensor], pairs: StatePairs
     ) -> tuple[Tensor, Tensor]:
         pred = denoise(pairs.noisy, pairs.timesteps, pairs.rows)
         mean, std = ddim_gaussian(

@@ -10,26 +10,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from agsm_loss import AGSMRegularizer, Bank, Candidates, RegularizerOutput
+from agsm_loss import AGSMRegularizer, Bank, Candidates, StepOutput
 from agsm_loss.integrations.noise import add_noise, regression_target
 from agsm_loss.integrations.tokens.attach import unwrap
 
 
-class StepOutput(NamedTuple):
-    """A host's step: the loss to run backward, and detached scalars to log."""
-
-    loss: Float[Tensor, ""]
-    metrics: dict[str, Tensor]
-
-
-class Clean(NamedTuple):
-    """What AGSM trains on beside a host that has no clean image with a known noise of its own.
+class AGSMBatch(NamedTuple):
+    """What AGSM trains on in a host that has no clean image with a known noise of its own.
 
     Attributes:
         latents: clean, (B, *D).
         timesteps: to which they are noised, (B,).
         noise: (B, *D).
-        conditioning: a row a caption; `captions` or `candidates`, `image_ids` and
+        conditioning: a row a caption; `captions`, `hard_negatives`, `image_ids` and
             `image_conditioning` as `AGSMRegularizer` takes them.
     """
 
@@ -37,23 +30,23 @@ class Clean(NamedTuple):
     timesteps: Tensor
     noise: Tensor
     conditioning: Any
-    captions: Sequence[Hashable] | None = None
-    candidates: Candidates | None = None
-    image_ids: Sequence[Hashable] | None = None
+    captions: Sequence[Hashable] | Tensor | Candidates
+    hard_negatives: Sequence[Sequence[Hashable]] | None = None
+    image_ids: Sequence[Hashable] | Tensor | None = None
     image_conditioning: Mapping[str, Any] | None = None
 
 
-def agsm_on(clean: Clean, agsm: AGSMRegularizer, scheduler: Any) -> RegularizerOutput:
+def agsm_on(batch: AGSMBatch, agsm: AGSMRegularizer, scheduler: Any) -> StepOutput:
     """λ·L and metrics of AGSM on these images, noised as they say."""
     return agsm(
-        add_noise(scheduler, clean.latents, clean.noise, clean.timesteps),
-        clean.timesteps,
-        regression_target(scheduler, clean.latents, clean.noise, clean.timesteps),
-        clean.conditioning,
-        captions=clean.captions,
-        candidates=clean.candidates,
-        image_ids=clean.image_ids,
-        image_conditioning=clean.image_conditioning,
+        add_noise(scheduler, batch.latents, batch.noise, batch.timesteps),
+        batch.timesteps,
+        regression_target(scheduler, batch.latents, batch.noise, batch.timesteps),
+        batch.conditioning,
+        batch.captions,
+        hard_negatives=batch.hard_negatives,
+        image_ids=batch.image_ids,
+        image_conditioning=batch.image_conditioning,
     )
 
 
@@ -89,7 +82,7 @@ class Host:
     def __init__(self, agsm: AGSMRegularizer | None) -> None:
         self.agsm = agsm
 
-    def after_step(self) -> None:
+    def update_ema(self) -> None:
         """After each optimizer step: AGSM's EMA and schedule move on."""
         if self.agsm is not None:
             self.agsm.update_ema()

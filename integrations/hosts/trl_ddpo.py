@@ -10,7 +10,7 @@
     trainer.train()
 
 trl shipped DDPO up to 0.23. What AGSM needs of any reward-driven loop is little: the place where a loss
-is made (there `agsm_on(clean, agsm, scheduler)` is added to it), the place behind `optimizer.step()`
+is made (there `agsm_on(batch, agsm, scheduler)` is added to it), the place behind `optimizer.step()`
 (`agsm.update_ema()`), and clean images with captions, be they data or the loop's own samples.
 
 AGSM's images. From a captioned data set (`batches`) where its pictures are what prompts should give:
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from agsm_loss import AGSMRegularizer
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.best_samples import BestSamples, Progress, check_schedule
-from agsm_loss.integrations.hosts.step import Clean, agsm_on
+from agsm_loss.integrations.hosts.step import AGSMBatch, agsm_on
 from agsm_loss.integrations.tokens.attach import AttachedTokens
 
 
@@ -71,7 +71,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
         config, reward_function, prompt_function, sd_pipeline, image_samples_hook: trl's.
         agsm: the module to call and the trained parameters -> the regularizer, made when trl has put its
             LoRA in. AGSM's gradient reaches all that is trained: trl's LoRA or UNet, and the tokens.
-        batches: number of the micro-step -> what AGSM trains on there (`host.Clean`). A function of the
+        batches: number of the micro-step -> what AGSM trains on there (`AGSMBatch`). A function of the
             number, so that a resumed run sees what an uninterrupted one sees.
         best: without `batches`: the share of each epoch's samples, best reward first, that AGSM trains
             on, noised again at uniform timesteps.
@@ -95,7 +95,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
         image_samples_hook: Callable[..., Any] | None = None,
         *,
         agsm: Callable[[nn.Module, list[nn.Parameter]], AGSMRegularizer] | None = None,
-        batches: Callable[[int], Clean] | None = None,
+        batches: Callable[[int], AGSMBatch] | None = None,
         best: float = 0.25,
         batch_size: int = 8,
         every: int = 1,
@@ -168,9 +168,9 @@ class AGSMDDPOTrainer(DDPOTrainer):
         number, self._micro_step = self._micro_step, self._micro_step + 1
         if self.agsm is None or number % self.every or not self.agsm.weight(self.agsm.step):
             return loss, kl, clipped
-        clean = self._own.batch(number) if self.batches is None else self.batches(number)
+        batch = self._own.batch(number) if self.batches is None else self.batches(number)
         with self.autocast():
-            term = agsm_on(clean, self.agsm, self.sd_pipeline.scheduler)
+            term = agsm_on(batch, self.agsm, self.sd_pipeline.scheduler)
         for name, value in term.metrics.items():
             self._metrics.setdefault(name, []).append(value.detach().float())
         return loss + self.every * term.loss, kl, clipped

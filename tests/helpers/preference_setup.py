@@ -5,7 +5,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from integrations_tiny import TEXT, tiny
 from peft import LoraConfig
 
-from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch
 from agsm_loss.integrations.denoisers import TokenDenoiser
 from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
 from agsm_loss.integrations.hosts.step import adapters_off
@@ -44,8 +44,8 @@ class Setup:
         return [p for p in self.denoiser.parameters() if p.requires_grad]
 
     def agsm(self, **settings):
-        loss = AGSMLoss(neg_scale=0.1)
-        return AGSMRegularizer(self.denoiser, EMA(self.trained), loss, num_negatives=2, **settings)
+        loss, settings = AGSMLoss(neg_scale=0.1), {"candidates": InBatch(2), **settings}
+        return AGSMRegularizer(self.denoiser, EMA(self.trained), loss, **settings)
 
     def step(self, **settings):
         settings = {"reference": lambda: adapters_off(self.model), "beta": 5.0} | settings

@@ -158,7 +158,7 @@ def ddpo(rank):
         one.bright,
         one.asked,
         pipe,
-        agsm=one.regularizer(0.5, allow_empty=True),
+        agsm=one.regularizer(0.5, candidates=InBatch(1, allow_empty=True)),
         attached=one.soft_tokens(pipe),
         batch_size=3,
     )

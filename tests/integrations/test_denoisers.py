@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, QwenImagePi
 from integrations_tiny import NAMES, TEXT, tiny
 from peft import LoraConfig, get_peft_model
 
-from agsm_loss import EMA, AGSMRegularizer, Bank, SoftTokens
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank, InBatch, Passes, SoftTokens
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser, compute_dtype
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens, unwrap
 from agsm_loss.integrations.tokens.hooks import patches, unpatched
@@ -50,8 +50,8 @@ def test_the_regularizer_trains_tokens_on_every_backbone(name):
     noisy, t, cond, image = batch_for(name)
     ema = EMA(denoiser.parameters())
     assert {id(p) for p in ema.parameters} == {id(p) for p in denoiser.tokens.parameters()}
-    agsm = AGSMRegularizer(denoiser, ema, num_negatives=2)
-    out = agsm(noisy, t, torch.randn_like(noisy), cond, captions=["a", "b", "c"],
+    agsm = AGSMRegularizer(denoiser, ema, AGSMLoss(neg_scale=1.0), candidates=InBatch(2))
+    out = agsm(noisy, t, torch.randn_like(noisy), cond, ["a", "b", "c"],
                image_conditioning=image)  # fmt: skip
     out.loss.backward()
     grad = denoiser.tokens.tokens.grad
@@ -194,8 +194,8 @@ def test_a_lora_student_has_an_ema_of_its_adapter_and_a_free_reference(name):
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     ema = EMA(denoiser.parameters(), decay=0.0)
     assert len(ema.shadow) == len(trained) > len(list(denoiser.tokens.parameters()))
-    agsm = AGSMRegularizer(denoiser, ema, num_negatives=2)
-    agsm(noisy, t, noisy, cond, captions=["a", "b", "c"]).loss.backward()
+    agsm = AGSMRegularizer(denoiser, ema, AGSMLoss(neg_scale=1.0), candidates=InBatch(2))
+    agsm(noisy, t, noisy, cond, ["a", "b", "c"]).loss.backward()
     assert all(p.grad is not None for p in trained)
     assert any(p.grad.abs().max() > 0 for n, p in made.model.named_parameters() if "lora_B" in n)
     made.model.disable_adapters()
@@ -214,12 +214,13 @@ def test_checkpointed_backbone_in_a_chunked_regularizer():
         agsm = AGSMRegularizer(
             denoiser,
             EMA(denoiser.parameters()),
-            num_negatives=2,
-            chunk_size=2 if chunked else None,
+            AGSMLoss(neg_scale=1.0),
+            candidates=InBatch(2),
+            passes=Passes(chunk_size=2 if chunked else None),
             seed=0,
         )
         pred = denoiser(noisy, t, cond, Bank.POSITIVE)
-        out = agsm(noisy, t, 0 * noisy, cond, captions=["a", "b", "c"], pred=pred)
+        out = agsm(noisy, t, 0 * noisy, cond, ["a", "b", "c"], pred=pred)
         (pred.square().mean() + out.loss).backward()
         grads.append([p.grad for p in denoiser.tokens.parameters()])
     for a, b in zip(*grads, strict=True):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from preference_setup import SCHEDULERS, Setup
 
-from agsm_loss import EMA, Bank
+from agsm_loss import EMA, Bank, InBatch
 from agsm_loss.integrations.hosts.diffusion_dpo import diffusion_dpo_loss
 from agsm_loss.integrations.hosts.step import adapters_off
 from agsm_loss.integrations.noise import add_noise, regression_target
@@ -140,7 +140,7 @@ def test_agsm_adds_its_own_term_at_the_hosts_noise_and_timestep(name):
     noisy = add_noise(it.scheduler, it.winner, it.noise, it.timesteps)
     target = regression_target(it.scheduler, it.winner, it.noise, it.timesteps)
     term = it.agsm(weight=0.25)(
-        noisy, it.timesteps, target, it.conditioning, captions=it.captions
+        noisy, it.timesteps, target, it.conditioning, it.captions
     )  # its own forward pass instead of the host's prediction
     grads = torch.autograd.grad(term.loss, it.trained, allow_unused=True)
     assert both.loss.item() == pytest.approx((host.loss + term.loss).item(), rel=1e-9)
@@ -163,7 +163,7 @@ def test_one_pair_has_no_negatives():
     it = Setup("unet", batch=1)
     with pytest.raises(ValueError, match="negative"):
         it.run(it.step(agsm=it.agsm()))
-    out, _ = it.run(it.step(agsm=it.agsm(allow_empty=True)))
+    out, _ = it.run(it.step(agsm=it.agsm(candidates=InBatch(allow_empty=True))))
     host, _ = it.run(it.step())
     own = it.denoiser(
         add_noise(it.scheduler, it.winner, it.noise, it.timesteps),
@@ -187,7 +187,7 @@ def test_full_fine_tuning_keeps_a_frozen_copy_of_what_it_trains():
         out = step(it.winner, it.loser, it.conditioning, it.timesteps, it.noise)
         out.loss.backward()
         optimizer.step()
-        step.after_step()
+        step.update_ema()
         start.update()  # decay 1: it stays
     assert out.metrics["dpo/margin"] > 0 and out.metrics["dpo/accuracy"] > 0.5
     with start.applied():
@@ -199,7 +199,7 @@ def test_the_state_is_agsms():
     it = Setup("unet")
     step = it.step(agsm=it.agsm())
     it.run(step)
-    step.after_step()
+    step.update_ema()
     other = it.step(agsm=it.agsm())
     other.load_state_dict(step.state_dict())
     assert other.agsm.step == 1

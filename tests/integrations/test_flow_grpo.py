@@ -14,7 +14,7 @@ from agsm_loss.integrations.hosts.flow_grpo import (
     sample_sde,
     sde_gaussian,
 )
-from agsm_loss.integrations.hosts.step import Clean, agsm_on, bank_of
+from agsm_loss.integrations.hosts.step import AGSMBatch, agsm_on, bank_of
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7, 1.5])
@@ -86,24 +86,24 @@ def test_what_was_sampled_has_ratio_one_and_the_gradient_of_the_likelihoods():
 def test_agsm_is_added_and_absent_without_it():
     setup, scheduler = Setup("sd3"), FlowMatchEulerDiscreteScheduler()
     trajectory, advantages = rollout(setup, scheduler), torch.ones(3).double()
-    clean = Clean(
+    batch = AGSMBatch(
         setup.winner,
         torch.tensor([300.0, 700.0, 950.0]),
         setup.noise,
         setup.conditioning,
-        captions=setup.captions,
+        setup.captions,
     )
     plain = FlowGRPO(setup.denoiser, scheduler)
     agsm = setup.agsm(weight=0.5)
     both = FlowGRPO(setup.denoiser, scheduler, agsm=agsm)
     given = trajectory, advantages, setup.conditioning
-    term = agsm_on(clean, setup.agsm(weight=0.5), scheduler)
-    total = both(*given, clean=clean)
+    term = agsm_on(batch, setup.agsm(weight=0.5), scheduler)
+    total = both(*given, agsm_batch=batch)
     torch.testing.assert_close(total.loss, plain(*given).loss + term.loss)
     assert term.loss > 0 and "agsm/win_rate" in total.metrics
-    with pytest.raises(ValueError, match="clean"):
+    with pytest.raises(ValueError, match="agsm_batch"):
         both(*given)
-    both.after_step()
+    both.update_ema()
     assert agsm.ema.num_updates == 1
 
 

@@ -7,7 +7,7 @@ from preference_setup import Setup
 
 from agsm_loss.integrations.hosts.diffusion_dpo import diffusion_dpo_loss
 from agsm_loss.integrations.hosts.inpo import InPO, ddim_invert, implied_noise
-from agsm_loss.integrations.hosts.step import Clean, adapters_off, agsm_on
+from agsm_loss.integrations.hosts.step import AGSMBatch, adapters_off, agsm_on
 from agsm_loss.integrations.noise import add_noise, clean_and_noise, regression_target
 
 SETTINGS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -131,15 +131,15 @@ def test_agsm_on_images_of_its_own_noise_is_the_host_plus_that_term():
     pairs = (it.winner, it.loser, it.conditioning, 250)
     times = torch.tensor([40, 500, 900])
     noise = torch.randn(it.winner.shape, generator=torch.Generator().manual_seed(3))
-    clean = Clean(it.winner, times, noise, it.conditioning, captions=it.captions)
+    batch = AGSMBatch(it.winner, times, noise, it.conditioning, it.captions)
 
     alone = InPO(it.denoiser, it.scheduler, **settings)(*pairs)
     step = InPO(it.denoiser, it.scheduler, **settings, agsm=it.agsm())
-    out = step(*pairs, clean=clean)
-    term = agsm_on(clean, it.agsm(), it.scheduler)
+    out = step(*pairs, agsm_batch=batch)
+    term = agsm_on(batch, it.agsm(), it.scheduler)
     assert out.loss.item() == pytest.approx((alone.loss + term.loss).item(), rel=1e-5)
-    with pytest.raises(ValueError, match="clean: expected it without captions"):
-        step(*pairs, clean=clean, captions=it.captions)
+    with pytest.raises(ValueError, match="agsm_batch: expected it without captions"):
+        step(*pairs, agsm_batch=batch, captions=it.captions)
     inverted = step(*pairs, captions=it.captions)
     assert inverted.metrics["agsm/loss"].item() != pytest.approx(out.metrics["agsm/loss"].item())
 

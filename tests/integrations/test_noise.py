@@ -78,10 +78,11 @@ def test_reward_weight_turns_errors_into_those_of_epsilon(kind):
     pred = torch.stack(
         [regression_target(scheduler, implied[:, j], off[:, j], t) for j in range(4)], dim=1
     )
-    guided = AGSMLoss(reward_weight=reward_weight(scheduler)).guide(
+    guided = AGSMLoss(neg_scale=1.0, reward_weight=reward_weight(scheduler)).guide(
         pred, regression_target(scheduler, x_0, noise, t), timesteps=t
     )
-    torch.testing.assert_close(guided.weights, AF.guide(off, noise).weights, rtol=1e-4, atol=1e-5)
+    expected = AF.guide(off, noise, neg_scale=1.0).weights
+    torch.testing.assert_close(guided.weights, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_parametrisations_and_fractional_timesteps_are_refused():

@@ -14,7 +14,7 @@ from integrations_tiny import tiny
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from workers import run_ranks
 
-from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch
 from agsm_loss.integrations.denoisers import TokenDenoiser
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
@@ -97,7 +97,7 @@ def test_a_script_that_checkpoints_its_lora_alone_resumes_exactly(tmp_path):
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-2))
         agsm = AGSMRegularizer(
             TokenDenoiser(model, tokens=attached), EMA(trained, decay=0.5), AGSMLoss(neg_scale=0.0),
-            num_negatives=1, allow_empty=True,
+            candidates=InBatch(1, allow_empty=True),
         )  # fmt: skip
         accelerator.register_for_checkpointing(agsm, attached.tokens)
 
@@ -119,7 +119,7 @@ def test_a_script_that_checkpoints_its_lora_alone_resumes_exactly(tmp_path):
             noisy, target = torch.randn(2, 4, 4, 8, 8, generator=g)
             text = {"prompt_embeds": torch.randn(4, 6, 16, generator=g)}
             times = torch.tensor([1, 300, 600, 900])
-            agsm(noisy, times, target, text, captions=["a", "b", "c", ""]).loss.backward()
+            agsm(noisy, times, target, text, ["a", "b", "c", ""]).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             agsm.update_ema()

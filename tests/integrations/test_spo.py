@@ -13,14 +13,14 @@ from preference_setup import Setup
 from agsm_loss import Bank
 from agsm_loss.integrations.hosts.spo import (
     SPO,
-    Pairs,
+    StatePairs,
     choose_pairs,
+    classifier_free_guidance,
     ddim_gaussian,
-    guided,
     sample_pairs,
     spo_loss,
 )
-from agsm_loss.integrations.hosts.step import Clean, adapters_off, best_rows, mean_log_prob
+from agsm_loss.integrations.hosts.step import AGSMBatch, adapters_off, best_rows, mean_log_prob
 from agsm_loss.integrations.noise import add_noise
 
 
@@ -199,10 +199,10 @@ class SPOSetup(Setup):
         noisy, winner, loser = torch.randn(3, 4, 4, 8, 8).double()
         times = torch.tensor([901, 451, 451, 51])
         # Near the reference's mean, where the ratios are not clipped.
-        self.pairs = Pairs(noisy, winner, loser, times, times - 50, torch.tensor([0, 2, 1, 2]))
+        self.pairs = StatePairs(noisy, winner, loser, times, times - 50, torch.tensor([0, 2, 1, 2]))
         with torch.no_grad(), adapters_off(self.model):
             given = self.conditioning, self.empty, 2.0, Bank.OFF
-            pred = guided(self.denoiser, *given)(noisy, times, self.pairs.rows)
+            pred = classifier_free_guidance(self.denoiser, *given)(noisy, times, self.pairs.rows)
         mean, std = ddim_gaussian(self.scheduler, pred, noisy, times, times - 50)
         self.pairs = self.pairs._replace(winner=mean + std * winner, loser=mean + std * loser)
 
@@ -212,10 +212,8 @@ class SPOSetup(Setup):
             self.denoiser, self.scheduler, reference=lambda: adapters_off(self.model), **settings
         )
 
-    def clean(self):
-        return Clean(
-            self.winner, self.timesteps, self.noise, self.conditioning, captions=self.captions
-        )
+    def agsm_batch(self):
+        return AGSMBatch(self.winner, self.timesteps, self.noise, self.conditioning, self.captions)
 
     def grads(self, loss):
         found = torch.autograd.grad(loss, self.trained, allow_unused=True)
@@ -267,7 +265,7 @@ def test_a_weight_of_zero_is_the_host_bit_for_bit():
     it = SPOSetup()
     host = it.step()(it.pairs, it.conditioning, it.empty)
     idle = it.step(agsm=it.agsm(weight=0.0))
-    both = idle(it.pairs, it.conditioning, it.empty, clean=it.clean())
+    both = idle(it.pairs, it.conditioning, it.empty, agsm_batch=it.agsm_batch())
     assert torch.equal(host.loss, both.loss)
     for one, other in zip(it.grads(host.loss), it.grads(both.loss), strict=True):
         assert torch.equal(one, other)
@@ -276,26 +274,33 @@ def test_a_weight_of_zero_is_the_host_bit_for_bit():
 def test_agsm_trains_on_its_own_clean_images():
     it = SPOSetup()
     host = it.step()(it.pairs, it.conditioning, it.empty)
-    both = it.step(agsm=it.agsm(weight=0.5))(it.pairs, it.conditioning, it.empty, clean=it.clean())
+    both = it.step(agsm=it.agsm(weight=0.5))(
+        it.pairs, it.conditioning, it.empty, agsm_batch=it.agsm_batch()
+    )
     alone = it.agsm(weight=0.5)(
         add_noise(it.scheduler, it.winner, it.noise, it.timesteps),
         it.timesteps,
         it.noise,
         it.conditioning,
-        captions=it.captions,
+        it.captions,
     )
     assert both.loss.item() == pytest.approx((host.loss + alone.loss).item(), rel=1e-9)
-    for name in ("clean", "agsm"):
-        step = it.step(agsm=it.agsm() if name == "clean" else None)
-        with pytest.raises(ValueError, match="clean: expected it with agsm"):
-            step(it.pairs, it.conditioning, it.empty, clean=it.clean() if name == "agsm" else None)
+    for name in ("agsm_batch", "agsm"):
+        step = it.step(agsm=it.agsm() if name == "agsm_batch" else None)
+        with pytest.raises(ValueError, match="agsm_batch: expected it with agsm"):
+            step(
+                it.pairs,
+                it.conditioning,
+                it.empty,
+                agsm_batch=it.agsm_batch() if name == "agsm" else None,
+            )
 
 
 def test_no_pair_is_no_loss():
     it = SPOSetup()
-    none = Pairs(*(part[:0] for part in it.pairs))
+    none = StatePairs(*(part[:0] for part in it.pairs))
     out = it.step()(none, it.conditioning, it.empty)
     assert out.loss == 0 and out.metrics["spo/pairs"] == 0
-    out = it.step(agsm=it.agsm())(none, it.conditioning, it.empty, clean=it.clean())
+    out = it.step(agsm=it.agsm())(none, it.conditioning, it.empty, agsm_batch=it.agsm_batch())
     assert out.loss > 0
     out.loss.backward()

@@ -13,9 +13,9 @@ pytest.importorskip("trl")
 
 from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
-from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch
 from agsm_loss.integrations.hosts import trl_ddpo
-from agsm_loss.integrations.hosts.step import Clean, agsm_on
+from agsm_loss.integrations.hosts.step import AGSMBatch, agsm_on
 from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
@@ -79,9 +79,9 @@ def regularizer(weight=1.0, **settings):
             EMA(parameters, decay=0.5),
             AGSMLoss(neg_scale=0.1),
             weight=weight,
-            num_negatives=1,
+            negatives_train=parameters,
             seed=0,
-            **settings,
+            **{"candidates": InBatch(1), **settings},
         )
 
     return make
@@ -89,12 +89,12 @@ def regularizer(weight=1.0, **settings):
 
 def batches(number):
     g = torch.Generator().manual_seed(number)
-    return Clean(
+    return AGSMBatch(
         torch.randn(3, 4, 8, 8, generator=g),
         torch.randint(1000, (3,), generator=g),
         torch.randn(3, 4, 8, 8, generator=g),
         {"prompt_embeds": torch.randn(3, 8, 16, generator=g)},
-        captions=["a", "b", "c"],
+        ["a", "b", "c"],
     )
 
 
@@ -185,9 +185,9 @@ def test_its_own_samples_are_those_with_the_best_rewards(folder, tmp_path, monke
     order = iter(PROMPTS * 2)
     seen = []
 
-    def record(clean, agsm, scheduler):
-        seen.append(clean)
-        return agsm_on(clean, agsm, scheduler)
+    def record(batch, agsm, scheduler):
+        seen.append(batch)
+        return agsm_on(batch, agsm, scheduler)
 
     monkeypatch.setattr(trl_ddpo, "agsm_on", record)
     pipe = pipeline(folder)
@@ -220,7 +220,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(own, folder, tmp_path):
         trainer = AGSMDDPOTrainer(
             config(place, num_epochs=epochs, save_freq=1, per_prompt_stat_tracking=True,
                    per_prompt_stat_tracking_min_count=2, **changed),
-            bright, asked, pipe, agsm=regularizer(0.5, allow_empty=True), attached=soft_tokens(pipe),
+            bright, asked, pipe, agsm=regularizer(0.5, candidates=InBatch(1, allow_empty=True)), attached=soft_tokens(pipe),
             batch_size=4, **given,
         )  # fmt: skip
         trainer.train()
