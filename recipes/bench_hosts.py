@@ -24,11 +24,11 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 
-from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch, Passes
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
 from agsm_loss.integrations.hosts.inpo import InPO
-from agsm_loss.integrations.hosts.spo import SPO, Clean, Pairs
+from agsm_loss.integrations.hosts.spo import SPO, AGSMBatch, StatePairs
 from agsm_loss.integrations.hosts.step import Host, adapters_off
 from bench_backbones import timed
 from bench_loss import resident_mib
@@ -47,10 +47,10 @@ class Again(AGSMRegularizer):
 # name -> settings of the regularizer; None: the host alone
 VARIANTS: dict[str, Any] = {
     "alone": None,
-    "K = 2": {"num_negatives": 1},
-    "K = 4": {"num_negatives": 3},
-    "K = 4, winner again": {"num_negatives": 3, "kind": Again},
-    "K = 4, 8 samples a pass": {"num_negatives": 3, "chunk_size": 8},
+    "K = 2": {"candidates": InBatch(1)},
+    "K = 4": {},
+    "K = 4, winner again": {"kind": Again},
+    "K = 4, 8 samples a pass": {"passes": Passes(chunk_size=8)},
 }
 HOSTS: dict[str, Callable[..., Host]] = {
     "DPO": DiffusionDPO,
@@ -90,13 +90,13 @@ def make(host: str, variant: str) -> Callable[[], float]:
         elif host == "InPO":
             out = step(winner, loser, text, 601, captions=captions)
         else:
-            pairs = Pairs(noise, winner, loser, times, times - 50, torch.arange(BATCH))
-            clean = Clean(other, times, noise, text, captions=captions) if agsm else None
-            out = step(pairs, text, empty, clean=clean)
+            pairs = StatePairs(noise, winner, loser, times, times - 50, torch.arange(BATCH))
+            own = AGSMBatch(other, times, noise, text, captions) if agsm else None
+            out = step(pairs, text, empty, agsm_batch=own)
         optimizer.zero_grad()
         out.loss.backward()
         optimizer.step()
-        step.after_step()
+        step.update_ema()
         return float(out.loss.detach())
 
     return run

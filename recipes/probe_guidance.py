@@ -92,14 +92,14 @@ def guided_samples(
     steps: int,
     seeds: Sequence[Any],
 ) -> npt.NDArray[np.uint8]:
-    """Images (N, H, W, 3), by the pipeline's own scheduler, from `loop.draws(seeds[i])`.
+    """Images (N, H, W, 3), by the pipeline's own scheduler, from `draws(seeds[i])`.
 
     model: a `TextToImage`. wrong: as many captions for every prompt.
     """
     import torch
 
+    from agsm_loss import draws
     from agsm_loss.integrations.denoisers import PlainDenoiser
-    from common.loop import draws
 
     denoiser, scheduler = PlainDenoiser(model.denoiser), model.pipe.scheduler
     scaled = getattr(scheduler, "scale_model_input", lambda x, _: x)  # flow schedules have none

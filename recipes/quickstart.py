@@ -19,8 +19,8 @@ torch.manual_seed(0)
 places, text = torch.tensor([[-2.0, 0], [2, 0], [0, 2], [0, -2]]), torch.randn(4, 16)
 model = Denoiser()
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-ema, shared = EMA(model.parameters(), decay=0.99), model.net.parameters()
-agsm = AGSMRegularizer(model, ema, AGSMLoss(neg_scale=0.1), shared=shared)  # γ⁻ is for the tokens
+ema = EMA(model.parameters(), decay=0.99)
+agsm = AGSMRegularizer(model, ema, AGSMLoss(neg_scale=0.1))  # its negatives train the tokens alone
 
 for step in range(501):
     caption, t, eps = torch.randint(4, (64,)), torch.randint(1000, (64,)), torch.randn(64, 2)
@@ -28,7 +28,7 @@ for step in range(501):
     noisy = angle.cos() * places[caption] + angle.sin() * eps
     pred = model(noisy, t, text[caption], torch.zeros(64, dtype=torch.long))
     host_loss = nn.functional.mse_loss(pred, eps)
-    term = agsm(noisy, t, eps, text[caption], captions=caption, pred=pred)  # the one line
+    term = agsm(noisy, t, eps, text[caption], caption, pred=pred)  # the one line
     loss = host_loss + 0.5 * term.loss
     optimizer.zero_grad()
     loss.backward()

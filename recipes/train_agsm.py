@@ -92,7 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves the tokens."""
     options = parse(Options, __doc__, arguments)
 
-    from common.loop import draws, start
+    from agsm_loss import draws
+    from common.loop import start
     from world.task import open_task
 
     accelerator = start(options)

@@ -172,7 +172,8 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from diffusers.training_utils import EMAModel
 
-    from common.loop import Hooks, draws, start, train
+    from agsm_loss import draws
+    from common.loop import Hooks, start, train
     from world.model_card import write_card
     from world.models import LATENT_SCALE
     from world.muon import MuonAdamW

@@ -22,7 +22,7 @@ from common.options import option, parse
 from common.trained import PostTrainingOptions, Student, hard_per_image
 
 if TYPE_CHECKING:
-    from agsm_loss.integrations.hosts.step import Clean
+    from agsm_loss.integrations.hosts.step import AGSMBatch
     from common.task import Task
 
 
@@ -245,19 +245,21 @@ def prompts_of(options: Options, task: Task) -> Callable[[], tuple[str, dict[str
     return lambda: (caption_of(int(torch.randint(2**31, ()))), {})
 
 
-def data_batches(options: Options, student: Student, state: Any) -> Callable[[int], Clean]:
+def data_batches(options: Options, student: Student, state: Any) -> Callable[[int], AGSMBatch]:
     """AGSM's batch of each micro-step: the data set's images, noised as the options say."""
-    from common.loop import draws
+    from agsm_loss import draws
 
     hard = hard_per_image(options)
     batches = student.task.images(options.agsm_batch, hard, options.image_column)
 
-    def clean(number: int) -> Clean:
+    def agsm_batch(number: int) -> AGSMBatch:
         batch = batches[number]
         generator = draws(options.seed, number, state.process_index, "agsm")
-        return student.clean(batch, student.model.encode_images(batch.pixels, generator), generator)
+        return student.agsm_batch(
+            batch, student.model.encode_images(batch.pixels, generator), generator
+        )
 
-    return clean
+    return agsm_batch
 
 
 def extra_tracker(options: Options) -> GeneralTracker | None:

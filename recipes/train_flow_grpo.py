@@ -37,10 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     import torch
 
-    from agsm_loss import Bank
+    from agsm_loss import Bank, draws
     from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO, group_advantages, sample_sde
     from agsm_loss.integrations.hosts.step import bank_of
-    from common.loop import draws, start
+    from common.loop import start
     from common.rewards import load
     from world.task import open_task
 
@@ -81,18 +81,18 @@ def main(arguments: list[str] | None = None) -> None:
             )
         rewards = reward(model.decode_latents(trajectory.last), captions).float()
         steps = torch.randperm(options.sampling_steps - 1, generator=generator)
-        clean = None
+        agsm_batch = None
         if agsm is not None:
             # Draws of its own: the host's are what they are without AGSM.
             draw = draws(options.seed, index, accelerator.process_index, "agsm")
-            clean = student.clean(batch, latents, draw)
+            agsm_batch = student.agsm_batch(batch, latents, draw)
         out = step(
             trajectory,
             group_advantages(rewards, options.group).to(latents),
             text,
             steps[: options.train_steps],
             image_conditioning=image,
-            clean=clean,
+            agsm_batch=agsm_batch,
         )
         return out.loss, {**out.metrics, "reward_mean": rewards.mean()}
 

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from agsm_loss.integrations.hosts.inpo import InPO
-    from agsm_loss.integrations.hosts.step import Clean
+    from agsm_loss.integrations.hosts.step import AGSMBatch
     from world.task import open_task
 
     def make_step(student: Any, agsm: Any, settings: Any) -> InPO:
@@ -59,8 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
         if step.agsm is not None and options.agsm_noise == "gaussian":
             times = student.timesteps(len(winner), own)
             noise = torch.randn(winner.shape, generator=own).to(winner)
-            extra["clean"] = Clean(winner, times, noise, text, **extra)
-            del extra["candidates"]
+            extra["agsm_batch"] = AGSMBatch(winner, times, noise, text, **extra)
+            del extra["captions"]
         timestep = int(student.timesteps(1, draw)[0])  # one for the batch, as published
         return step(winner, loser, text, timestep, **extra)
 

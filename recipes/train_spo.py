@@ -55,11 +55,16 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from diffusers import DDIMScheduler
 
-    from agsm_loss import Bank
-    from agsm_loss.integrations.hosts.spo import SPO, Pairs, guided, sample_pairs
+    from agsm_loss import Bank, draws
+    from agsm_loss.integrations.hosts.spo import (
+        SPO,
+        StatePairs,
+        classifier_free_guidance,
+        sample_pairs,
+    )
     from agsm_loss.integrations.hosts.step import best_rows
     from agsm_loss.integrations.noise import prediction_type
-    from common.loop import draws, start
+    from common.loop import start
     from common.rewards import load
     from world.task import open_task
 
@@ -112,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
         metrics: dict[str, Any] = {}
         with accelerator.autocast():
             rollout = sample_pairs(
-                guided(
+                classifier_free_guidance(
                     student.denoiser, text, empty, options.guidance_scale, image_conditioning=image
                 ),
                 scheduler,
@@ -127,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
             number = len(rollout.pairs.noisy)
             kept = torch.randperm(number, generator=generator)[: options.max_pairs]
-            pairs = Pairs(*(part[kept.to(part.device)] for part in rollout.pairs))
+            pairs = StatePairs(*(part[kept.to(part.device)] for part in rollout.pairs))
             own = None
             if agsm is not None:
                 # Draws of its own: the host's are what they are without AGSM.
@@ -141,8 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
                     scores = preference(model.decode_latents(of), batch.captions)
                     best = best_rows(scores, options.agsm_best).cpu()
                     metrics["agsm/images_score"] = scores[best.to(scores.device)].float().mean()
-                own = student.clean(shown, of, draw, best)
-            out = step(pairs, text, empty, image_conditioning=image, clean=own)
+                own = student.agsm_batch(shown, of, draw, best)
+            out = step(pairs, text, empty, image_conditioning=image, agsm_batch=own)
             total = out.loss
             if number == 0:
                 # Other processes may have found pairs, and wait for this one's gradients: zeros,

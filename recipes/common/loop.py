@@ -11,7 +11,6 @@ Only trainable parameters are checkpointed. Under `options.output`: log.jsonl (a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -45,7 +44,7 @@ class Hooks:
     """What a recipe does in the loop.
 
     loss: batch, index of the micro-step -> (scalar, metrics); called on every process.
-    after_step: after each optimizer step (an EMA, say).
+    update_ema: called after each optimizer step.
     validate: step -> what goes into the log; `finish`: after the last step. Both run on the main
         process only.
     state: objects with state_dict and load_state_dict to checkpoint.
@@ -55,7 +54,7 @@ class Hooks:
     loss: Callable[[Any, int], tuple[Tensor, Mapping[str, Tensor]]]
     validate: Callable[[int], dict[str, Any]]
     finish: Callable[[], None]
-    after_step: Callable[[], None] = lambda: None
+    update_ema: Callable[[], None] = lambda: None
     state: Sequence[Any] = field(default_factory=tuple)
     validate_first: bool = False
 
@@ -96,12 +95,6 @@ def missing_tracker(name: str) -> ValueError:
         f"tracker: expected one that is installed, got {name!r}. pip install {name}, or leave it out: "
         "log.jsonl is always written."
     )
-
-
-def draws(*key: Any) -> torch.Generator:
-    """A CPU generator seeded by a hash of `key`: the same draws on every device and every run."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
 
 
 def rate(step: int, options: TrainingOptions) -> float:
@@ -176,7 +169,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        hooks.after_step()
+        hooks.update_ema()
         done += 1
         bar.update()
         entry: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """What a soft-token recipe minimises: AGSM, SoftREPA, or plain denoising, all with one face.
 
     objective(noisy, timesteps, target, conditioning, candidates, image) -> (loss, metrics)
-    objective.after_step()                 after each optimizer step
+    objective.update_ema()                 after each optimizer step
     objective.state_dict(), load_state_dict()
 
 `conditioning` has one row a caption of the candidates' pool; `candidates` says who competes.
@@ -45,12 +45,12 @@ class AGSM:
             inputs.timesteps,
             inputs.target,
             inputs.conditioning,
-            candidates=inputs.candidates,
+            inputs.candidates,
             image_conditioning=inputs.image,
         )
         return output.loss, output.metrics
 
-    def after_step(self) -> None:
+    def update_ema(self) -> None:
         self.regularizer.update_ema()
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class SoftREPA:
         loss = self.loss(pred, inputs.target, positives, mask)
         return loss, _ranking(pred, inputs.target, candidates, self.loss.temperature)
 
-    def after_step(self) -> None: ...
+    def update_ema(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -95,7 +95,7 @@ class Denoising:
         pred = self.denoiser(inputs.noisy, inputs.timesteps, own, bank, **inputs.image)
         return AF.denoising_error(pred.unsqueeze(1), inputs.target).mean(), {}
 
-    def after_step(self) -> None: ...
+    def update_ema(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -122,13 +122,9 @@ def _ranking(
     pred: Tensor, target: Tensor, candidates: Candidates, temperature: float
 ) -> dict[str, Tensor]:
     """How often, and by how much, the matching caption has the smallest error."""
-    terms = AF.agsm_terms(
-        pred.detach(),
-        pred.detach(),
-        target,
-        candidates.positives.to(pred.device),
-        candidates.mask.to(pred.device),
-        temperature=temperature,
-    )
+    pred = pred.detach()
+    masks = candidates.positives.to(pred.device), candidates.mask.to(pred.device)
+    guidance = AF.guide(pred, target, *masks, neg_scale=1.0, temperature=temperature)
+    terms = AF.agsm_terms(pred, guidance)
     wanted = ("win_rate", "score_margin", "positive_weight", "chance_weight", "weight_entropy")
     return {f"agsm/{name}": getattr(terms, name) for name in wanted}

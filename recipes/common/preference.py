@@ -57,8 +57,9 @@ def run_preference(
     """
     import torch
 
+    from agsm_loss import draws
     from agsm_loss.schedule import as_schedule, linear_warmup
-    from common.loop import draws, start
+    from common.loop import start
 
     accelerator = start(options)
     task = open_task(options, accelerator)
@@ -83,7 +84,7 @@ def run_preference(
         # AGSM's own draws: the host's stay what they are without it.
         own = draws(options.seed, index, accelerator.process_index, "candidates")
         if agsm is not None:
-            pool, extra["candidates"] = competitors(batch, options.num_negatives - hard, own)
+            pool, extra["captions"] = competitors(batch, options.num_negatives - hard, own)
         image = model.image_conditioning(batch.winner)
         conditioning = model.encode_prompts(pool)
         with accelerator.autocast():

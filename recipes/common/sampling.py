@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from agsm_loss import draws
 from agsm_loss.integrations.tokens.pipelines import denoiser_of
-from common.loop import draws
 
 
 def read_prompts(source: str) -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ def sample(
     batch_size: int = 0,
     arguments: Mapping[str, Any] | None = None,
 ) -> npt.NDArray[np.uint8]:
-    """One image a prompt, (N, H, W, 3) uint8. Image i's noise is `loop.draws(seeds[i])`.
+    """One image a prompt, (N, H, W, 3) uint8. Image i's noise is `draws(seeds[i])`.
 
     batch_size: images a call of the pipeline; 0: 64 of up to 128 pixels a side, 4 of any larger.
     arguments: what else the pipeline is called with.

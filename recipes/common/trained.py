@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from agsm_loss import AGSMRegularizer, Candidates
     from agsm_loss.integrations.denoisers import TokenDenoiser
-    from agsm_loss.integrations.hosts.step import Clean
+    from agsm_loss.integrations.hosts.step import AGSMBatch
     from common.images import Batch
     from common.pipeline import TextToImage
     from common.task import Task
@@ -175,7 +175,7 @@ class Student:
         self, batch_size: int, weight: float | Callable[[int], float] = 1.0
     ) -> AGSMRegularizer:
         """AGSM over the denoiser, as the options say, with λ = weight, on so many images a micro-step."""
-        from agsm_loss import EMA, AdaptiveTemperature, AGSMLoss, AGSMRegularizer
+        from agsm_loss import EMA, AdaptiveTemperature, AGSMLoss, AGSMRegularizer, InBatch, Passes
 
         options = self.options
         if batch_size < 2 and options.negatives == "in_batch":
@@ -195,31 +195,29 @@ class Student:
             EMA(self.parameters, decay=options.ema_decay),
             loss,
             weight=weight,
-            num_negatives=self.options.num_negatives,
-            chunk_size=options.chunk_size or None,
-            allow_empty=True,
-            shared=self._shared(),
+            candidates=InBatch(options.num_negatives, allow_empty=True),
+            negatives_train=self._negatives_train(),
+            passes=Passes(chunk_size=options.chunk_size or None),
         )
 
-    def _shared(self) -> list[torch.nn.Parameter]:
-        """What is trained and the negatives' gradient does not reach."""
+    def _negatives_train(self) -> list[torch.nn.Parameter] | None:
+        """What the negatives' gradient reaches; None for the soft tokens."""
         options = self.options
         if not options.neg_scale or not (options.lora_rank or options.full):
-            return []
+            return None
         if self.tokens is None or options.negatives_train == "all":
             LOGGER.warning(
                 "neg_scale: %g trains weights that all captions share towards this image for wrong "
                 "captions too; take --neg-scale 0, or soft tokens and --negatives-train tokens.",
                 options.neg_scale,
             )
-            return []
+            return self.parameters
         if options.gradient_checkpointing:
             raise ValueError(
                 "negatives_train: tokens: expected no --gradient-checkpointing with --neg-scale above 0 and a "
                 "LoRA or --full. Take --chunk-size, --neg-scale 0, or --negatives-train all."
             )
-        tokens = {id(one) for one in self.tokens.tokens.parameters()}
-        return [one for one in self.parameters if id(one) not in tokens]
+        return None
 
     def timesteps(self, number: int, generator: torch.Generator) -> torch.Tensor:
         """(number,) as the options draw them."""
@@ -232,9 +230,9 @@ class Student:
             options.timestep_high,
         )
 
-    def clean(
+    def agsm_batch(
         self, batch: Batch, latents: Tensor, generator: torch.Generator, kept: Tensor | None = None
-    ) -> Clean:
+    ) -> AGSMBatch:
         """What AGSM trains on beside an on-policy host, noised as the options say.
 
         latents: clean, of the batch's images or of the host's samples for its captions. kept: the rows
@@ -243,7 +241,7 @@ class Student:
         import torch
 
         from agsm_loss import Candidates
-        from agsm_loss.integrations.hosts.step import Clean
+        from agsm_loss.integrations.hosts.step import AGSMBatch
 
         in_batch = self.options.num_negatives - hard_per_image(self.options)
         pool, every = competitors(batch, in_batch, generator)
@@ -252,12 +250,12 @@ class Student:
             every.index[kept], every.positives[kept], every.mask[kept], every.pool_size
         )
         latents = latents[kept.to(latents.device)]
-        return Clean(
+        return AGSMBatch(
             latents,
             self.timesteps(len(latents), generator),
             torch.randn(latents.shape, generator=generator).to(latents),
             self.model.encode_prompts(pool),
-            candidates=candidates,
+            candidates,
             image_conditioning=self.model.image_conditioning(batch.pixels[kept]),
         )
 
@@ -293,7 +291,7 @@ class Student:
     ) -> None:
         """Runs the shared loop (`loop.train`), with this student's validation and saving.
 
-        step: the host or objective, whose `after_step` follows each optimizer step and whose state a
+        step: the host or objective, whose `update_ema` follows each optimizer step and whose state a
         checkpoint holds.
         """
         from common.loop import Hooks, train
@@ -310,7 +308,7 @@ class Student:
                 loss,
                 self.validate,
                 self.save,
-                step.after_step,
+                step.update_ema,
                 (step,),
                 options.eval_at_start,
             ),
@@ -346,15 +344,13 @@ def competitors(
     batch: `images.Batch` or `pairs.PairBatch`. in_batch: negatives an image from the batch, beside
     its edited captions.
     """
-    from agsm_loss.candidates import caption_pool, mixed_candidates
+    from agsm_loss import Mixed, caption_pool
 
-    candidates = mixed_candidates(
+    candidates = Mixed(in_batch, allow_empty=True)(
         batch.captions,
-        batch.hard,
-        num_negatives=in_batch,
+        hard_negatives=batch.hard,
         image_ids=batch.image_ids,
         generator=generator,
-        allow_empty=True,
     )
     return [str(text) for text in caption_pool(batch.captions, batch.hard)], candidates
 

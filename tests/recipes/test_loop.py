@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from agsm_loss import draws
 from common import loop
 from common.options import TrainingOptions
 
 
 class Numbers(torch.utils.data.Dataset):
     def __getitem__(self, index):
-        return torch.randn(4, 3, generator=loop.draws("numbers", index))
+        return torch.randn(4, 3, generator=draws("numbers", index))
 
 
 class Model(nn.Module):
@@ -50,11 +51,11 @@ def run(options, *, loss=None, dies_at=None):
             raise KeyboardInterrupt
         return model(batch).square().mean(), {"index": torch.tensor(float(index))}
 
-    def after_step():
+    def update_ema():
         counter.steps += 1
 
     hooks = loop.Hooks(
-        loss or error, lambda step: {"at": step}, lambda: None, after_step, (counter,), True
+        loss or error, lambda step: {"at": step}, lambda: None, update_ema, (counter,), True
     )
     loop.train(options, accelerator, model, optimizer, Numbers(), hooks)
     return bare, counter

@@ -60,13 +60,13 @@ def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_pa
 
 def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(task, "detector", varied)
-    seen, clean = [], Student.clean
+    seen, made = [], Student.agsm_batch
 
     def counted(self, batch, latents, *rest):
         seen.append((len(batch.captions), len(latents)))
-        return clean(self, batch, latents, *rest)
+        return made(self, batch, latents, *rest)
 
-    monkeypatch.setattr(Student, "clean", counted)
+    monkeypatch.setattr(Student, "agsm_batch", counted)
     train(epsilon_base, tmp_path / "host")
     train(epsilon_base, tmp_path / "more", "--agsm-weight", "1", "--agsm-batch", "7")
     assert seen and set(seen) == {(7, 7)}
@@ -88,26 +88,25 @@ def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, m
         scored.append((pixels, varied(pixels, prompts)))
         return scored[-1][1]
 
-    make = host.Clean
+    make = host.AGSMBatch
 
     def seen(*args, **kwargs):
         taken.append((args, kwargs))
         return make(*args, **kwargs)
 
     monkeypatch.setattr(task, "detector", scores)
-    monkeypatch.setattr(host, "Clean", seen)
+    monkeypatch.setattr(host, "AGSMBatch", seen)
     flags = ["--agsm-weight", "1", "--agsm-images", "rollout", "--agsm-best", str(share)]
     train(epsilon_base, tmp_path / "run", *flags, "--steps", "1", "--num-negatives", "1")
     pixels, values = scored[-1]  # of the last states, after the candidates'
     assert len(values) == 3 and len(taken) == 1
     rows = values.argsort(descending=True)[:kept].sort().values
-    (latents, timesteps, noise, _), given = taken[0]
+    latents, timesteps, noise, _, candidates = taken[0][0]
     assert latents.shape == noise.shape and len(latents) == len(timesteps) == kept
     alike = torch.nn.functional.cosine_similarity(
         latents.flatten(1).unsqueeze(1), pixels.flatten(1).unsqueeze(0), dim=2
     )
     assert alike.argmax(1).tolist() == rows.tolist()
-    candidates = given["candidates"]
     assert candidates.pool_size == 3 and candidates.index[:, 0].tolist() == rows.tolist()
     assert candidates.mask.all() and candidates.index.shape == (kept, 2)
     last = log(tmp_path / "run")[-1]
