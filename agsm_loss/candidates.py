@@ -2,7 +2,7 @@
 
 A *pool* is the list of captions that a step has encoded: first the batch's own captions (row i
 belongs to image i), then any hard negatives, image by image. `Candidates.index` says which row of
-the pool stands in each column; column 0 is the image's own caption (in the grid, column i).
+the pool is in each column; column 0 is the image's own caption (in the grid, column i).
 
 `InBatch`, `Hard`, `Mixed` and `Grid` are rules: called on a batch's captions they choose.
 
@@ -177,7 +177,7 @@ class Mixed:
             [ True, False,  True]])
 
     Args:
-        num_negatives: n ≥ 0 captions of the batch an image, beside its hard negatives.
+        num_negatives: n ≥ 0 captions of the batch an image, besides its hard negatives.
         allow_empty: as of `InBatch`.
     """
 
@@ -363,7 +363,7 @@ def _pad(rows: list[int], length: int) -> list[int]:
 def _no_negatives(captions: list[Hashable], image_ids: list[Hashable]) -> str:
     return (
         f"no image of this batch has a negative caption: {len(captions)} image(s) with "
-        f"{len(set(captions) - {EMPTY})} distinct caption(s) beside the empty one and "
+        f"{len(set(captions) - {EMPTY})} distinct caption(s) besides the empty one and "
         f"{len(set(image_ids))} distinct image id(s). "
         "Use a larger batch, add hard negatives, or make the rule with allow_empty=True to train "
         "such a batch on plain score matching."

@@ -241,7 +241,7 @@ def guide(
         ema_pred: the EMA model's predictions of every candidate.
         target: regression target τ of each image, in the parametrisation of `ema_pred`.
         positives: which candidates match: None for column 0, column indices (B,), or bool (B, K).
-        mask: bool (B, K), False where a candidate is padding or a false negative. What stands in
+        mask: bool (B, K), False where a candidate is padding or a false negative. What is in
             masked places is never read, not even a NaN.
         pos_scale: γ⁺ ≥ 0. Above 1 the closed loop can run away.
         neg_scale: γ⁻ ≥ 0. 0 drops the negative term. `agsm_loss.AGSMLoss` says which to choose.
@@ -255,12 +255,12 @@ def guide(
             candidate masked, a negative scale, a temperature that isn't finite and positive.
 
     >>> ema_pred, target = torch.tensor([[[1.0], [2.0]]]), torch.zeros(1, 1)
-    >>> guidance = guide(ema_pred, target, neg_scale=0.1)
-    >>> guidance.weights  # the first caption explains the image better
-    tensor([[1.0000e+00, 9.3576e-14]])
-    >>> guidance.targets  # so it stays at τ, and the second is moved away from it
-    tensor([[[ 0.0000],
-             [-0.1000]]])
+    >>> guidance = guide(ema_pred, target, neg_scale=0.1, temperature=1.0)
+    >>> guidance.weights  # the first caption, which matches, explains the image better
+    tensor([[0.9526, 0.0474]])
+    >>> guidance.targets  # τ = 0, moved along its guidance, and against the other's
+    tensor([[[-0.0474],
+             [-0.0953]]])
     """
     _checks.check_floating(ema_pred=ema_pred, target=target)
     _checks.check_candidate_shapes(ema_pred, target, pred_name="ema_pred")

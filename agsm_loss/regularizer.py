@@ -113,10 +113,10 @@ class AGSMRegularizer:
             `agsm_loss.candidates`, or your own.
         negatives_train: the parameters that the negatives' gradient reaches, where γ⁻ > 0. None
             for those of the `SoftTokens` in the denoiser. Weights that all captions share would
-            learn this image for wrong captions (`AGSMLoss`). Where other parameters are trained
-            too, the negatives have a pass of their own, in which `requires_grad` is off for these;
-            checkpointing inside the denoiser cannot be on then (torch raises a CheckpointError),
-            so take `Passes(chunk_size=...)` instead.
+            learn this image for wrong captions (`AGSMLoss`). Where others are trained too, the
+            negatives have a pass of their own, in which `requires_grad` is off for those others.
+            Checkpointing inside the denoiser cannot be on then (torch raises a CheckpointError);
+            take `Passes(chunk_size=...)` instead.
         passes: `Passes`, for less memory or time.
         seed: of the draws of captions and negatives; default `torch.initial_seed()`. Each call
             draws from this and its own number, so that the host's random stream stays as it is and
@@ -266,7 +266,7 @@ class AGSMRegularizer:
         for name, given in (("hard_negatives", hard_negatives), ("image_ids", image_ids)):
             if given is not None:
                 raise ValueError(
-                    f"{name}: expected None beside Candidates, which are chosen already."
+                    f"{name}: expected None with Candidates, which are chosen already."
                 )
         return captions
 

@@ -2,12 +2,12 @@
 
     python recipes/bench_hosts.py
 
-A LoRA of rank 8 on the embedded world's UNet (recipes/models/epsilon, 3.5 M parameters, 16 tokens of
-text), with soft tokens where there is AGSM; forward, backward, optimizer and EMA on eight pairs. All variants of a host take turns
-in one run: time is the median over rounds, against the host's own of the same round; memory is what
-the peak resident set of a fresh process grows by in its first two steps (Linux). DPO and InPO give AGSM
-their prediction on the winner; "winner again" runs it a second time. SPO's rollout, which is the same
-with and without AGSM, is not timed.
+A LoRA of rank 8 on the embedded world's UNet (recipes/models/epsilon, 3.5 M parameters, 16 tokens
+of text), with soft tokens where there is AGSM; forward, backward, optimizer and EMA on eight pairs.
+All variants of a host take turns in one run: time is the median over rounds, against the host's own
+of the same round; memory is what the peak resident set of a fresh process grows by in its first two
+steps (Linux). DPO and InPO give AGSM their prediction on the winner; "winner again" runs it again.
+SPO's rollout, which is the same with and without AGSM, is not timed.
 """
 
 import argparse

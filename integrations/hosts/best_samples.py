@@ -16,13 +16,13 @@ def check_schedule(scheduler: Any, config: Any) -> None:
     if config.sample_eta <= 0 or int(scheduler.timesteps[-1]) == 0:
         raise ValueError(
             "expected sample_eta above 0 and a schedule that ends above timestep 0, got "
-            f"{config.sample_eta} and timesteps {scheduler.timesteps.tolist()}: a step without noise has "
-            "no log-probability. Set the scheduler's steps_offset to 1."
+            f"{config.sample_eta} and timesteps {scheduler.timesteps.tolist()}: a step without "
+            "noise has no log-probability. Set the scheduler's steps_offset to 1."
         )
 
 
 class Progress:
-    """What a checkpoint holds beside weights and optimizer."""
+    """What a checkpoint holds in addition to weights and optimizer."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

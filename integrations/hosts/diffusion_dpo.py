@@ -4,10 +4,10 @@
     loss, metrics = step(winner, loser, conditioning, timesteps, noise, captions=captions)
     loss.backward(); optimizer.step(); step.update_ema()
 
-AGSM (`AGSMRegularizer`, whose `weight` is λ) runs on the winner under its own caption, at the host's
-x_t, t and target, and takes the host's own prediction; the negatives are the batch's other captions.
-Its gradient reaches every trainable parameter of the denoiser, as the host's does; ψ⁻ gets AGSM's
-alone.
+AGSM (`AGSMRegularizer`, whose `weight` is λ) runs on the winner under its own caption, at the
+host's x_t, t and target, and takes the host's own prediction. The negatives are the batch's other
+captions, or edited ones. The winner's term trains all that the host trains; the negatives train the
+soft tokens (`negatives_train`), and nothing else trains ψ⁻.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -64,8 +64,8 @@ def diffusion_dpo_loss(
     max(0, 1 − βd); IPO (arXiv 2310.12036) (d − 1/(2β))².
 
     Args:
-        pred: the model's predictions, of the B winners and then of their B losers; a pair shares its
-            noise and timestep.
+        pred: the model's predictions, of the B winners and then of their B losers; a pair shares
+            its noise and timestep.
         ref_pred: the reference's; no gradient reaches it.
         target: regression targets in the same parametrisation.
         beta: β > 0; published: 5000 for SD1.5 and SDXL.

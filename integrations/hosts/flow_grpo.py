@@ -5,8 +5,8 @@
     loss, metrics = step(trajectory, advantages, conditioning, agsm_batch=agsm_batch)
     loss.backward(); optimizer.step(); step.update_ema()
 
-A flow's sampler is an ODE and has no likelihoods; the SDE with the same marginals has. What AGSM needs of
-such a loop is what `trl_ddpo` names: the loss, the place behind the optimizer's step, and clean images.
+A flow's sampler is an ODE and has no likelihoods; the SDE with the same marginals has. AGSM needs
+of such a loop what `trl_ddpo` names: the loss, a call after the optimizer's step, and clean images.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ class Trajectory(NamedTuple):
     Attributes:
         states: x at each noise level, (T + 1, B, *D); the last is x_0.
         sigmas: σ of each, (T + 1,), from 1 to 0.
-        log_probs: of each step under the model that sampled (T, B); nan for the last, which is none.
+        log_probs: of each step under the model that sampled (T, B); nan for the last step.
     """
 
     states: Float[Tensor, "T1 B *D"]
@@ -58,10 +58,10 @@ def sde_gaussian(
     noise_level: float = 0.7,
     largest: float = 0.96,
 ) -> tuple[Tensor, Tensor]:
-    """Mean (N, *D) and standard deviation (N, 1, …) of the next state (arXiv 2505.05470, eq. 9 and 12).
+    """Mean (N, *D) and standard deviation (N, 1, …) of the next state.
 
-    With s = a√(σ/(1 − σ)) and d = σ' − σ < 0 the mean is x + (v + s²/(2σ)·(x + (1 − σ)v))d, and the
-    standard deviation s√−d. At a = 0 it is Euler's step.
+    arXiv 2505.05470, eq. 9 and 12. With s = a√(σ/(1 − σ)) and d = σ' − σ < 0 the mean is
+    x + (v + s²/(2σ)·(x + (1 − σ)v))d, and the standard deviation s√−d. At a = 0 it is Euler's step.
 
     Args:
         pred: v = ε − x_0.
@@ -69,7 +69,7 @@ def sde_gaussian(
         noise_level: a; published: 0.7.
         largest: σ in s is held below it, since s has no bound at σ = 1.
 
-    Both are float32 at least: in bfloat16 neither the step nor its log-probability would be what it is.
+    Both are float32 at least: bfloat16 would round the step and its log-probability away.
     """
     shape = (-1,) + (1,) * (x.ndim - 1)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -96,12 +96,13 @@ def sample_sde(
     Args:
         denoise: x (B, *D), timesteps (B,) -> v.
         scheduler: a flow-matching scheduler, for its σ's.
-        mu: the shift of a scheduler with dynamic shifting; by default as in Flux's pipeline, by the number of
-            2x2 patches.
+        mu: the shift of a scheduler with dynamic shifting; by default as in Flux's pipeline, by the
+            number of 2x2 patches.
         generator: CPU generator of all draws.
 
     Raises:
-        ValueError: another scheduler, fewer than two steps, a noise level not above 0, or mu for a fixed shift.
+        ValueError: another scheduler, fewer than two steps, a noise level not above 0, or mu for a
+            fixed shift.
     """
     if prediction_type(scheduler) != "flow" or num_steps < 2 or not noise_level > 0:
         raise ValueError(
@@ -142,7 +143,7 @@ def _set_timesteps(scheduler: Any, number: int, noise: Tensor, mu: float | None)
 
 
 def group_advantages(rewards: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]:
-    """Rewards of each `group` images of one prompt, which stand together, standardised (GRPO)."""
+    """Rewards of each `group` images of one prompt, in consecutive rows, standardised (GRPO)."""
     if group < 2 or rewards.ndim != 1 or len(rewards) % group:
         raise ValueError(
             f"expected groups of 2 at least and rewards (B,) in whole groups, got {group} and "
@@ -210,8 +211,8 @@ class FlowGRPO(Host):
         steps = torch.arange(number - 1) if steps is None else steps.cpu()
         if not len(steps) or int(steps.min()) < 0 or int(steps.max()) >= number - 1:
             raise ValueError(
-                f"steps: expected some of 0..{number - 2}, got {steps.tolist()}. The last step of a "
-                "trajectory has no noise and no likelihood."
+                f"steps: expected some of 0..{number - 2}, got {steps.tolist()}. The last step of "
+                "a trajectory has no noise and no likelihood."
             )
         rows = torch.arange(batch).repeat(len(steps))
         at = steps.repeat_interleave(batch)

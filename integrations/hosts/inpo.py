@@ -4,11 +4,11 @@
     loss, metrics = step(winner, loser, conditioning, timestep, captions=captions)
 
 Each image is carried to x_t by the model being trained, without gradient, and the noise that x_t
-then implies is the target. AGSM runs on the winner there, as in `DiffusionDPO`, or on images at Gaussian noise
-(`agsm_batch`). For ε- and v-prediction.
+then implies is the target. AGSM runs on the winner there, as in `DiffusionDPO`, or on images at
+Gaussian noise (`agsm_batch`). For ε- and v-prediction.
 
-The authors' script stops at the last of its ten levels below t and calls that x_t, so that at small t
-almost no noise is implied; here a last step goes from that level to t itself.
+The authors' script stops at the last of its ten levels below t and calls that x_t, so that at small
+t almost no noise is implied; here a last step goes from that level to t itself.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -132,9 +132,10 @@ class InPO(DiffusionDPO):
     ) -> StepOutput:
         """One step on B pairs at one t, as published; the rest as in `DiffusionDPO`.
 
-        agsm_batch: AGSM's images with Gaussian noise, e.g. the winners at timesteps of their own, in
-            place of the winners at their inverted noise. Costs a further pass. Inverted noise is
-            not what sampling starts from: a model that a large λ teaches to find it samples worse.
+        agsm_batch: AGSM's images with Gaussian noise, e.g. the winners at timesteps of their own,
+            in place of the winners at their inverted noise. It costs a further pass. Inverted noise
+            is not what sampling starts from: a model that a large λ teaches to find it samples
+            worse.
 
         Raises:
             ValueError: captions, hard_negatives or image_ids with `agsm_batch`, which has its own.

@@ -4,13 +4,14 @@
     loss, metrics = step(pairs, conditioning, unconditional, agsm_batch=agsm_batch)
     loss.backward(); optimizer.step(); step.update_ema()
 
-A DDIM step with η > 0 is a Gaussian. At a state x_t several x_{t−1} are drawn, a preference model scores
-them, and the best and the worst become a pair whose likelihoods are compared with the reference's.
+A DDIM step with η > 0 is a Gaussian. At a state x_t several x_{t−1} are drawn, a preference model
+scores them, and the best and the worst become a pair whose likelihoods are compared with the
+reference's.
 
 There is no clean image with a known noise in it for AGSM, so it is given its own (`AGSMBatch`):
 latents of a captioned data set, where the prompts' pictures are what the model should learn; or
-the rollout's last states, where there is no such set, re-noised. AGSM learns whatever it is shown as
-a match, so take the best of them (`best_rows`, by the preference model's scores of the final
+the rollout's last states, where there is no such set, re-noised. AGSM learns whatever it is shown
+as a match, so take the best of them (`best_rows`, by the preference model's scores of the final
 pictures); the captions of the others may still compete.
 """
 
@@ -70,7 +71,10 @@ def ddim_gaussian(
     previous: Int[Tensor, " N"],
     eta: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Mean (N, *D) and standard deviation (N, 1, …) of x_{t−1} (arXiv 2010.02502, eq. 12 and 16)."""
+    """Mean (N, *D) and standard deviation (N, 1, …) of the next state x_{t−1}.
+
+    arXiv 2010.02502, eq. 12 and 16.
+    """
     alpha_0, sigma_0 = noise_levels(scheduler, previous, x_t)
     std = eta * ddim_sigma(scheduler, timesteps, previous, x_t)
     clean, noise = clean_and_noise(scheduler, x_t, pred, timesteps)
@@ -85,7 +89,7 @@ def spo_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " M"]]:
     """The mean of −log σ(β(log r_w − log r_l)), and β(log r_w − log r_l) of each pair.
 
-    r = clip(p_θ/p_ref, 1 − clip, 1 + clip): a pair whose ratio has left the range has no gradient there.
+    r = clip(p_θ/p_ref, 1 − clip, 1 + clip): outside of the range a pair has no gradient.
 
     Args:
         log_prob, ref_log_prob: of winner and loser, (M,) each, under model and reference.
@@ -134,8 +138,8 @@ def sample_pairs(
             which image each sample is of.
         scheduler: a DDIM scheduler, for its spacing of the timesteps and ᾱ.
         noise: x_T.
-        score: the preference model: predicted x_0 (N, *D), rows (N,), timesteps (N,) -> (N,), larger
-            is better. The timesteps are those of the noisy states that were denoised.
+        score: the preference model: predicted x_0 (N, *D), rows (N,), timesteps (N,) -> (N,),
+            larger is better. The timesteps are those of the noisy states that were denoised.
         num_steps, first_step, num_candidates, threshold, eta: published: 20 steps, from step 4 on 2
             to 4 candidates, 0.3, η = 1.
         generator: CPU generator of all draws.

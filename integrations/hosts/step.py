@@ -69,7 +69,7 @@ def best_rows(scores: Float[Tensor, " B"], share: float = 0.5) -> Int[Tensor, " 
 
 
 def mean_log_prob(x: Float[Tensor, "N *D"], mean: Tensor, std: Tensor) -> Float[Tensor, " N"]:
-    """log N(x; mean, std²), averaged over the dimensions of each sample, as SPO and DDPO have it."""
+    """log N(x; mean, std²), averaged over each sample's dimensions, as in SPO and DDPO."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, std, x = mean.to(dtype), std.to(dtype), x.to(dtype)
     log_prob = torch.distributions.Normal(mean, std.expand_as(mean), validate_args=False)

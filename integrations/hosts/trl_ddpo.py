@@ -1,4 +1,4 @@
-"""DDPO (arXiv 2305.13301) by trl's own trainer, with AGSM beside the reward.
+"""DDPO (arXiv 2305.13301) by trl's own trainer, with AGSM as a second loss.
 
     trainer = AGSMDDPOTrainer(
         config, reward, prompts, pipeline,                        # trl's own arguments
@@ -9,14 +9,14 @@
     )
     trainer.train()
 
-trl shipped DDPO up to 0.23. What AGSM needs of any reward-driven loop is little: the place where a loss
-is made (there `agsm_on(batch, agsm, scheduler)` is added to it), the place behind `optimizer.step()`
-(`agsm.update_ema()`), and clean images with captions, be they data or the loop's own samples.
+trl shipped DDPO up to 0.23. AGSM needs little of any reward-driven loop: the loss, to which
+`agsm_on(batch, agsm, scheduler)` is added; `agsm.update_ema()` after `optimizer.step()`; and clean
+images with captions, from data or from the loop's own samples.
 
-AGSM's images. From a captioned data set (`batches`) where its pictures are what prompts should give:
-they hold the model to its prompts whatever the reward does. From the run's own best-rewarded samples
-(`best`) where there is no such set, and the reward itself judges alignment: AGSM then takes the reward's
-favourites for true matches of their prompts, and so repeats a reward's mistakes.
+AGSM's images. From a captioned data set (`batches`) where its pictures are what prompts should
+give: they hold the model to its prompts whatever the reward does. From the run's own best-rewarded
+samples (`best`) where there is no such set, and the reward itself judges alignment: AGSM then takes
+the reward's favourites for true matches of their prompts, and so repeats a reward's mistakes.
 """
 
 from collections.abc import Callable
@@ -60,30 +60,31 @@ WEIGHTS, COMPLETE = "trained.safetensors", "complete"
 class AGSMDDPOTrainer(DDPOTrainer):
     """trl's `DDPOTrainer` with λ·AGSM in the loss of its training steps.
 
-    Without `agsm`, or where its weight is 0, the parameters become what trl's trainer makes of them, bit
-    for bit. Beyond AGSM it differs from trl's in three places, all of them outside a single run's steps:
-    checkpoints hold just what is trained, and a resumed run goes on at the epoch, step and averages
-    where it stopped; on several processes gradients are averaged over them (trl's trainer calls the UNet
-    beside its DDP wrapper, so that each process trains a model of its own); a sampling schedule whose
-    last step has no noise is refused (its log-probability is not finite).
+    Without `agsm`, or where its weight is 0, the parameters become what trl's trainer makes of
+    them, bit for bit. Beyond AGSM it differs from trl's in three places, all of them outside a
+    single run's steps. Checkpoints hold just what is trained, and a resumed run goes on at the
+    epoch, step and averages where it stopped. On several processes gradients are averaged over them
+    (trl's trainer calls the UNet without its DDP wrapper, so that each process trains a model of
+    its own). A sampling schedule whose last step has no noise is refused (its log-probability is
+    not finite).
 
     Args:
         config, reward_function, prompt_function, sd_pipeline, image_samples_hook: trl's.
-        agsm: the module to call and the trained parameters -> the regularizer, made when trl has put its
-            LoRA in. AGSM's gradient reaches all that is trained: trl's LoRA or UNet, and the tokens.
-        batches: number of the micro-step -> what AGSM trains on there (`AGSMBatch`). A function of the
-            number, so that a resumed run sees what an uninterrupted one sees.
-        best: without `batches`: the share of each epoch's samples, best reward first, that AGSM trains
-            on, noised again at uniform timesteps.
+        agsm: the module to call and the trained parameters -> the regularizer, made when trl has
+            put its LoRA in. What is trained is trl's LoRA or UNet, and the tokens.
+        batches: number of the micro-step -> what AGSM trains on there (`AGSMBatch`). A function of
+            the number, so that a resumed run sees what an uninterrupted one sees.
+        best: without `batches`: the share of each epoch's samples, best reward first, that AGSM
+            trains on, noised again at uniform timesteps.
         batch_size: images of these a micro-step; their prompts compete, so 2 at least.
         every: run AGSM in one of so many micro-steps, `every` times as heavy: the same gradient in
             expectation for less time. Must divide the micro-steps of an optimizer step
             (`train_gradient_accumulation_steps` times the trained timesteps).
-        attached: soft tokens on `sd_pipeline.unet`; they are trained beside what trl trains.
+        attached: soft tokens on `sd_pipeline.unet`; they are trained together with what trl trains.
 
     Raises:
         ImportError: (at import) trl is missing, or has no DDPO.
-        ValueError: arguments that do not go together, or a schedule that ends in a step without noise.
+        ValueError: arguments that do not go together, or a schedule whose last step has no noise.
     """
 
     def __init__(
@@ -147,8 +148,8 @@ class AGSMDDPOTrainer(DDPOTrainer):
     def save_checkpoint(self) -> None:
         """A checkpoint between two epochs; to be called on every process.
 
-        trl's `save_freq` comes to this too: trl itself saves on the first process alone, where the others
-        then wait for another thing.
+        trl's `save_freq` comes to this too: trl itself saves on the first process alone, while the
+        others wait for something else.
         """
         self.accelerator.save_state()
         self.accelerator.wait_for_everyone()
@@ -229,7 +230,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
         return {name: p for name, p in named.items() if p.requires_grad}
 
     def _exchange_gradients(self) -> None:
-        """Gradients are the processes' mean as soon as an optimizer step's last micro-step has them."""
+        """Gradients become the processes' mean in the last micro-step of an optimizer step."""
         import torch.distributed as dist
         from accelerate.utils import broadcast
 
@@ -262,13 +263,13 @@ class AGSMDDPOTrainer(DDPOTrainer):
 
 
 class LoadedPipeline(DefaultDDPOStableDiffusionPipeline):
-    """For the trainer: a Stable Diffusion pipeline that is loaded already, adapters and tokens and all.
+    """For the trainer: a Stable Diffusion pipeline that is loaded, with its adapters and tokens.
 
     trl's own class loads one from a folder and puts a LoRA of rank 4 on it.
 
     Args:
-        pipe: what is to be trained of its UNet has `requires_grad`; its scheduler becomes DDIM's, and
-            its safety checker goes, as with trl.
+        pipe: what is to be trained of its UNet has `requires_grad`; its scheduler becomes DDIM's,
+            and its safety checker is dropped, as with trl.
         full: all of the UNet is trained (trl then runs it in autocast).
     """
 

@@ -61,7 +61,7 @@ class AGSM:
 
 
 class SoftREPA:
-    """SoftREPA's contrast over the same candidates; every caption wears the one bank."""
+    """SoftREPA's contrast over the same candidates; every caption uses the one bank."""
 
     def __init__(self, denoiser: nn.Module, loss: SoftREPALoss) -> None:
         self.denoiser, self.loss = denoiser, loss
@@ -83,7 +83,7 @@ class SoftREPA:
 
 
 class Denoising:
-    """Plain score matching of each image under its own caption, which wears ψ⁺."""
+    """Plain score matching of each image under its own caption, which uses ψ⁺."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.denoiser = denoiser

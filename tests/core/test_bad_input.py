@@ -1,4 +1,4 @@
-"""What a user is told: expected, got, remedy."""
+"""What an error says: expected, got, remedy."""
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ def test_candidates():
     with pytest.raises(ValueError, match=r"1 image\(s\) with 1 distinct.*allow_empty=True"):
         C.InBatch()(["a dog"])
     with pytest.raises(
-        ValueError, match=r"3 image\(s\) with 1 distinct caption\(s\) beside the empty"
+        ValueError, match=r"3 image\(s\) with 1 distinct caption\(s\) besides the empty"
     ):
         C.InBatch()(["a dog", "", ""])
     with pytest.raises(ValueError, match=r"3 image\(s\) with 1 distinct caption"):
@@ -225,9 +225,9 @@ def test_regularizer():
     with pytest.raises(ValueError, match="one for each of the 2 images, got 3"):
         agsm(x, t, x, x, ["a", "b", "c"])
     chosen = C.InBatch(1)(names)
-    with pytest.raises(ValueError, match="image_ids: expected None beside Candidates"):
+    with pytest.raises(ValueError, match="image_ids: expected None with Candidates"):
         agsm(x, t, x, x, chosen, image_ids=[1, 2])
-    with pytest.raises(ValueError, match="hard_negatives: expected None beside Candidates"):
+    with pytest.raises(ValueError, match="hard_negatives: expected None with Candidates"):
         agsm(x, t, x, x, chosen, hard_negatives=[[], []])
     with pytest.raises(TypeError, match="captions: expected a text or an id for each image"):
         agsm(x, t, x, x, None)

@@ -1,4 +1,4 @@
-"""Flow-GRPO: the SDE's marginals and likelihoods, advantages, the clipped loss, and AGSM in its step."""
+"""Flow-GRPO: the SDE's marginals and likelihoods, advantages, the clipped loss, and AGSM in it."""
 
 import pytest
 import torch

@@ -53,7 +53,8 @@ def test_the_log_probability_is_torchs_normal_averaged():
 
 
 @given(
-    st.integers(1, 5), st.floats(0.5, 20), st.floats(0.05, 0.5), st.integers(0, 2**31), st.floats(0.01, 1)
+    st.integers(1, 5), st.floats(0.5, 20), st.floats(0.05, 0.5), st.integers(0, 2**31),
+    st.floats(0.01, 1),
 )  # fmt: skip
 def test_the_loss_is_the_published_one(pairs, beta, clip, seed, size):
     rng = np.random.default_rng(seed)
@@ -217,7 +218,8 @@ class SPOSetup(Setup):
 
     def grads(self, loss):
         found = torch.autograd.grad(loss, self.trained, allow_unused=True)
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(self.trained, found, strict=True)]  # fmt: skip
+        pairs = zip(self.trained, found, strict=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in pairs]
 
 
 def test_the_step_compares_guided_likelihoods():

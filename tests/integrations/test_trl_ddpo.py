@@ -220,8 +220,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(own, folder, tmp_path):
         trainer = AGSMDDPOTrainer(
             config(place, num_epochs=epochs, save_freq=1, per_prompt_stat_tracking=True,
                    per_prompt_stat_tracking_min_count=2, **changed),
-            bright, asked, pipe, agsm=regularizer(0.5, candidates=InBatch(1, allow_empty=True)), attached=soft_tokens(pipe),
-            batch_size=4, **given,
+            bright, asked, pipe, agsm=regularizer(0.5, candidates=InBatch(1, allow_empty=True)),
+            attached=soft_tokens(pipe), batch_size=4, **given,
         )  # fmt: skip
         trainer.train()
         return trainer
