@@ -1,111 +1,168 @@
-"""A recipe's options: one frozen dataclass is the YAML file's keys and the command line's flags.
+"""A recipe's options: one frozen dataclass gives the flags, the YAML file's keys, and their checks.
 
-@dataclass(frozen=True)
-class Options(TrainingOptions):
-    model: str = option("", "pipeline folder or hub id")
+    @dataclass(frozen=True)
+    class Options(TrainingOptions):
+        beta: float = option(5000.0, "Strength of the pull to the reference.", above=0)
+        learning_rate: float = 1e-4    # a new default: the help text and the range stay
 
-options = parse(Options, __doc__)      # defaults, then --config FILE, then the flags
+    options = parse(Options, __doc__)  # defaults, then --config FILE, then the command line
+
+transformers.HfArgumentParser makes the flags (`--max_train_steps` and `--max-train-steps` are the same).
+A class with a `SECTION` is a group of its own in --help; the fields of the others come first.
 """
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass, field, fields
+import difflib
+import inspect
+import operator
+from argparse import Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
-Chosen = TypeVar("Chosen")
+import yaml
+from transformers import HfArgumentParser
+
+Chosen = TypeVar("Chosen", bound="Checked")
+_LIMITS = {"above": operator.gt, "below": operator.lt,
+           "at_least": operator.ge, "at_most": operator.le}  # fmt: skip
 
 
-def option(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with a default, a help text and, for text, the values it may take."""
-    return field(default=default, metadata={"help": meaning, "choices": choices})
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What every recipe that trains has, whoever's loop it runs in."""
-
-    output: str = option("runs/train", "folder for the log, sheets, checkpoints and the result")
-    lr: float = option(1e-3, "peak learning rate")
-    weight_decay: float = option(1e-4, "AdamW's")
-    beta2: float = option(0.999, "AdamW's second beta")
-    max_grad_norm: float = option(1.0, "gradients are clipped to it; 0 for no clipping")
-    seed: int = option(0, "of weights, data and noise")
-    mixed_precision: str = option("no", "of the forward passes", ("no", "bf16", "fp16"))
-    compile: bool = option(False, "torch.compile the denoiser")
-    threads: int = option(0, "CPU threads; 0 leaves torch's choice")
-    resume: bool = option(False, "go on from the last checkpoint under output, if there is one")
-    tracker: str = option("", "accelerate's: tensorboard, wandb, trackio, ...; log.jsonl always")
+def option(default: Any, meaning: str, **limits: float) -> Any:
+    """A field with a default, its help text (a sentence), and limits: above, below, at_least, at_most."""
+    unknown = set(limits) - set(_LIMITS)
+    if unknown:
+        raise TypeError(f"limits: expected some of {list(_LIMITS)}, got {sorted(unknown)}.")
+    return field(default=default, metadata={"help": meaning, **limits})
 
 
 @dataclass(frozen=True)
-class TrainingOptions(RunOptions):
-    """What every recipe on the shared loop has (`loop.train`)."""
+class Checked:
+    """The base of all options: made only with numbers within their limits."""
 
-    steps: int = option(1000, "optimizer steps")
-    batch_size: int = option(16, "images a process and micro-step")
-    accumulate: int = option(1, "micro-steps an optimizer step")
-    warmup: int = option(0, "steps to the peak")
-    decay: int = option(0, "last steps, over which the rate falls to zero linearly")
-    workers: int = option(0, "processes that prepare batches ahead")
-    log_every: int = option(50, "steps")
-    eval_every: int = option(1000, "steps")
-    save_every: int = option(500, "steps")
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value, about = getattr(self, one.name), _about(type(self), one.name)
+            for word, holds in _LIMITS.items():
+                if word in about and value is not None and not holds(value, about[word]):
+                    limit = f"{word.replace('_', ' ')} {about[word]}"
+                    raise ValueError(f"{one.name}: expected {limit}, got {value}. {about['help']}")
 
 
 def parse(kind: type[Chosen], doc: str | None, arguments: list[str] | None = None) -> Chosen:
-    """Defaults, then the YAML file, then the command line. Unknown keys are errors.
+    """Defaults, then the YAML file of --config, then the command line.
+
+    The file's keys are the flags' names; they may stand in tables that are named like the sections.
 
     Raises:
-        ValueError: unknown key, or a value of another type or outside its choices in the file.
-        SystemExit: the same on the command line, by argparse.
+        SystemExit: unknown option, or a value of another type, outside its choices or its limits. One
+            line says so, and the exit code is 2.
     """
-    options = {one.name: one for one in fields(kind)}  # type: ignore[arg-type]
-    parser = argparse.ArgumentParser(
+    sections = _sections(kind)
+    parser = _Parser(
+        [_group(kind, title, names) for title, names in sections.items()],
         description=(doc or "").split("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s [options]",
+        formatter_class=_Help,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, help="YAML file with any of the options below")
-    for name, one in options.items():
-        flag, shared = "--" + name.replace("_", "-"), {"default": one.default}
-        shared["help"] = one.metadata["help"]
-        if isinstance(one.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
-        else:
-            choices = one.metadata["choices"] or None
-            parser.add_argument(flag, type=type(one.default), choices=choices, **shared)
-    config = parser.parse_known_args(arguments)[0].config
-    if config is not None:
-        import yaml
-
-        values = yaml.safe_load(config.read_text()) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"{config}: expected a table of options, got {values!r}")
-        unknown = sorted(set(values) - set(options))
-        if unknown:
-            raise ValueError(
-                f"{config}: unknown keys {unknown}; expected keys among {list(options)}"
-            )
-        checked = {key: _checked(config, options[key], value) for key, value in values.items()}
-        parser.set_defaults(**checked)
-    chosen = vars(parser.parse_args(arguments))
-    del chosen["config"]
-    return kind(**chosen)
-
-
-def _checked(config: Path, one: Any, value: Any) -> Any:
-    """`value` of the file in the option's type; YAML reads 1 as an integer and 1e-3 as a text."""
-    expected = type(one.default)
-    if expected is float and not isinstance(value, bool):
+    given = parser.parse_args(arguments)
+    if given.config is not None:
+        parser.source = f"{given.config}: "
         try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    if type(value) is not expected:
-        raise ValueError(f"{config}: {one.name}: expected {expected.__name__}, got {value!r}")
-    choices = one.metadata["choices"]
-    if choices and value not in choices:
-        raise ValueError(f"{config}: {one.name}: expected one of {choices}, got {value!r}")
-    return value
+            table = yaml.load(
+                given.config.read_text(), yaml.BaseLoader
+            )  # texts, as a command line's
+            of_file = parser.parse_args(flags(table or {}, sections))
+        except (OSError, yaml.YAMLError, ValueError) as error:
+            parser.error(" ".join(str(error).split()))
+        parser.source = ""
+        given = parser.parse_args(arguments, of_file)
+    try:
+        return kind(**{one.name: getattr(given, one.name) for one in fields(kind)})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def flags(table: Any, sections: Mapping[str, Any] | None = None) -> list[str]:
+    """The command line that says the same as a table of options; `sections` may stand in it as tables."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"expected a table of options, got {table!r}.")
+    found: list[str] = []
+    for key, value in table.items():
+        if isinstance(value, Mapping) and key in (sections or {}):
+            found += flags(value)
+        elif isinstance(value, (Mapping, list)):
+            raise ValueError(f"{key}: expected one value, got {value!r}.")
+        else:
+            found.append(f"--{key}={value}")
+    return found
+
+
+class _Parser(HfArgumentParser):
+    """Errors in one line, which name the file that they are in and options like the unknown one."""
+
+    source = ""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), vars(found))
+            hint = f"; did you mean {' or '.join(f'--{one}' for one in near)}?" if near else ""
+            self.error(f"unknown option {name}{hint}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {self.source}{message} (see --help)\n")
+
+
+class _Help(ArgumentDefaultsHelpFormatter):
+    """Each flag once, with the kind of its value."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        names = ", ".join(one for one in action.option_strings if "-" not in one[2:])
+        kinds: dict[Any, str] = {int: "INT", float: "FLOAT", str: "TEXT", Path: "FILE"}
+        if action.choices:
+            return f"{names} {{{','.join(action.choices)}}}"
+        value = "[BOOL]" if action.nargs == "?" else kinds.get(action.type, "")
+        return f"{names} {value}".rstrip()
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.option_strings[0] == f"--no_{action.dest}":
+            return f"Turn {action.dest} off."
+        bare = action.default is None or action.default == ""
+        return action.help if bare else super()._get_help_string(action)
+
+
+def _sections(kind: type[Checked]) -> dict[str, list[str]]:
+    """Section -> its fields' names; "" is the recipe's own. A field belongs to the class that began it."""
+    found: dict[str, list[str]] = {"": []}
+    for place, one in enumerate(kind.__mro__):
+        later = {
+            name for base in kind.__mro__[place + 1 :] for name in inspect.get_annotations(base)
+        }
+        names = [name for name in inspect.get_annotations(one) if name not in later]
+        found.setdefault(vars(one).get("SECTION", ""), []).extend(names)
+    return found
+
+
+def _group(kind: type[Checked], title: str, names: list[str]) -> type:
+    """A dataclass of some of the fields, as HfArgumentParser reads a group."""
+    hints = get_type_hints(kind)
+    rows: list[tuple[str, Any, Any]] = []
+    if not title:
+        config = "YAML file with any of these options; the command line wins."
+        rows.append(("config", Path | None, field(default=None, metadata={"help": config})))
+    for name in names:
+        about = {"help": _about(kind, name)["help"]}
+        rows.append((name, hints[name], field(default=getattr(kind, name), metadata=about)))
+    return make_dataclass("Group", rows, namespace={"_argument_group_name": title} if title else {})
+
+
+def _about(kind: type, name: str) -> Mapping[str, Any]:
+    """Help and limits of a field: its own, or those of the class whose default it replaces."""
+    declared = (getattr(one, "__dataclass_fields__", {}).get(name) for one in kind.__mro__)
+    return next(one.metadata for one in declared if one is not None and one.metadata)

@@ -1,52 +1,175 @@
-"""Options of the recipes: defaults, then the file, then the command line."""
+"""Options of the recipes: defaults, then the file, then the command line; limits; --help."""
 
+import re
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 
-from common.options import TrainingOptions, option, parse
+from common.options import flags, option, parse
+from common.settings import LoopOptions, PipelineLoopOptions, neg_scale_of
 
 
 @dataclass(frozen=True)
-class Options(TrainingOptions):
-    kind: str = option("one", "a choice", ("one", "two"))
+class Shared(PipelineLoopOptions):
+    output_dir: str = "runs/shared"
+    strength: float = option(0.5, "Strength of it.", above=0, at_most=1)
 
 
-def parsed(tmp_path, text, *flags):
+@dataclass(frozen=True)
+class Options(Shared):
+    kind: Literal["one", "two"] = option("one", "Kind of it.")
+    learning_rate: float = 3e-4
+
+
+def parsed(tmp_path, text, *arguments):
     file = tmp_path / "c.yaml"
     file.write_text(text)
-    return parse(Options, "Doc.", ["--config", str(file), *flags])
+    return parse(Options, "Doc.", ["--config", str(file), *arguments])
+
+
+def refused(capsys, *arguments):
+    """The one line that is printed before the program ends."""
+    with pytest.raises(SystemExit) as stopped:
+        parse(Options, "Doc.", list(arguments))
+    assert stopped.value.code == 2
+    line, end = capsys.readouterr().err.split("\n")
+    assert not end and ": error: " in line and line.endswith("(see --help)")
+    return line
+
+
+def test_defaults_of_the_class_that_is_asked():
+    options = parse(Options, None, [])
+    assert options == Options()
+    assert (options.learning_rate, options.output_dir) == (3e-4, "runs/shared")
+    assert LoopOptions().learning_rate == 1e-3
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
-    options = parsed(tmp_path, "steps: 7\nlr: 1\ncompile: true\n", "--steps", "9", "--no-compile")
-    assert (options.steps, options.lr, options.compile) == (9, 1.0, False)
+    text = (
+        "max_train_steps: 7\nlearning_rate: 1\ncompile: true\nfull: true\nvalidate_first: false\n"
+    )
+    options = parsed(tmp_path, text, "--max-train-steps", "9", "--compile", "false")
+    assert (options.max_train_steps, options.learning_rate) == (9, 1.0)
+    assert (options.compile, options.full, options.validate_first) == (False, True, False)
     assert options.seed == Options().seed
 
 
-def test_yaml_texts_that_are_numbers_are_numbers(tmp_path):
-    assert parsed(tmp_path, "lr: 1e-3").lr == 1e-3  # YAML 1.1 reads a text there
+def test_a_file_may_have_the_sections_as_tables(tmp_path):
+    text = "model:\n  model: there\n  rank: 4\nkind: two\ntraining:\n  learning_rate: 0.5\n"
+    options = parsed(tmp_path, text)
+    assert (options.model, options.rank, options.kind) == ("there", 4, "two")
+    assert options.learning_rate == 0.5
+
+
+def test_values_of_a_file_are_read_as_the_command_lines(tmp_path):
+    options = parsed(tmp_path, "learning_rate: 1e-3\nmixed_precision: no\nreport_to: 2020-01-01\n")
+    assert options.learning_rate == 1e-3  # YAML 1.1 reads a text there,
+    assert options.mixed_precision == "no"  # and false there
+    assert options.report_to == "2020-01-01"
+
+
+def test_underscores_and_dashes_are_the_same():
+    one = parse(Options, None, ["--max_train_steps", "3", "--no_validate_first"])
+    assert one == parse(Options, None, ["--max-train-steps", "3", "--no-validate-first"])
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("stepz: 3", "stepz"),
-        ("steps: many", "steps"),
-        ("steps: true", "steps"),
-        ("lr: false", "lr"),
+        ("max_train_step: 3", "unknown option --max_train_step; did you mean --max_train_steps?"),
+        ("max_train_steps: many", "max_train_steps"),
+        ("max_train_steps: true", "max_train_steps"),
+        ("learning_rate: false", "learning_rate"),
+        ("neg_scale: null", "neg_scale"),
         ("kind: three", "kind"),
-        ("resume: 1", "resume"),
-        ("- steps", "table"),
+        ("resume_from_checkpoint: 1", "resume_from_checkpoint"),
+        ("full: maybe", "full"),
+        ("seed: [1, 2]", "seed: expected one value"),
+        ("seed: {a: 1}", "seed: expected one value"),
+        ("training: {seed: {a: 1}}", "seed: expected one value"),
+        ("- max_train_steps", "expected a table"),
+        ("a: b: c", "mapping values"),
     ],
 )
-def test_a_bad_file_is_named_with_its_key(tmp_path, text, named):
-    with pytest.raises(ValueError, match=named):
-        parsed(tmp_path, text)
+def test_a_bad_file_is_named_with_its_key(tmp_path, text, named, capsys):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    line = refused(capsys, "--config", str(file))
+    assert str(file) in line and named in line
 
 
-@pytest.mark.parametrize("flags", [["--kind", "three"], ["--stepz", "3"], ["--step", "3"]])
-def test_a_bad_flag_stops_the_program(flags, capsys):
+def test_a_file_that_is_not_there_is_named(capsys):
+    assert "there/is/none.yaml" in refused(capsys, "--config", "there/is/none.yaml")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--kind", "three"], ["--stepz", "3"], ["--max_train", "3"], ["stray"]]
+)
+def test_a_bad_flag_stops_the_program(arguments, capsys):
+    assert arguments[0] in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("--max-grad-norm", "-1", "at least 0, got -1.0. Norm to which"),
+        ("--lr-warmup-steps", "-5", "at least 0, got -5."),
+        ("--gradient-accumulation-steps", "0", "at least 1, got 0."),
+        ("--checkpointing-steps", "0", "at least 1"),
+        ("--validation-steps", "0", "at least 1"),
+        ("--logging-steps", "0", "at least 1"),
+        ("--max-train-steps", "0", "at least 1"),
+        ("--learning-rate", "0", "above 0"),
+        ("--learning-rate", "nan", "above 0"),
+        ("--timestep-low", "1.5", "at most 1"),
+        ("--adam-beta2", "1", "below 1"),
+        ("--strength", "2", "at most 1"),
+    ],
+)
+def test_numbers_have_limits(flag, value, expected, capsys, tmp_path):
+    name = flag.lstrip("-").replace("-", "_")
+    assert f"{name}: expected {expected}" in refused(capsys, flag, value)
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{name}: {value}\n")
+    assert f"{name}: expected {expected}" in refused(capsys, "--config", str(file))
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        Options(**{name: float(value)})
+
+
+def test_help_has_the_own_options_first_then_sections_with_defaults(capsys):
     with pytest.raises(SystemExit):
-        parse(Options, "Doc.", flags)
-    assert flags[0] in capsys.readouterr().err
+        parse(Options, "Trains it.\n\nMore.", ["--help"])
+    text = capsys.readouterr().out
+    titles = re.findall(r"^(\w+):$", text, re.MULTILINE)
+    assert titles == ["options", "model", "data", "AGSM", "training", "validation"]
+    own, *_ = text.split("\nmodel:\n")
+    assert re.findall(r"--(\w+)", own) == ["help", "config", "kind", "strength"]
+    assert "Trains it." in own and "More." not in own
+    assert "--kind {one,two}" in own and "(default: 0.5)" in own
+    training = text.split("\ntraining:\n")[1].split("\nvalidation:\n")[0]
+    assert "--learning_rate FLOAT" in training and "(default: 0.0003)" in training
+    assert "Optimizer steps to run." in training and "--learning-rate" not in text
+
+
+def test_every_help_text_is_a_sentence(capsys):
+    with pytest.raises(SystemExit):
+        parse(PipelineLoopOptions, "", ["--help"])
+    body = re.split(r"^\w+:$", capsys.readouterr().out, flags=re.MULTILINE)[2:]
+    entries = [one for group in body for one in re.split(r"\n  --", group)[1:]]
+    assert len(entries) > 40
+    for entry in entries:
+        said = " ".join(entry.split()).removesuffix(")").split(" (default:")[0]
+        assert said.endswith("."), said
+
+
+def test_flags_say_what_a_table_says():
+    table = {"max_train_steps": 3, "full": True, "learning_rate": 1e-5, "model": "-x"}
+    options = parse(Options, None, flags(table))
+    assert {name: getattr(options, name) for name in table} == table
+
+
+def test_neg_scale_goes_by_what_is_trained():
+    assert neg_scale_of(Options()) == 0.1
+    assert neg_scale_of(Options(rank=4)) == neg_scale_of(Options(full=True)) == 0.0
+    assert neg_scale_of(Options(rank=4, neg_scale=0.3)) == 0.3
