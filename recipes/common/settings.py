@@ -121,9 +121,6 @@ class TrainingOptions(Checked):
     """What every recipe that trains has, whoever's loop it runs in."""
 
     SECTION = "training"
-    output_dir: str = option(
-        "runs/train", "Folder for the log, sheets, checkpoints and what was trained."
-    )
     learning_rate: float = option(1e-3, "Peak learning rate.", above=0)
     gradient_accumulation_steps: int = option(
         1, "Micro-steps whose gradients an optimizer step averages.", at_least=1
@@ -138,6 +135,9 @@ class TrainingOptions(Checked):
         "no", "Precision of the forward passes."
     )
     compile: bool = option(False, "Compile the denoiser by torch.compile.")
+    output_dir: str = option(
+        "runs/train", "Folder for the log, sheets, checkpoints and what was trained."
+    )
     resume_from_checkpoint: Literal["latest"] | None = option(
         None, "Continue from the latest checkpoint under output_dir, if there is one."
     )
@@ -154,12 +154,6 @@ class LoopOptions(TrainingOptions):
     SECTION = "training"
     max_train_steps: int = option(1000, "Optimizer steps to run.", at_least=1)
     train_batch_size: int = option(16, "Images a process and micro-step.", at_least=1)
-    lr_warmup_steps: int = option(
-        0, "Optimizer steps over which the learning rate rises to its peak.", at_least=0
-    )
-    lr_decay_steps: int = option(
-        0, "Last optimizer steps, over which the learning rate falls to 0 linearly.", at_least=0
-    )
     dataloader_num_workers: int = option(
         0,
         "Processes that prepare batches ahead; 0 prepares them in the training process.",
@@ -168,6 +162,12 @@ class LoopOptions(TrainingOptions):
     logging_steps: int = option(50, "Optimizer steps between two lines of the log.", at_least=1)
     validation_steps: int = option(1000, "Optimizer steps between two validations.", at_least=1)
     checkpointing_steps: int = option(500, "Optimizer steps between two checkpoints.", at_least=1)
+    lr_warmup_steps: int = option(
+        0, "Optimizer steps over which the learning rate rises to its peak.", at_least=0
+    )
+    lr_decay_steps: int = option(
+        0, "Last optimizer steps, over which the learning rate falls to 0 linearly.", at_least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -226,12 +226,17 @@ class PipelineLoopOptions(PipelineOptions, LoopOptions):
 
 
 @dataclass(frozen=True)
-class OnPolicyOptions(PipelineLoopOptions, ImageOptions):
-    """The same of hosts that sample for themselves; the data set gives the captions, and AGSM's images."""
+class HostOptions(Checked):
+    """Options of the recipes whose objective is another method's; they come with its own."""
 
     agsm_weight: float = option(
         0.0, "lambda: weight of AGSM in the loss; 0 trains the host alone.", at_least=0
     )
+
+
+@dataclass(frozen=True)
+class OnPolicyOptions(HostOptions, PipelineLoopOptions, ImageOptions):
+    """Options of hosts that sample for themselves; the data set gives the captions, and AGSM's images."""
 
 
 def neg_scale_of(options: PipelineOptions) -> float:
