@@ -1,8 +1,8 @@
 """Prompts -> images, in the folder layout that GenEval's evaluator reads.
 
-    python recipes/generate.py --model recipes/models/flow --prompts world:heldout:20 --output runs/a
+    python recipes/generate.py --model recipes/models/flow --prompts world:heldout:20 --output_dir runs/a
     python recipes/generate.py --model <folder or hub id> --tokens <folder or hub id> \
-        --prompts evaluation_metadata.jsonl --images-per-prompt 4 --cfg 4 --steps 28
+        --prompts evaluation_metadata.jsonl --num_images_per_prompt 4 --guidance_scale 4 --num_inference_steps 28
 
 Writes NNNNN/metadata.jsonl and NNNNN/samples/0000.png, 0001.png, ... A second call goes on where
 the first was stopped. Each image has a noise of its own, given by (seed, prompt, sample): it is
@@ -14,32 +14,39 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from common.options import option, parse
-
-SAMPLINGS = ("both", "negative_unconditional", "conditional_only", "off")
+from common.options import Checked, option, parse
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Every option, its default and its meaning."""
 
-    model: str = option("recipes/models/flow", "pipeline folder or hub id")
-    tokens: str = option("", "folder or hub id of soft tokens; none for the model alone")
-    lora: str = option("", "folder or hub id of a LoRA trained beside them")
-    sampling: str = option("both", "who wears which tokens under guidance", SAMPLINGS)
-    prompts: str = option(
-        "world:heldout:20", "world:FOLD:PER_CATEGORY, a GenEval jsonl, or a text file of lines"
+    model: str = option("recipes/models/flow", "Pipeline to sample: a folder or a hub id.")
+    tokens: str = option(
+        "", "Folder or hub id of soft tokens to attach; none samples the model alone."
     )
-    output: str = option("runs/images", "folder of the images")
-    images_per_prompt: int = option(1, "GenEval: 4")
-    steps: int = option(20, "sampling steps")
-    cfg: float = option(3.0, "guidance scale")
-    seed: int = option(0, "of the noise")
-    batch_size: int = option(0, "images a call; 0: 64 of the world's size, 4 of any larger")
-    dtype: str = option("float32", "of the weights", ("float32", "bfloat16", "float16"))
-    device: str = option("cpu", "cpu, cuda, ...")
-    threads: int = option(0, "CPU threads; 0 leaves torch's choice")
+    lora: str = option("", "Folder or hub id of a LoRA that was trained with the tokens.")
+    sampling: Literal["both", "negative_unconditional", "conditional_only", "off"] = option(
+        "both",
+        "Tokens under guidance: the positive bank on both branches, the negative bank on the unconditional "
+        "one, the positive bank on the conditional one alone, or none.",
+    )
+    prompts: str = option(
+        "world:heldout:20",
+        "Prompts to sample: world:FOLD:PER_CATEGORY, a GenEval jsonl, or a text file of lines.",
+    )
+    output_dir: str = option("runs/images", "Folder for the images.")
+    num_images_per_prompt: int = option(1, "Images a prompt; GenEval takes 4.", at_least=1)
+    num_inference_steps: int = option(20, "Sampling steps.", at_least=1)
+    guidance_scale: float = option(3.0, "Classifier-free guidance scale; 1 has none.", at_least=0)
+    seed: int = option(0, "Seed of the noise.", at_least=0)
+    batch_size: int = option(
+        0, "Images a call; 0 takes 64 of the world's size and 4 of any larger.", at_least=0
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Type of the weights.")
+    device: str = option("cpu", "Device to sample on: cpu, cuda and so on.")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,14 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
     from world.models import pipeline_arguments
     from world.task import read_prompts
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    output, rows = Path(options.output), read_prompts(options.prompts)
+    output, rows = Path(options.output_dir), read_prompts(options.prompts)
     _same_settings(output, options)
     for index, row in enumerate(rows):
         (output / f"{index:05d}" / "samples").mkdir(parents=True, exist_ok=True)
         (output / f"{index:05d}" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
-    every = [(i, k) for i in range(len(rows)) for k in range(options.images_per_prompt)]
+    every = [(i, k) for i in range(len(rows)) for k in range(options.num_images_per_prompt)]
     todo = [place for place in every if not _file(output, place).exists()]
     if not todo:
         return
@@ -75,8 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
         model.pipe,
         [rows[index]["prompt"] for index, _ in todo],
         [(options.seed, *place) for place in todo],
-        steps=options.steps,
-        cfg=options.cfg,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
         batch_size=options.batch_size,
         arguments=model.arguments,
     )
@@ -97,7 +102,7 @@ def _file(output: Path, place: tuple[int, int]) -> Path:
 
 def _same_settings(output: Path, options: Options) -> None:
     """A folder holds the images of one setting; the speed of making them may differ."""
-    free = {"output", "batch_size", "device", "threads"}
+    free = {"output_dir", "batch_size", "device"}
     settings = {name: value for name, value in vars(options).items() if name not in free}
     file = output / "generate.json"
     if file.exists():
@@ -105,7 +110,7 @@ def _same_settings(output: Path, options: Options) -> None:
         changed = sorted(name for name in settings if settings[name] != before.get(name))
         if changed:
             raise ValueError(
-                f"{output} holds images made with other {changed}; choose another --output"
+                f"{output} holds images made with other {changed}; choose another --output_dir"
             )
     output.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=1) + "\n")

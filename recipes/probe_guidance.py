@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from common.options import option, parse
+from common.options import Checked, option, parse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,30 +24,28 @@ if TYPE_CHECKING:
 
     from world.scene import Spec
 
-AGAINST = ("null", "in_batch", "hard", "counts", "neighbours")
-
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Every option, its default and its meaning."""
 
-    model: str = option("recipes/models/flow", "pipeline folder")
-    against: str = option(
+    model: str = option("recipes/models/flow", "Pipeline to sample: a folder.")
+    against: Literal["null", "in_batch", "hard", "counts", "neighbours"] = option(
         "counts",
-        "the wrong captions: the empty one (classifier-free guidance, s = CFG - 1), another "
-        "prompt's, one of the hard negatives, one more and one fewer object (counts), or the "
-        "same without a single object (neighbours)",
-        AGAINST,
+        "Wrong captions: the empty one (classifier-free guidance, s = CFG - 1), another prompt's, one of "
+        "the hard negatives, one more and one fewer object (counts), or the same without a single object "
+        "(neighbours).",
     )
-    scales: str = option("0,0.5,1,2", "of the guidance, with commas between")
-    categories: str = option("counting", "of the world, with commas between")
-    fold: str = option("validation", "of the world's prompts", ("train", "validation", "heldout"))
-    per_category: int = option(96, "prompts")
-    steps: int = option(12, "sampling steps")
-    seed: int = option(0, "of the noise and of the wrong captions drawn")
-    batch_size: int = option(64, "images at a time")
-    threads: int = option(0, "CPU threads; 0 leaves torch's choice")
-    output: str = option("", "file for the table")
+    scales: str = option("0,0.5,1,2", "Scales s of the guidance, with commas between.")
+    categories: str = option("counting", "Categories of the world, with commas between.")
+    fold: Literal["train", "validation", "heldout"] = option(
+        "validation", "Fold of the world's prompts."
+    )
+    per_category: int = option(96, "Prompts a category.", at_least=1)
+    num_inference_steps: int = option(12, "Sampling steps.", at_least=1)
+    seed: int = option(0, "Seed of the noise and of the wrong captions drawn.", at_least=0)
+    batch_size: int = option(64, "Images at a time.", at_least=1)
+    output: str = option("", "File for the table, in addition to printing it.")
 
 
 def wrong_captions(
@@ -89,7 +87,7 @@ def guided_samples(
     wrong: Sequence[Sequence[str]],
     *,
     scale: float,
-    steps: int,
+    num_inference_steps: int,
     seeds: Sequence[Any],
 ) -> npt.NDArray[np.uint8]:
     """Images (N, H, W, 3), by the pipeline's own scheduler, from `draws(seeds[i])`.
@@ -109,7 +107,7 @@ def guided_samples(
     encoded = [model.encode_prompts(text) for text in texts]
     with torch.no_grad():
         x = torch.stack([torch.randn(shape, generator=draws(seed)) for seed in seeds])
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(num_inference_steps)
         x = x * getattr(scheduler, "init_noise_sigma", 1.0)
         for time in scheduler.timesteps:
             at = time.expand(len(x))
@@ -134,8 +132,6 @@ def run(options: Options, say: Callable[[str], Any] = print) -> list[str]:
     from world.scene import MAX_COUNT
     from world.verdicts import verdicts
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
     tags = options.categories.split(",")
     asked = deal(options.fold, options.per_category, options.seed, tags)
     wrong = wrong_captions(asked, options.against, np.random.default_rng(options.seed))
@@ -161,7 +157,7 @@ def run(options: Options, say: Callable[[str], Any] = print) -> list[str]:
                     [caption(spec) for spec in asked[part]],
                     wrong[part],
                     scale=scale,
-                    steps=options.steps,
+                    num_inference_steps=options.num_inference_steps,
                     seeds=[(options.seed, start + i) for i in range(len(asked[part]))],
                 )
             )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.options import option, parse
+from common.options import Checked, option, parse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Every option, its default and its meaning."""
 
-    images: str = option("runs/images", "folder that generate.py wrote")
-    results: str = option("", "results of GenEval's evaluator; none for the world's detector")
-    sheet: int = option(48, "images on the sheet")
+    images: str = option("runs/images", "Folder that generate.py wrote.")
+    results: str = option(
+        "", "File of results of GenEval's evaluator, in place of the world's detector."
+    )
+    sheet: int = option(48, "Images to show on the sheet.", at_least=1)
 
 
 def read_images(folder: Path) -> tuple[list[Path], list[dict[str, Any]]]:

@@ -7,7 +7,7 @@ Every method is trained from the same seeds on the world's train prompts, by `tr
 recipe that it names (the base is not trained), gets the guidance scale at which it scores best on the
 validation prompts, and is then scored once on held-out prompts, all on the same noise. Each (method, seed) is a process of
 its own; what is done is kept, so a stopped study goes on. Writes report.md, report.html, curves.png,
-images.png and results.json under `output`.
+images.png and results.json under `output_dir`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from pathlib import Path
 def main(arguments: list[str] | None = None) -> None:
     """The whole study, or one run of it (`--only`, `--seed`: what the study starts)."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", type=Path, required=True, help="the plan, a YAML file")
-    parser.add_argument("--output", help="instead of the plan's")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
-    parser.add_argument("--only", help="one method of the plan, or base")
-    parser.add_argument("--seed", type=int, default=0, help="of the one run")
+    parser.add_argument("--config", type=Path, required=True, help="The plan: a YAML file.")
+    parser.add_argument(
+        "--output_dir", "--output-dir", help="Folder for the study, in place of the plan's."
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Runs at a time.")
+    parser.add_argument("--only", help="Run this method of the plan alone, or base.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the one run.")
     given = parser.parse_args(arguments)
 
     from studies.plan import read_plan
     from studies.report import write
     from studies.run import run_all, run_one
 
-    plan = read_plan(given.config, given.output)
+    plan = read_plan(given.config, given.output_dir)
     if given.only is not None:
         run_one(plan, given.only, given.seed)
         return

@@ -5,46 +5,48 @@
     python recipes/train_agsm.py --model <folder or hub id> --data <parquet, folder or hub id>
 
 `--model` is any Stable Diffusion, SDXL, SD3 or Flux.1 pipeline, a preference-tuned one too
-(`--merge-lora` for a tuned LoRA). `--data world` (the default) renders the embedded world and
-scores validation prompts exactly; other data give a sheet of `--prompts` instead. Under `--output`:
+(`--merge_lora` for a tuned LoRA). `--data world` (the default) renders the embedded world and
+scores validation prompts exactly; other data give a sheet of `--validation_prompts` instead. Under `--output_dir`:
 tokens/ (SavedTokens), lora/ where one was trained beside them, log.jsonl, sheets/, checkpoints/ (for
-`--resume`: the run goes on exactly as if it had not been stopped).
+`--resume_from_checkpoint latest`: the run goes on exactly as if it had not been stopped).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.options import option, parse
-from common.trained import Student, StudentOptions, competitors, hard_per_image
+from common.settings import ImageOptions, PipelineLoopOptions, hard_per_image
 
 if TYPE_CHECKING:
     import torch
 
     from common.images import Batch
     from common.objectives import Inputs
+    from common.trained import TrainedPipeline
 
 
 @dataclass(frozen=True)
-class Options(StudentOptions):
-    """Every option, its default and its meaning."""
+class Options(PipelineLoopOptions, ImageOptions):
+    """The recipe's own options; the shared ones are in common/settings.py."""
 
-    output: str = option("runs/agsm", "folder for tokens, log, sheets and checkpoints")
-    objective: str = option("agsm", "what is minimised", ("agsm", "softrepa", "denoising"))
-    logit_scale: float = option(4.0, "s of SoftREPA")
-    logit_temperature: float = option(0.07, "T of SoftREPA")
-    denoising_weight: float = option(0.0, "of the denoising error in SoftREPA")
-    image_column: str = option("image", "of the data set")
+    output_dir: str = "runs/agsm"
+    objective: Literal["agsm", "softrepa", "denoising"] = option("agsm", "Loss to minimise.")
+    logit_scale: float = option(4.0, "s of SoftREPA: scale of its logits.", at_least=0)
+    logit_temperature: float = option(0.07, "T of SoftREPA: temperature of its logits.", above=0)
+    denoising_weight: float = option(
+        0.0, "Weight of the denoising error in SoftREPA's loss.", at_least=0
+    )
 
 
-def make_objective(options: Options, student: Student) -> Any:
+def make_objective(options: Options, trained: TrainedPipeline) -> Any:
     """The chosen objective over the (prepared) denoiser."""
     from agsm_loss import SoftREPALoss
     from common.objectives import AGSM, Denoising, SoftREPA
 
     if options.objective == "agsm":
-        return AGSM(student.agsm(options.batch_size))
+        return AGSM(trained.agsm(options.train_batch_size))
     if options.objective == "softrepa":
         if options.banks != "shared":
             raise ValueError(
@@ -56,21 +58,24 @@ def make_objective(options: Options, student: Student) -> Any:
             temperature=options.logit_temperature,
             denoising_weight=options.denoising_weight,
         )
-        return SoftREPA(student.denoiser, loss)
-    return Denoising(student.denoiser)
+        return SoftREPA(trained.denoiser, loss)
+    return Denoising(trained.denoiser)
 
 
-def prepare(options: Options, student: Student, batch: Batch, generator: torch.Generator) -> Inputs:
+def prepare(
+    options: Options, trained: TrainedPipeline, batch: Batch, generator: torch.Generator
+) -> Inputs:
     """Noises a batch and chooses who competes; the draws are the generator's alone."""
     import torch
 
     from agsm_loss.integrations.noise import add_noise, regression_target
     from common.objectives import Inputs
+    from common.trained import competitors
 
-    model = student.model
+    model = trained.model
     latents = model.encode_images(batch.pixels, generator)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    timesteps = student.timesteps(len(latents), generator)
+    timesteps = trained.timesteps(len(latents), generator)
     pool, candidates = competitors(batch, options.num_negatives - hard_of(options), generator)
     scheduler = model.pipe.scheduler
     return Inputs(
@@ -94,21 +99,22 @@ def main(arguments: list[str] | None = None) -> None:
 
     from agsm_loss import draws
     from common.loop import start
+    from common.trained import TrainedPipeline
     from world.task import open_task
 
     accelerator = start(options)
     task = open_task(options, accelerator)
-    student = Student.build(options, accelerator, task)
-    objective = make_objective(options, student)
-    batches = task.images(options.batch_size, hard_of(options), options.image_column)
+    trained = TrainedPipeline.build(options, accelerator, task)
+    objective = make_objective(options, trained)
+    batches = task.images(options.train_batch_size, hard_of(options), options.image_column)
 
     def loss(batch: Batch, index: int) -> Any:
         generator = draws(options.seed, index, accelerator.process_index)
-        inputs = prepare(options, student, batch, generator)
+        inputs = prepare(options, trained, batch, generator)
         with accelerator.autocast():
             return objective(inputs)
 
-    student.train(accelerator, batches, loss, objective)
+    trained.train(accelerator, batches, loss, objective)
 
 
 if __name__ == "__main__":

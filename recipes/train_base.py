@@ -1,11 +1,11 @@
 """Trains a base text-to-image model of the world from nothing and saves a stock pipeline.
 
     python recipes/train_base.py --config recipes/configs/base_flow.yaml
-    accelerate launch recipes/train_base.py --config recipes/configs/base_flow.yaml --steps 20000
+    accelerate launch recipes/train_base.py --config recipes/configs/base_flow.yaml --max_train_steps 20000
 
-Every key of the YAML file is an option of the command line, which wins. Under `--output` it
+Every key of the YAML file is an option of the command line, which wins. Under `--output_dir` it
 writes log.jsonl (loss, learning rate; scores on the validation prompts with the EMA weights),
-sheets/ (samples with verdicts), checkpoints/ (for `--resume`: the run goes on exactly as if
+sheets/ (samples with verdicts), checkpoints/ (for `--resume_from_checkpoint latest`: the run goes on exactly as if
 it had not been stopped) and pipeline/ (the EMA weights, by save_pretrained, in half precision, with
 a model card).
 
@@ -23,50 +23,75 @@ import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from common.options import TrainingOptions, option, parse
+from common.options import option, parse
+from common.settings import LoopOptions, WorldValidationOptions
 
 if TYPE_CHECKING:
     import torch
 
 
 @dataclass(frozen=True)
-class Options(TrainingOptions):
-    """Every option, its default and its meaning."""
+class Options(LoopOptions, WorldValidationOptions):
+    """The recipe's own options; the shared ones are in common/settings.py."""
 
-    base: str = option(
+    output_dir: str = "runs/base"
+    base: Literal["flow", "epsilon"] = option(
         "flow",
-        "flow (StableDiffusion3Pipeline) or epsilon (StableDiffusionPipeline)",
-        ("flow", "epsilon"),
+        "Kind of model: flow (StableDiffusion3Pipeline) or epsilon (StableDiffusionPipeline).",
     )
-    output: str = option("runs/base", "folder for logs, sheets, checkpoints and the pipeline")
-    width: int = option(128, "of the transformer, or of the UNet's first level")
-    layers: int = option(6, "of the transformer, or of the UNet's lowest level")
-    steps: int = option(6000, "optimizer steps")
-    batch_size: int = option(64, "images a process and step")
-    warmup: int = option(200, "steps to the peak")
-    decay: int = option(1500, "last steps, over which the rate falls to zero linearly")
-    optimizer: str = option(
-        "muon", "muon: for the matrices of the blocks, AdamW for the rest", ("muon", "adamw")
+    init_from: str = option("", "Saved pipeline to start from; none starts from random weights.")
+    width: int = option(128, "Width of the transformer, or of the UNet's first level.", at_least=1)
+    layers: int = option(6, "Layers of the transformer, or of the UNet's lowest level.", at_least=1)
+    optimizer: Literal["muon", "adamw"] = option(
+        "muon", "Optimizer: Muon for the blocks' matrices and AdamW for the rest, or AdamW for all."
     )
-    lr: float = option(1e-2, "the optimizer's peak learning rate")
-    adamw_lr: float = option(1e-3, "of what Muon leaves to AdamW")
-    sigma_logit: float = option(1.2, "mean of the logit of the noise levels (eps: of t / 1000)")
-    uniform_levels: bool = option(False, "noise levels drawn uniformly instead")
-    weight_decay: float = option(0.01, "of all of it")
-    beta2: float = option(0.99, "AdamW's second beta")
-    ema_decay: float = option(0.999, "of the weights that are scored and saved")
-    drop_caption: float = option(0.1, "share of empty captions, for classifier-free guidance")
-    careless: float = option(0.0, "share of captions that come from the careless source")
-    corrupt_count: float = option(0.0, "share of careless captions with a wrong count")
-    corrupt_colour: float = option(0.0, "with a wrong colour, of those that name one")
-    corrupt_missing: float = option(0.0, "with a group left out, of those with two")
-    signed: float = option(0.0, "share of captions that their source signs, with one letter")
-    init_from: str = option("", "a saved pipeline to start from instead of random weights")
-    eval_per_category: int = option(32, "validation prompts a category")
-    eval_steps: int = option(20, "sampling steps")
-    eval_cfg: float = option(3.0, "guidance scale")
+    adamw_learning_rate: float = option(
+        1e-3, "Peak learning rate of what Muon leaves to AdamW.", above=0
+    )
+    sigma_logit: float = option(
+        1.2, "Mean of the logit of the noise levels (epsilon: of t / 1000)."
+    )
+    uniform_levels: bool = option(False, "Draw the noise levels uniformly instead.")
+    ema_decay: float = option(
+        0.999,
+        "Share of the average weights, which are scored and saved, that a step keeps.",
+        at_least=0,
+        at_most=1,
+    )
+    drop_caption: float = option(
+        0.1, "Share of captions left empty, for classifier-free guidance.", at_least=0, at_most=1
+    )
+    careless: float = option(
+        0.0, "Share of captions that come from the careless source.", at_least=0, at_most=1
+    )
+    corrupt_count: float = option(
+        0.0, "Share of the careless captions with a wrong count.", at_least=0, at_most=1
+    )
+    corrupt_colour: float = option(
+        0.0,
+        "Share of the careless captions that name a colour with a wrong one.",
+        at_least=0,
+        at_most=1,
+    )
+    corrupt_missing: float = option(
+        0.0,
+        "Share of the careless captions of two groups that leave one out.",
+        at_least=0,
+        at_most=1,
+    )
+    signed: float = option(
+        0.0, "Share of captions that their source signs with a letter.", at_least=0, at_most=1
+    )
+    max_train_steps: int = 6000
+    train_batch_size: int = 64
+    lr_warmup_steps: int = 200
+    lr_decay_steps: int = 1500
+    learning_rate: float = 1e-2
+    adam_beta2: float = 0.99
+    adam_weight_decay: float = 0.01
+    validate_first: bool = False
 
 
 def batch(options: Options, step: int, rank: int) -> tuple[torch.Tensor, list[str]]:
@@ -88,7 +113,7 @@ def batch(options: Options, step: int, rank: int) -> tuple[torch.Tensor, list[st
     }
     stream = scenes(int(rng.integers(2**62)))
     images, captions = [], []
-    for spec, scene in islice(stream, options.batch_size):
+    for spec, scene in islice(stream, options.train_batch_size):
         images.append(render(scene))
         careless, signed = sources.random(2) < (options.careless, options.signed)
         told = caption(corrupt(spec, shares, rng) if careless else spec)
@@ -128,7 +153,7 @@ def evaluate(model: Any, options: Options, step: int) -> dict[str, Any]:
     from world.score import summarize
     from world.verdicts import verdicts
 
-    wanted = rows("validation", options.eval_per_category)
+    wanted = rows("validation", options.validation_per_category)
     pipe = model.pipeline()
     pipe.set_progress_bar_config(disable=True)
     with torch.compiler.set_stance("force_eager"):
@@ -136,17 +161,17 @@ def evaluate(model: Any, options: Options, step: int) -> dict[str, Any]:
             pipe,
             [row["prompt"] for row in wanted],
             seeds=range(len(wanted)),
-            steps=options.eval_steps,
-            cfg=options.eval_cfg,
+            num_inference_steps=options.validation_inference_steps,
+            guidance_scale=options.validation_guidance_scale,
             arguments=pipeline_arguments(pipe),
         )
     judged = verdicts(images, wanted)
-    shown = [i for i in range(len(wanted)) if i % options.eval_per_category < 8]
+    shown = [i for i in range(len(wanted)) if i % options.validation_per_category < 8]
     sheet(
         images[shown],
         [wanted[i] for i in shown],
         [judged[i] for i in shown],
-        Path(options.output) / "sheets" / f"{step:06d}.png",
+        Path(options.output_dir) / "sheets" / f"{step:06d}.png",
     )
     return summarize(judged)
 
@@ -158,7 +183,7 @@ class Batches:
         self.options, self.rank = options, rank
 
     def __len__(self) -> int:
-        return self.options.steps * self.options.accumulate
+        return self.options.max_train_steps * self.options.gradient_accumulation_steps
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, list[str]]:
         return batch(self.options, index, self.rank)
@@ -181,12 +206,14 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = start(options)
     bare: Any = build(options)
     bare.to(memory_format=torch.channels_last)  # UNets: a fifth faster on a CPU
-    shared: Any = {"betas": (0.9, options.beta2), "weight_decay": options.weight_decay}
+    shared: Any = {"betas": (0.9, options.adam_beta2), "weight_decay": options.adam_weight_decay}
     optimizer: torch.optim.Optimizer
     if options.optimizer == "muon":
-        optimizer = MuonAdamW(bare, lr=options.lr, adamw_lr=options.adamw_lr, **shared)
+        optimizer = MuonAdamW(
+            bare, lr=options.learning_rate, adamw_lr=options.adamw_learning_rate, **shared
+        )
     else:
-        optimizer = torch.optim.AdamW(bare.parameters(), lr=options.lr, **shared)
+        optimizer = torch.optim.AdamW(bare.parameters(), lr=options.learning_rate, **shared)
     model, optimizer = accelerator.prepare(bare, optimizer)
     ema = EMAModel(bare.parameters(), decay=options.ema_decay)
     ema.to(accelerator.device)
@@ -211,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     def finish() -> None:
         ema.copy_to(bare.parameters())
-        folder = Path(options.output) / "pipeline"
+        folder = Path(options.output_dir) / "pipeline"
         _save(bare, folder)
         lines = (folder.parent / "log.jsonl").read_text().splitlines()
         write_card(
@@ -228,7 +255,14 @@ def main(arguments: list[str] | None = None) -> None:
         model,
         optimizer,
         Batches(options, accelerator.process_index),
-        Hooks(loss, validate, finish, lambda: ema.step(bare.parameters()), (ema,)),
+        Hooks(
+            loss,
+            validate,
+            finish,
+            lambda: ema.step(bare.parameters()),
+            (ema,),
+            options.validate_first,
+        ),
     )
 
 

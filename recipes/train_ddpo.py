@@ -1,11 +1,11 @@
 """DDPO by trl on a Stable Diffusion pipeline, alone or with AGSM beside the reward.
 
-    python recipes/train_ddpo.py --config recipes/configs/ddpo_epsilon.yaml --agsm-weight 1
+    python recipes/train_ddpo.py --config recipes/configs/ddpo_epsilon.yaml --agsm_weight 1
     accelerate launch recipes/train_ddpo.py --config recipes/configs/ddpo_sd15.yaml --data captions.parquet
 
-An epoch samples `--sampling-batches` batches of prompts, scores the pictures by `--reward`, and trains on
-the trajectories. Prompts are the data set's captions, or the lines of `--sampling-prompts`. AGSM trains on
-the data set's pictures (`--agsm-images data`), or on the samples with the best rewards (`best`).
+An epoch samples `--sample_num_batches_per_epoch` batches of prompts, scores the pictures by `--reward`, and trains on
+the trajectories. Prompts are the data set's captions, or the lines of `--sampling_prompts`. AGSM trains on
+the data set's pictures (`--agsm_images data`), or on the samples with the best rewards (`best`).
 """
 
 from __future__ import annotations
@@ -14,55 +14,77 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from accelerate.tracking import GeneralTracker
 
 from common.options import option, parse
-from common.trained import PostTrainingOptions, Student, hard_per_image
+from common.settings import HostOptions, ImageOptions, PipelineOptions, hard_per_image
 
 if TYPE_CHECKING:
     from agsm_loss.integrations.hosts.step import AGSMBatch
     from common.task import Task
+    from common.trained import TrainedPipeline
 
 
 @dataclass(frozen=True)
-class Options(PostTrainingOptions):
-    """Every option, its default and its meaning. Defaults are trl's where it has them."""
+class Options(HostOptions, PipelineOptions, ImageOptions):
+    """The recipe's own options, with trl's defaults; the shared ones are in common/settings.py."""
 
-    output: str = option("runs/ddpo", "folder for what is trained, log, sheets and checkpoints")
-    model: str = option("recipes/models/epsilon", "pipeline folder or hub id")
-    lora_rank: int = option(4, "a LoRA on the denoiser's attention; 0 for none")
-    lr: float = option(3e-4, "learning rate")
-    image_column: str = option("image", "of the data set")
-    reward: str = option("detector", "detector, jpeg_compressibility, jpeg_incompressibility, redness, "
-                         "or a CLIP model's folder or hub id")  # fmt: skip
-    sampling_prompts: str = option(
-        "", "file of prompts to sample (lines); none: the data's captions"
+    output_dir: str = "runs/ddpo"
+    model: str = "recipes/models/epsilon"
+    rank: int = 4
+    learning_rate: float = 3e-4
+    reward: str = option(
+        "detector",
+        "Reward: detector, jpeg_compressibility, jpeg_incompressibility, redness, or a CLIP model's folder "
+        "or hub id.",
     )
-    epochs: int = option(100, "of sampling and training")
-    sampling_steps: int = option(50, "DDIM steps of a trajectory")
-    sampling_batch: int = option(8, "images sampled at a time by a process")
-    sampling_batches: int = option(2, "of them an epoch")
-    guidance_scale: float = option(5.0, "of the trajectories; 1 for none, in training as well")
-    eta: float = option(1.0, "of DDIM")
-    train_batch: int = option(4, "trajectories a micro-step")
-    accumulate: int = option(1, "train batches an optimizer step (each over all its timesteps)")
-    timestep_fraction: float = option(1.0, "share of a trajectory's steps that are trained on")
-    inner_epochs: int = option(1, "passes over an epoch's trajectories")
-    clip_range: float = option(1e-4, "of the likelihood ratios")
-    advantage_clip: float = option(5.0, "advantages are clipped to it")
-    per_prompt: bool = option(False, "advantages against the other images of the same prompt")
-    per_prompt_buffer: int = option(16, "rewards kept a prompt")
-    per_prompt_least: int = option(16, "of them, from which on they are used")
-    eval_every: int = option(10, "epochs")
-    save_every: int = option(10, "epochs")
-    agsm_weight: float = option(0.0, "lambda: so much AGSM beside the host's loss; 0: the host")
-    agsm_warmup: int = option(0, "steps over which lambda rises from 0")
-    agsm_images: str = option("data", "what AGSM trains on", ("data", "best"))
-    agsm_best: float = option(0.25, "share of an epoch's samples, best reward first")
-    agsm_batch: int = option(8, "images a micro-step of AGSM")
-    agsm_every: int = option(1, "AGSM in one of so many micro-steps, so many times as heavy")
+    sampling_prompts: str = option(
+        "", "File of prompts to sample, one a line, in place of the data set's captions."
+    )
+    num_epochs: int = option(100, "Epochs of sampling and training to run.", at_least=1)
+    num_inference_steps: int = option(50, "DDIM steps of a trajectory.", at_least=1)
+    sample_batch_size: int = option(8, "Images a process samples at a time.", at_least=1)
+    sample_num_batches_per_epoch: int = option(2, "Batches to sample an epoch.", at_least=1)
+    guidance_scale: float = option(
+        5.0, "Guidance scale of the trajectories; 1 has none, in training either.", at_least=0
+    )
+    eta: float = option(1.0, "Noise of a trajectory's steps, in units of DDIM's.", above=0)
+    train_batch_size: int = option(4, "Trajectories a process and micro-step.", at_least=1)
+    train_timestep_fraction: float = option(
+        1.0, "Share of a trajectory's steps to train on.", above=0, at_most=1
+    )
+    train_num_inner_epochs: int = option(1, "Passes over an epoch's trajectories.", at_least=1)
+    train_clip_range: float = option(
+        1e-4, "Distance from 1 at which likelihood ratios are clipped.", above=0
+    )
+    train_adv_clip_max: float = option(5.0, "Size to which advantages are clipped.", above=0)
+    per_prompt_stat_tracking: bool = option(
+        False, "Compare rewards with those of the same prompt, not with the epoch's."
+    )
+    per_prompt_stat_tracking_buffer_size: int = option(16, "Rewards to keep a prompt.", at_least=1)
+    per_prompt_stat_tracking_min_count: int = option(
+        16, "Rewards of a prompt from which on they are used.", at_least=1
+    )
+    validation_epochs: int = option(10, "Epochs between two validations.", at_least=1)
+    checkpointing_epochs: int = option(10, "Epochs between two checkpoints.", at_least=1)
+    agsm_warmup_steps: int = option(
+        0, "Optimizer steps over which lambda rises from 0.", at_least=0
+    )
+    agsm_images: Literal["data", "best"] = option(
+        "data", "Images that AGSM trains on: the data set's, or the samples with the best rewards."
+    )
+    agsm_best: float = option(
+        0.25,
+        "Share of an epoch's samples that AGSM trains on, best reward first.",
+        above=0,
+        at_most=1,
+    )
+    agsm_batch: int = option(8, "Images of AGSM a micro-step.", at_least=2)
+    agsm_every: int = option(
+        1, "Micro-steps a call of AGSM, whose weight is as many times as large.", at_least=1
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -77,26 +99,25 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
     from agsm_loss.schedule import as_schedule, linear_warmup
     from common.loop import last_checkpoint, truncate_log
+    from common.trained import TrainedPipeline
     from world.task import open_task
 
     own_samples = options.agsm_weight and options.agsm_images == "best"
     range_ = (options.timestep_density, options.timestep_low, options.timestep_high)
-    if own_samples and (options.negatives != "in_batch" or range_ != ("uniform", 0.0, 1.0)):
+    if own_samples and (options.candidates != "in_batch" or range_ != ("uniform", 0.0, 1.0)):
         raise ValueError(
-            "agsm_images: best has in-batch negatives and uniform timesteps only; expected negatives "
-            f"in_batch and the defaults of timestep_*, got {options.negatives} and {range_}."
+            "agsm_images: best has in-batch negatives and uniform timesteps only; expected candidates "
+            f"in_batch and the defaults of timestep_*, got {options.candidates} and {range_}."
         )
-    if options.threads:
-        torch.set_num_threads(options.threads)
     # trl's parts log before they have made their own state.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    output = Path(options.output)
+    output = Path(options.output_dir)
     torch.manual_seed(options.seed)
     task = open_task(options, state)
-    student = Student.load(options, state.device, task)
-    if type(student.model.pipe).__name__ != "StableDiffusionPipeline":
+    trained = TrainedPipeline.load(options, state.device, task)
+    if type(trained.model.pipe).__name__ != "StableDiffusionPipeline":
         raise ValueError(
-            f"model: expected a StableDiffusionPipeline, got {type(student.model.pipe).__name__}: trl's "
+            f"model: expected a StableDiffusionPipeline, got {type(trained.model.pipe).__name__}: trl's "
             "DDPO knows no other. For flow models see recipes/train_flow_grpo.py."
         )
     resumed = last_checkpoint(options, state)
@@ -106,14 +127,14 @@ def main(arguments: list[str] | None = None) -> None:
         (output / "options.json").write_text(json.dumps(vars(options), indent=1) + "\n")
     tracker = JsonLines(log, extra_tracker(options) if state.is_main_process else None)
     schedule = as_schedule(options.agsm_weight)
-    if options.agsm_warmup:
-        schedule = linear_warmup(schedule, options.agsm_warmup)
+    if options.agsm_warmup_steps:
+        schedule = linear_warmup(schedule, options.agsm_warmup_steps)
     own: dict[str, Any] = {}
     if options.agsm_weight:
-        own["agsm"] = lambda denoiser, parameters: student.agsm(options.agsm_batch, schedule)
+        own["agsm"] = lambda denoiser, parameters: trained.agsm(options.agsm_batch, schedule)
         if options.agsm_images == "data":
-            own["batches"] = data_batches(options, student, state)
-    pipeline = LoadedPipeline(student.model.pipe, full=options.full)
+            own["batches"] = data_batches(options, trained, state)
+    pipeline = LoadedPipeline(trained.model.pipe, full=options.full)
     due = {"sheet": False}
 
     def show(data: Any, step: int, _: Any) -> None:
@@ -126,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
         prompts_of(options, task),
         pipeline,
         show if state.is_main_process else None,  # trl's call asks for a tracker: only there
-        attached=None if student.tokens is None else student.tokens.attached,
+        attached=None if trained.tokens is None else trained.tokens.attached,
         best=options.agsm_best,
         batch_size=options.agsm_batch,
         every=options.agsm_every,
@@ -140,25 +161,27 @@ def main(arguments: list[str] | None = None) -> None:
 
     def validate() -> None:
         if main_process:
-            tracker.write({"scores": student.validate(step)}, step)
+            tracker.write({"scores": trained.validate(step)}, step)
         trainer.accelerator.wait_for_everyone()
 
-    if options.eval_at_start and step == 0:
+    if options.validate_first and step == 0:
         validate()
-    done = range(trainer.first_epoch, options.epochs)
-    bar = tqdm(done, initial=trainer.first_epoch, total=options.epochs, disable=not main_process)
+    done = range(trainer.first_epoch, options.num_epochs)
+    bar = tqdm(
+        done, initial=trainer.first_epoch, total=options.num_epochs, disable=not main_process
+    )
     for epoch in bar:
-        last = epoch + 1 == options.epochs
-        due["sheet"] = last or (epoch + 1) % options.eval_every == 0
+        last = epoch + 1 == options.num_epochs
+        due["sheet"] = last or (epoch + 1) % options.validation_epochs == 0
         step = trainer.step(epoch, step)
         bar.set_postfix({name: f"{value:.3f}" for name, value in tracker.shown().items()})
         if due["sheet"]:
             validate()
-        if last or (epoch + 1) % options.save_every == 0:
+        if last or (epoch + 1) % options.checkpointing_epochs == 0:
             tracker.flush()
             trainer.save_checkpoint()
     if main_process:
-        student.save()
+        trained.save()
     trainer.accelerator.end_training()
 
 
@@ -188,33 +211,33 @@ def trl_config(options: Options, tracker: GeneralTracker, resumed: Path | None) 
         log_with=[tracker],
         tracker_project_name="agsm-loss",
         project_kwargs={
-            "project_dir": options.output,
+            "project_dir": options.output_dir,
             "automatic_checkpoint_naming": True,
             "total_limit": 2,
         },
-        num_epochs=options.epochs,
+        num_epochs=options.num_epochs,
         save_freq=2**31,  # the recipe says when
         mixed_precision=options.mixed_precision,
         resume_from="" if resumed is None else str(resumed.parent),
-        sample_num_steps=options.sampling_steps,
+        sample_num_steps=options.num_inference_steps,
         sample_eta=options.eta,
         sample_guidance_scale=options.guidance_scale,
-        sample_batch_size=options.sampling_batch,
-        sample_num_batches_per_epoch=options.sampling_batches,
-        train_batch_size=options.train_batch,
-        train_learning_rate=options.lr,
-        train_adam_beta2=options.beta2,
-        train_adam_weight_decay=options.weight_decay,
-        train_gradient_accumulation_steps=options.accumulate,
+        sample_batch_size=options.sample_batch_size,
+        sample_num_batches_per_epoch=options.sample_num_batches_per_epoch,
+        train_batch_size=options.train_batch_size,
+        train_learning_rate=options.learning_rate,
+        train_adam_beta2=options.adam_beta2,
+        train_adam_weight_decay=options.adam_weight_decay,
+        train_gradient_accumulation_steps=options.gradient_accumulation_steps,
         train_max_grad_norm=options.max_grad_norm or float("inf"),
-        train_num_inner_epochs=options.inner_epochs,
+        train_num_inner_epochs=options.train_num_inner_epochs,
         train_cfg=options.guidance_scale > 1,
-        train_adv_clip_max=options.advantage_clip,
-        train_clip_range=options.clip_range,
-        train_timestep_fraction=options.timestep_fraction,
-        per_prompt_stat_tracking=options.per_prompt,
-        per_prompt_stat_tracking_buffer_size=options.per_prompt_buffer,
-        per_prompt_stat_tracking_min_count=options.per_prompt_least,
+        train_adv_clip_max=options.train_adv_clip_max,
+        train_clip_range=options.train_clip_range,
+        train_timestep_fraction=options.train_timestep_fraction,
+        per_prompt_stat_tracking=options.per_prompt_stat_tracking,
+        per_prompt_stat_tracking_buffer_size=options.per_prompt_stat_tracking_buffer_size,
+        per_prompt_stat_tracking_min_count=options.per_prompt_stat_tracking_min_count,
     )
 
 
@@ -245,19 +268,20 @@ def prompts_of(options: Options, task: Task) -> Callable[[], tuple[str, dict[str
     return lambda: (caption_of(int(torch.randint(2**31, ()))), {})
 
 
-def data_batches(options: Options, student: Student, state: Any) -> Callable[[int], AGSMBatch]:
+def data_batches(
+    options: Options, trained: TrainedPipeline, state: Any
+) -> Callable[[int], AGSMBatch]:
     """AGSM's batch of each micro-step: the data set's images, noised as the options say."""
     from agsm_loss import draws
 
     hard = hard_per_image(options)
-    batches = student.task.images(options.agsm_batch, hard, options.image_column)
+    batches = trained.task.images(options.agsm_batch, hard, options.image_column)
 
     def agsm_batch(number: int) -> AGSMBatch:
         batch = batches[number]
         generator = draws(options.seed, number, state.process_index, "agsm")
-        return student.agsm_batch(
-            batch, student.model.encode_images(batch.pixels, generator), generator
-        )
+        latents = trained.model.encode_images(batch.pixels, generator)
+        return trained.agsm_batch(batch, latents, generator)
 
     return agsm_batch
 
@@ -268,14 +292,14 @@ def extra_tracker(options: Options) -> GeneralTracker | None:
 
     from common.loop import missing_tracker
 
-    if not options.tracker:
+    if not options.report_to:
         return None
-    if options.tracker not in LOGGER_TYPE_TO_CLASS or not filter_trackers(
-        [options.tracker], options.output
+    if options.report_to not in LOGGER_TYPE_TO_CLASS or not filter_trackers(
+        [options.report_to], options.output_dir
     ):
-        raise missing_tracker(options.tracker)
-    kind: Any = LOGGER_TYPE_TO_CLASS[options.tracker]
-    where = {"logging_dir": options.output} if kind.requires_logging_directory else {}
+        raise missing_tracker(options.report_to)
+    kind: Any = LOGGER_TYPE_TO_CLASS[options.report_to]
+    where = {"logging_dir": options.output_dir} if kind.requires_logging_directory else {}
     tracker: GeneralTracker = kind("agsm-loss", **where)
     if hasattr(tracker, "start"):  # newer accelerate's
         tracker.start()

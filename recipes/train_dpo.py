@@ -1,10 +1,10 @@
 """Diffusion-DPO on a text-to-image pipeline, alone or with AGSM in its step.
 
-    python recipes/train_dpo.py --lora-rank 8 --agsm-weight 1000
+    python recipes/train_dpo.py --rank 8 --agsm_weight 1000
     accelerate launch recipes/train_dpo.py --config recipes/configs/dpo_sdxl.yaml --data pairs.parquet
 
-`--model`: Stable Diffusion, SDXL, SD3 or Flux.1; `--lora-rank` or `--full`, with soft tokens beside
-(`--num-tokens 0` for none). `--data`: the embedded world, or a table with Pick-a-Pic's columns or
+`--model`: Stable Diffusion, SDXL, SD3 or Flux.1; `--rank` or `--full`, with soft tokens beside
+(`--num_tokens 0` for none). `--data`: the embedded world, or a table with Pick-a-Pic's columns or
 image_w, image_l, caption. The negatives of AGSM are the batch's other captions, edited ones, or both.
 """
 
@@ -13,15 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from common.options import option, parse
-from common.preference import Pairs, PreferenceOptions, run_preference
+from common.options import parse
+from common.settings import PreferenceOptions
 
 
 @dataclass(frozen=True)
 class Options(PreferenceOptions):
-    """Every option, its default and its meaning."""
+    """Those of `PreferenceOptions`."""
 
-    output: str = option("runs/dpo", "folder for what is trained, log, sheets and checkpoints")
+    output_dir: str = "runs/dpo"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -31,18 +31,19 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
+    from common.preference import Pairs, run_preference
     from world.task import open_task
 
-    def make_step(student: Any, agsm: Any, settings: Any) -> DiffusionDPO:
-        scheduler = student.model.pipe.scheduler
+    def make_step(trained: Any, agsm: Any, settings: Any) -> DiffusionDPO:
+        scheduler = trained.model.pipe.scheduler
         return DiffusionDPO(
-            student.denoiser, scheduler, reference=student.reference, agsm=agsm, **settings
+            trained.denoiser, scheduler, reference=trained.reference, agsm=agsm, **settings
         )
 
-    def run(step: Any, student: Any, pairs: Pairs, **extra: Any) -> Any:
+    def run(step: Any, trained: Any, pairs: Pairs, **extra: Any) -> Any:
         winner, loser, text, draw, _ = pairs
         noise = torch.randn(winner.shape, generator=draw).to(winner)
-        return step(winner, loser, text, student.timesteps(len(winner), draw), noise, **extra)
+        return step(winner, loser, text, trained.timesteps(len(winner), draw), noise, **extra)
 
     run_preference(options, open_task, make_step, run)
 

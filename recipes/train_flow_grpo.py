@@ -1,6 +1,6 @@
 """Flow-GRPO on a flow-matching pipeline, alone or with AGSM beside the reward.
 
-    python recipes/train_flow_grpo.py --lora-rank 8 --num-tokens 0 --reward redness --agsm-weight 1
+    python recipes/train_flow_grpo.py --rank 8 --num_tokens 0 --reward redness --agsm_weight 1
 
 Each step samples `--group` pictures for every caption of a batch, scores them by `--reward`, and follows
 the gradient of the better ones' likelihood. It shows how any loop that is not trl's has AGSM in it.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from common.options import option, parse
-from common.trained import OnPolicyOptions, Student, on_policy_images
+from common.settings import OnPolicyOptions
 
 if TYPE_CHECKING:
     from common.images import Batch
@@ -20,15 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options(OnPolicyOptions):
-    """Every option, its default and its meaning."""
+    """The recipe's own options; the shared ones are in common/settings.py."""
 
-    output: str = option("runs/flow_grpo", "folder for what is trained, log, sheets, checkpoints")
-    reward: str = option("detector", "as of train_ddpo.py")
-    group: int = option(4, "pictures of each caption, whose rewards are compared")
-    sampling_steps: int = option(10, "of a trajectory")
-    train_steps: int = option(4, "of them, drawn at random, that are trained on")
-    noise_level: float = option(0.7, "a of the SDE")
-    clip_range: float = option(1e-4, "of the likelihood ratios")
+    output_dir: str = "runs/flow_grpo"
+    reward: str = option(
+        "detector",
+        "Reward: detector, jpeg_compressibility, jpeg_incompressibility, redness, or a CLIP model's folder "
+        "or hub id.",
+    )
+    group: int = option(4, "Images of each caption, whose rewards are compared.", at_least=2)
+    num_inference_steps: int = option(10, "Sampling steps of a trajectory.", at_least=2)
+    train_steps: int = option(4, "Steps of a trajectory to train on, drawn at random.", at_least=1)
+    noise_level: float = option(0.7, "a of the SDE: noise of its steps.", above=0)
+    clip_range: float = option(
+        1e-4, "Distance from 1 at which likelihood ratios are clipped.", above=0
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,18 +48,19 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.hosts.step import bank_of
     from common.loop import start
     from common.rewards import load
+    from common.trained import TrainedPipeline, on_policy_images
     from world.task import open_task
 
     accelerator = start(options)
     task = open_task(options, accelerator)
-    student = Student.build(options, accelerator, task)
-    model, reward = student.model, load(options.reward, accelerator.device, task.rewards)
+    trained = TrainedPipeline.build(options, accelerator, task)
+    model, reward = trained.model, load(options.reward, accelerator.device, task.rewards)
     scheduler = model.pipe.scheduler
     agsm = None
     if options.agsm_weight:
-        agsm = student.agsm(options.batch_size, options.agsm_weight)
+        agsm = trained.agsm(options.train_batch_size, options.agsm_weight)
     step = FlowGRPO(
-        student.denoiser,
+        trained.denoiser,
         scheduler,
         noise_level=options.noise_level,
         clip=options.clip_range,
@@ -72,20 +79,20 @@ def main(arguments: list[str] | None = None) -> None:
         own = bank_of(Bank.POSITIVE, len(captions))
         with accelerator.autocast():
             trajectory = sample_sde(
-                lambda x, times: student.denoiser(x, times, text, own, **image).float(),
+                lambda x, times: trained.denoiser(x, times, text, own, **image).float(),
                 scheduler,
                 noise,
-                num_steps=options.sampling_steps,
+                num_steps=options.num_inference_steps,
                 noise_level=options.noise_level,
                 generator=generator,
             )
         rewards = reward(model.decode_latents(trajectory.last), captions).float()
-        steps = torch.randperm(options.sampling_steps - 1, generator=generator)
+        steps = torch.randperm(options.num_inference_steps - 1, generator=generator)
         agsm_batch = None
         if agsm is not None:
             # Draws of its own: the host's are what they are without AGSM.
             draw = draws(options.seed, index, accelerator.process_index, "agsm")
-            agsm_batch = student.agsm_batch(batch, latents, draw)
+            agsm_batch = trained.agsm_batch(batch, latents, draw)
         out = step(
             trajectory,
             group_advantages(rewards, options.group).to(latents),
@@ -96,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         return out.loss, {**out.metrics, "reward_mean": rewards.mean()}
 
-    student.train(accelerator, batches, loss, step)
+    trained.train(accelerator, batches, loss, step)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
 """SPO (step-by-step preference optimisation) on a pipeline, alone or with AGSM in its step.
 
-    python recipes/train_spo.py --lora-rank 4 --agsm-weight 30
-    python recipes/train_spo.py --config recipes/configs/spo_sd15.yaml --agsm-weight 30
+    python recipes/train_spo.py --rank 4 --agsm_weight 30
+    python recipes/train_spo.py --config recipes/configs/spo_sd15.yaml --agsm_weight 30
 
 Every batch's captions are sampled by the model itself; `--preference` scores the pictures that its next
 states lead to: "detector" (the embedded world's) or a CLIP model such as PickScore. For eps- and
-v-prediction: Stable Diffusion and SDXL. AGSM trains on `--agsm-images data` (the batch's own, where the
-data set's pictures are what the model should learn; `--agsm-batch` of them, as they cost no rollout) or
-`rollout` (those just sampled: the share `--agsm-best` of them with the best scores, beside which every
+v-prediction: Stable Diffusion and SDXL. AGSM trains on `--agsm_images data` (the batch's own, where the
+data set's pictures are what the model should learn; `--agsm_batch` of them, as they cost no rollout) or
+`rollout` (those just sampled: the share `--agsm_best` of them with the best scores, beside which every
 caption of the batch competes).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.options import option, parse
-from common.trained import OnPolicyOptions, Student, on_policy_images
+from common.settings import OnPolicyOptions
 
 if TYPE_CHECKING:
     from common.images import Batch
@@ -25,26 +25,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options(OnPolicyOptions):
-    """Every option, its default and its meaning."""
+    """The recipe's own options; the shared ones are in common/settings.py."""
 
-    output: str = option("runs/spo", "folder for what is trained, log, sheets and checkpoints")
-    model: str = option("recipes/models/epsilon", "pipeline folder or hub id")
-    preference: str = option("detector", "detector, or a CLIP model's folder or hub id")
-    sampling_steps: int = option(20, "DDIM steps of a rollout")
-    first_step: int = option(4, "of a rollout, from which on pairs are drawn")
-    candidates: int = option(4, "next states that are drawn and scored")
-    threshold: float = option(0.3, "by which a pair's softmax scores must differ")
-    guidance_scale: float = option(5.0, "of the rollout and the loss")
-    eta: float = option(1.0, "of DDIM")
-    max_pairs: int = option(16, "pairs of a rollout that are trained on, drawn at random")
-    beta: float = option(10.0, "beta of SPO")
-    clip: float = option(0.1, "of the likelihood ratios")
-    agsm_images: str = option("data", "what AGSM trains on", ("data", "rollout"))
+    output_dir: str = "runs/spo"
+    model: str = "recipes/models/epsilon"
+    preference: str = option(
+        "detector", "Preference model: detector (the world's), or a CLIP model's folder or hub id."
+    )
+    num_inference_steps: int = option(20, "DDIM steps of a rollout.", at_least=1)
+    first_step: int = option(4, "Step of a rollout from which on pairs are drawn.", at_least=0)
+    num_candidates: int = option(4, "Next states that are drawn and scored.", at_least=2)
+    threshold: float = option(
+        0.3, "Difference that a pair's softmax scores must exceed.", at_least=0, at_most=1
+    )
+    guidance_scale: float = option(
+        5.0, "Classifier-free guidance scale of the rollout and of the loss.", at_least=0
+    )
+    eta: float = option(1.0, "Noise of a rollout's steps, in units of DDIM's.", above=0)
+    max_pairs: int = option(16, "Pairs of a rollout to train on, drawn at random.", at_least=1)
+    beta: float = option(10.0, "beta of SPO: a larger one follows each pair more sharply.", above=0)
+    clip: float = option(
+        0.1, "Distance from 1 at which likelihood ratios are clipped.", above=0, below=1
+    )
+    agsm_images: Literal["data", "rollout"] = option("data", "Images that AGSM trains on.")
     agsm_best: float = option(
-        0.5, "share of a rollout's images that AGSM trains on, by their score"
+        0.5, "Share of a rollout's images that AGSM trains on, by their score.", above=0, at_most=1
     )
     agsm_batch: int = option(
-        0, "images of the data set a step that AGSM trains on; 0: those of the rollouts' captions"
+        0,
+        "Images of the data set a step that AGSM trains on; 0 takes those of the rollouts' captions.",
+        at_least=0,
     )
 
 
@@ -66,17 +76,18 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.noise import prediction_type
     from common.loop import start
     from common.rewards import load
+    from common.trained import TrainedPipeline, on_policy_images
     from world.task import open_task
 
     if options.agsm_batch and options.agsm_images == "rollout":
         raise ValueError(
-            f"agsm_batch: expected 0 with --agsm-images rollout, got {options.agsm_batch}: so many are sampled "
-            "as --batch-size says. Take --agsm-images data."
+            f"agsm_batch: expected 0 with --agsm_images rollout, got {options.agsm_batch}: so many are sampled "
+            "as --train_batch_size says. Take --agsm_images data."
         )
     accelerator = start(options)
     task = open_task(options, accelerator)
-    student = Student.build(options, accelerator, task)
-    model = student.model
+    trained = TrainedPipeline.build(options, accelerator, task)
+    model = trained.model
     if prediction_type(model.pipe.scheduler) == "flow":
         raise ValueError(
             f"model: expected eps- or v-prediction, got {type(model.pipe).__name__}, a flow: SPO compares "
@@ -85,12 +96,12 @@ def main(arguments: list[str] | None = None) -> None:
     scheduler = DDIMScheduler.from_config(model.pipe.scheduler.config)
     agsm = None
     if options.agsm_weight:
-        images = options.agsm_batch or options.batch_size
-        agsm = student.agsm(images, options.agsm_weight)
+        images = options.agsm_batch or options.train_batch_size
+        agsm = trained.agsm(images, options.agsm_weight)
     step = SPO(
-        student.denoiser,
+        trained.denoiser,
         scheduler,
-        reference=student.reference,
+        reference=trained.reference,
         beta=options.beta,
         clip=options.clip,
         eta=options.eta,
@@ -118,13 +129,13 @@ def main(arguments: list[str] | None = None) -> None:
         with accelerator.autocast():
             rollout = sample_pairs(
                 classifier_free_guidance(
-                    student.denoiser, text, empty, options.guidance_scale, image_conditioning=image
+                    trained.denoiser, text, empty, options.guidance_scale, image_conditioning=image
                 ),
                 scheduler,
                 torch.randn(latents.shape, generator=generator).to(latents),
                 score,
-                num_steps=options.sampling_steps,
-                num_candidates=options.candidates,
+                num_steps=options.num_inference_steps,
+                num_candidates=options.num_candidates,
                 first_step=options.first_step,
                 threshold=options.threshold,
                 eta=options.eta,
@@ -146,21 +157,21 @@ def main(arguments: list[str] | None = None) -> None:
                     scores = preference(model.decode_latents(of), batch.captions)
                     best = best_rows(scores, options.agsm_best).cpu()
                     metrics["agsm/images_score"] = scores[best.to(scores.device)].float().mean()
-                own = student.agsm_batch(shown, of, draw, best)
+                own = trained.agsm_batch(shown, of, draw, best)
             out = step(pairs, text, empty, image_conditioning=image, agsm_batch=own)
             total = out.loss
             if number == 0:
                 # Other processes may have found pairs, and wait for this one's gradients: zeros,
                 # through a call of the model, by which DDP knows that they will come.
-                times = torch.full((1,), options.sampling_steps, device=latents.device)
+                times = torch.full((1,), options.num_inference_steps, device=latents.device)
                 first = {key: value[:1] for key, value in text.items()}
                 seen = {key: value[:1] for key, value in image.items()}
-                pred = student.denoiser(latents[:1], times, first, Bank.POSITIVE, **seen)
+                pred = trained.denoiser(latents[:1], times, first, Bank.POSITIVE, **seen)
                 total = total + 0.0 * pred.sum()
         metrics |= {**out.metrics, "spo/found": torch.tensor(float(number))}
         return total, metrics
 
-    student.train(accelerator, batches, loss, step)
+    trained.train(accelerator, batches, loss, step)
 
 
 if __name__ == "__main__":

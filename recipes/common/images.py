@@ -68,7 +68,7 @@ class Rows:
         if missing:
             raise ValueError(
                 f"data: expected columns {list(images)} and {text!r}, {missing} missing among "
-                f"{table.column_names}. Name them with --caption-column, and --image-column where "
+                f"{table.column_names}. Name them with --caption_column, and --image_column where "
                 "there is one image."
             )
         if len(table) == 0:

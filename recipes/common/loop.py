@@ -5,8 +5,8 @@ its index, so that a resumed run sees what an uninterrupted one sees), and what 
 
     train(options, model, batches, Hooks(loss=..., validate=..., finish=...))
 
-Only trainable parameters are checkpointed. Under `options.output`: log.jsonl (a line every
-`log_every` steps, with the validation's scores), options.json and checkpoints/.
+Only trainable parameters are checkpointed. Under `options.output_dir`: log.jsonl (a line every
+`logging_steps` steps, with the validation's scores), options.json and checkpoints/.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from common.options import RunOptions, TrainingOptions
+from common.settings import LoopOptions, TrainingOptions
 
 WEIGHTS, COMPLETE = "trainable.safetensors", "complete"
 
@@ -59,21 +59,19 @@ class Hooks:
     validate_first: bool = False
 
 
-def start(options: TrainingOptions) -> Accelerator:
-    """Threads, seeds and the accelerator; call it before any weight is drawn."""
-    if options.threads:
-        torch.set_num_threads(options.threads)
+def start(options: LoopOptions) -> Accelerator:
+    """Seeds and the accelerator; call it before any weight is drawn."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", options.mixed_precision):
         raise ValueError(
             f"mixed_precision: expected {launched}, as accelerate's launcher says, got "
-            f"{options.mixed_precision}. Give --mixed-precision {launched}."
+            f"{options.mixed_precision}. Give --mixed_precision {launched}."
         )
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
-        log_with=options.tracker or None,
+        log_with=options.report_to or None,
         project_config=ProjectConfiguration(
-            project_dir=options.output, automatic_checkpoint_naming=True, total_limit=2
+            project_dir=options.output_dir, automatic_checkpoint_naming=True, total_limit=2
         ),
         # Buffers here are constants. To exchange them would make processes that call the model a
         # different number of times (rollouts with and without a pair, say) wait for ever.
@@ -83,8 +81,8 @@ def start(options: TrainingOptions) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),
         ],
     )
-    if options.tracker and not accelerator.log_with:  # accelerate leaves it out without a word
-        raise missing_tracker(options.tracker)
+    if options.report_to and not accelerator.log_with:  # accelerate leaves it out without a word
+        raise missing_tracker(options.report_to)
     set_seed(options.seed)
     return accelerator
 
@@ -92,33 +90,35 @@ def start(options: TrainingOptions) -> Accelerator:
 def missing_tracker(name: str) -> ValueError:
     """The error for a tracker that accelerate does not know or find."""
     return ValueError(
-        f"tracker: expected one that is installed, got {name!r}. pip install {name}, or leave it out: "
+        f"report_to: expected one that is installed, got {name!r}. pip install {name}, or leave it out: "
         "log.jsonl is always written."
     )
 
 
-def rate(step: int, options: TrainingOptions) -> float:
+def rate(step: int, options: LoopOptions) -> float:
     """The learning rate's factor at a step: linear warm-up, constant, linear decay to zero."""
-    rising = (step + 1) / options.warmup if options.warmup else 1.0
-    falling = (options.steps - step) / options.decay if options.decay else 1.0
+    rising = (step + 1) / options.lr_warmup_steps if options.lr_warmup_steps else 1.0
+    falling = (
+        (options.max_train_steps - step) / options.lr_decay_steps if options.lr_decay_steps else 1.0
+    )
     return max(0.0, min(1.0, rising, falling))
 
 
 def train(
-    options: TrainingOptions,
+    options: LoopOptions,
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Dataset[Any],
     hooks: Hooks,
 ) -> None:
-    """Runs `options.steps` optimizer steps. `model` and `optimizer` come prepared.
+    """Runs `options.max_train_steps` optimizer steps. `model` and `optimizer` come prepared.
 
     Raises:
-        ValueError: `options.output` holds a run and `options.resume` is off.
+        ValueError: `options.output_dir` holds a run and `options.resume_from_checkpoint` is off.
         FloatingPointError: the loss is not finite; the last checkpoint is kept.
     """
-    output = Path(options.output)
+    output = Path(options.output_dir)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, options))
     accelerator.register_for_checkpointing(schedule, *hooks.state)
     _checkpoint_trainable(accelerator)
@@ -128,16 +128,19 @@ def train(
         output.mkdir(parents=True, exist_ok=True)
         truncate_log(log, done)
         (output / "options.json").write_text(json.dumps(vars(options), indent=1) + "\n")
-    if options.tracker:
+    if options.report_to:
         accelerator.init_trackers("agsm-loss", config=vars(options))
-    micro = range(done * options.accumulate, options.steps * options.accumulate)
+    micro = range(
+        done * options.gradient_accumulation_steps,
+        options.max_train_steps * options.gradient_accumulation_steps,
+    )
     # Spawned: a forked worker hangs in torch's threads as soon as the parent has used them.
     loader = DataLoader(
         batches,
         batch_size=None,
         sampler=micro,
-        num_workers=options.workers,
-        multiprocessing_context="spawn" if options.workers else None,
+        num_workers=options.dataloader_num_workers,
+        multiprocessing_context="spawn" if options.dataloader_num_workers else None,
     )
     means = _Means()
     began = time.time()
@@ -146,20 +149,20 @@ def train(
     accelerator.wait_for_everyone()
     bar = tqdm(
         initial=done,
-        total=options.steps,
+        total=options.max_train_steps,
         disable=not accelerator.is_local_main_process,
         mininterval=2,
     )
     for index, batch in zip(micro, loader, strict=True):
-        last = (index + 1) % options.accumulate == 0
+        last = (index + 1) % options.gradient_accumulation_steps == 0
         with _sync(accelerator, model, last):
             loss, metrics = hooks.loss(batch, index)
             if not bool(torch.isfinite(loss)):
                 raise FloatingPointError(
                     f"loss: expected a finite number, got {loss.item()} at step {done + 1}. Lower "
-                    f"lr; the last checkpoint is under {output / 'checkpoints'}."
+                    f"--learning_rate; the last checkpoint is under {output / 'checkpoints'}."
                 )
-            accelerator.backward(loss / options.accumulate)
+            accelerator.backward(loss / options.gradient_accumulation_steps)
         means.add({"loss": loss, **metrics})
         if not last:
             continue
@@ -173,20 +176,20 @@ def train(
         done += 1
         bar.update()
         entry: dict[str, Any] = {}
-        if done % options.log_every == 0 or done == options.steps:
+        if done % options.logging_steps == 0 or done == options.max_train_steps:
             entry = {**means.take(), "lr": schedule.get_last_lr()[0]}
             shown = {k.rsplit("/", 1)[-1]: f"{entry[k]:.4f}" for k in entry if k in _SHOWN}
             bar.set_postfix(shown, refresh=False)
-        if done % options.eval_every == 0 or done == options.steps:
+        if done % options.validation_steps == 0 or done == options.max_train_steps:
             if accelerator.is_main_process:
                 entry["scores"] = hooks.validate(done)
             accelerator.wait_for_everyone()
         if entry and accelerator.is_main_process:
             line = {"step": done, "seconds": round(time.time() - began, 1), **entry}
             append_line(log, line)
-            if options.tracker:
+            if options.report_to:
                 accelerator.log(flat(entry), step=done)
-        if done % options.save_every == 0 or done == options.steps:
+        if done % options.checkpointing_steps == 0 or done == options.max_train_steps:
             _save(accelerator)
     bar.close()
     if accelerator.is_main_process:
@@ -263,7 +266,7 @@ def _save(accelerator: Accelerator) -> None:
         (folder / COMPLETE).touch()
 
 
-def _resume(options: TrainingOptions, accelerator: Accelerator, schedule: Any) -> int:
+def _resume(options: LoopOptions, accelerator: Accelerator, schedule: Any) -> int:
     """Loads the last checkpoint, if there is one; returns the optimizer steps already done."""
     saved = last_checkpoint(options, accelerator)
     if saved is None:
@@ -273,15 +276,17 @@ def _resume(options: TrainingOptions, accelerator: Accelerator, schedule: Any) -
     return int(schedule.last_epoch)
 
 
-def last_checkpoint(options: RunOptions, state: Accelerator | PartialState) -> Path | None:
-    """The last whole checkpoint under `options.output`; those a killed run left half are removed.
+def last_checkpoint(options: TrainingOptions, state: Accelerator | PartialState) -> Path | None:
+    """The last whole checkpoint under `options.output_dir`; those a killed run left half are removed.
 
     Raises:
-        ValueError: there is a run and `options.resume` is off.
+        ValueError: there is a run and `options.resume_from_checkpoint` is off.
     """
-    found = sorted(Path(options.output).glob("checkpoints/checkpoint_*"), key=_number)
-    if found and not options.resume:
-        raise ValueError(f"{options.output} holds a run; add --resume or choose another --output")
+    found = sorted(Path(options.output_dir).glob("checkpoints/checkpoint_*"), key=_number)
+    if found and not options.resume_from_checkpoint:
+        raise ValueError(
+            f"{options.output_dir} holds a run; add --resume_from_checkpoint latest or choose another --output_dir"
+        )
     saved = [folder for folder in found if (folder / COMPLETE).exists()]
     state.wait_for_everyone()
     if state.is_main_process:

@@ -33,8 +33,8 @@ def sample(
     prompts: Sequence[str],
     *,
     seeds: Sequence[Any],
-    steps: int,
-    cfg: float,
+    num_inference_steps: int,
+    guidance_scale: float,
     batch_size: int = 0,
     arguments: Mapping[str, Any] | None = None,
 ) -> npt.NDArray[np.uint8]:
@@ -49,8 +49,8 @@ def sample(
                 pipe,
                 prompts,
                 seeds,
-                steps=steps,
-                cfg=cfg,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
                 batch_size=batch_size,
                 arguments=arguments,
             )
@@ -63,8 +63,8 @@ def calls(
     prompts: Sequence[str],
     seeds: Sequence[Any],
     *,
-    steps: int,
-    cfg: float,
+    num_inference_steps: int,
+    guidance_scale: float,
     batch_size: int = 0,
     arguments: Mapping[str, Any] | None = None,
 ) -> Iterator[npt.NDArray[np.uint8]]:
@@ -75,8 +75,8 @@ def calls(
     for start in range(0, len(prompts), batch_size):
         images = pipe(
             list(prompts[start : start + batch_size]),
-            num_inference_steps=steps,
-            guidance_scale=cfg,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
             generator=[draws(seed) for seed in seeds[start : start + batch_size]],
             output_type="np",
             **(arguments or {}),

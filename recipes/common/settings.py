@@ -235,6 +235,21 @@ class HostOptions(Checked):
 
 
 @dataclass(frozen=True)
+class PreferenceOptions(HostOptions, PipelineLoopOptions):
+    """Options of the recipes on preference pairs."""
+
+    beta: float = option(
+        5000.0, "beta of the preference loss: a larger one stays closer to the reference.", above=0
+    )
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = option(
+        "sigmoid", "Form of the preference loss."
+    )
+    agsm_warmup_steps: int = option(
+        0, "Optimizer steps over which lambda rises from 0.", at_least=0
+    )
+
+
+@dataclass(frozen=True)
 class OnPolicyOptions(HostOptions, PipelineLoopOptions, ImageOptions):
     """Options of hosts that sample for themselves; the data set gives the captions, and AGSM's images."""
 
@@ -244,3 +259,9 @@ def neg_scale_of(options: PipelineOptions) -> float:
     if options.neg_scale is not None:
         return options.neg_scale
     return 0.0 if options.rank or options.full else 0.1
+
+
+def hard_per_image(options: AGSMOptions) -> int:
+    """How many of an image's wrong captions are edits of its own."""
+    number = options.num_negatives
+    return {"in_batch": 0, "hard": number, "mixed": -(-number // 2)}[options.candidates]

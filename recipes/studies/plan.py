@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from common.trained import PostTrainingOptions
+from common.settings import PipelineOptions
 from world.prompts import rows
 from world.scene import TAGS
 
@@ -36,13 +36,13 @@ class Plan:
     baselines: methods that the others are compared with, image by image, as with the base.
     pairs: held-out preference pairs on which each method's implicit accuracy against the untrained
         model is measured, at `common`'s noise levels; 0: none.
-    cfgs: guidance scales of the sweep; a single one is taken as it is. per_category,
-        sweep_per_category: held-out and validation prompts a category. sampling_steps: of both.
+    guidance_scales: of the sweep; a single one is taken as it is. per_category,
+        sweep_per_category: held-out and validation prompts a category. num_inference_steps: of both.
     categories: of the world that are scored, counting among them; the overall score is their mean.
     """
 
     model: str
-    output: str
+    output_dir: str
     methods: dict[str, dict[str, Any]]
     common: dict[str, Any] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
@@ -50,10 +50,10 @@ class Plan:
     frontier: str = ""
     baselines: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
-    cfgs: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
+    guidance_scales: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0, 3.0])
     sweep_per_category: int = 32
     per_category: int = 100
-    sampling_steps: int = 20
+    num_inference_steps: int = 20
     categories: list[str] = field(default_factory=lambda: list(TAGS))
     pairs: int = 0
     title: str = "Soft tokens on the embedded world"
@@ -63,13 +63,13 @@ class Plan:
         return rows(fold, per_category, tags=self.categories)
 
 
-def read_plan(file: Path, output: str | None = None) -> Plan:
+def read_plan(file: Path, output_dir: str | None = None) -> Plan:
     """The plan of a YAML file; unknown keys are errors, also inside its methods."""
     values = yaml.safe_load(file.read_text())
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected a table, got {values!r}")
     _refuse_unknown(f"{file}", values, [one.name for one in fields(Plan)])
-    missing = sorted({"model", "output", "methods"} - set(values))
+    missing = sorted({"model", "output_dir", "methods"} - set(values))
     if missing:
         raise ValueError(f"{file}: {missing} missing")
     for name, options in values["methods"].items():
@@ -85,11 +85,11 @@ def read_plan(file: Path, output: str | None = None) -> Plan:
         )
     if BASE in values["methods"] or BASE in values.get("references", {}):
         raise ValueError(f"{file}: {BASE!r} is the name of the untrained model")
-    return Plan(**{**values, "output": output or values["output"]})
+    return Plan(**{**values, "output_dir": output_dir or values["output_dir"]})
 
 
 def recipe_of(where: str, options: dict[str, Any]) -> Any:
-    """The module of a method's recipe: its `Options` (of `PostTrainingOptions`) and `main` are used.
+    """The module of a method's recipe: its `Options` (of `PipelineOptions`) and `main` are used.
 
     where: what an error's text begins with.
     """
@@ -98,7 +98,7 @@ def recipe_of(where: str, options: dict[str, Any]) -> Any:
     if name not in known:
         raise ValueError(f"{where}: {RECIPE}: expected one of {known}, got {name!r}")
     module = importlib.import_module(name)
-    if not issubclass(module.Options, PostTrainingOptions):
+    if not issubclass(module.Options, PipelineOptions):
         raise ValueError(f"{where}: {RECIPE}: {name} does not train on a given pipeline")
     return module
 
@@ -116,10 +116,10 @@ def _check_order(file: Path, values: dict[str, Any]) -> None:
                 f"got {before!r}"
             )
         chosen = {**common, **methods[before]}
-        trained = chosen.get("lora_rank") or chosen.get("full")
+        trained = chosen.get("rank") or chosen.get("full")
         if not trained or chosen.get("num_tokens") != 0:
             raise ValueError(
-                f"{file}: {name}: {AFTER}: expected a method with lora_rank or full, and num_tokens: 0, "
+                f"{file}: {name}: {AFTER}: expected a method with rank or full, and num_tokens: 0, "
                 f"as tokens cannot be merged, got {before!r}"
             )
 
@@ -131,7 +131,7 @@ def _refuse_unknown(where: str, values: Collection[str], known: list[str]) -> No
 
 
 def folder_of(plan: Plan, method: str, seed: int) -> Path:
-    return Path(plan.output) / "runs" / method.replace(" ", "_") / f"seed_{seed}"
+    return Path(plan.output_dir) / "runs" / method.replace(" ", "_") / f"seed_{seed}"
 
 
 def jobs_of(plan: Plan) -> list[tuple[str, int]]:

@@ -23,7 +23,7 @@ Floats = npt.NDArray[np.float64]
 
 def write(plan: Plan, config: Path, *, seconds: float) -> Path:
     """Writes everything under the plan's output; returns the path of report.md."""
-    output = Path(plan.output)
+    output = Path(plan.output_dir)
     results = _results(plan)
     (output / "results.json").write_text(json.dumps(results) + "\n")
     curves(plan, output / "curves.png")
@@ -75,16 +75,16 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
     )
     chosen = (
         f"Each at the guidance scale (CFG) that was best on {plan.sweep_per_category} validation "
-        f"prompts a category, of {plan.cfgs}."
-        if len(plan.cfgs) > 1
-        else f"All at guidance scale (CFG) {plan.cfgs[0]:g}."
+        f"prompts a category, of {plan.guidance_scales}."
+        if len(plan.guidance_scales) > 1
+        else f"All at guidance scale (CFG) {plan.guidance_scales[0]:g}."
     )
     lines = [
         f"# {plan.title}",
         "",
         (
             f"Model: `{plan.model}`. Seeds {plan.seeds}, {plan.per_category} held-out prompts a category, "
-            f"{plan.sampling_steps} sampling steps, the same noise for every method. {chosen} "
+            f"{plan.num_inference_steps} sampling steps, the same noise for every method. {chosen} "
             f"Cells: {interval}. Different held-out prompts: "
             + ", ".join(
                 f"{tag.replace('_', ' ')} {len(specs(tag, 'heldout'))}" for tag in plan.categories
@@ -113,7 +113,7 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         "",
         (
             "Loss of each method (of other objectives: not to be compared), and the validation prompts' "
-            f"scores at CFG {plan.common.get('eval_cfg', 3.0):g} as training goes on."
+            f"scores at CFG {plan.common.get('validation_guidance_scale', 3.0):g} as training goes on."
         ),
         "",
         *_final_metrics(plan),
@@ -144,7 +144,7 @@ def _cell(summaries: Sequence[Mapping[str, Any]], key: str) -> str:
 
 def _by_guidance(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """The sweep: what each method scores at every guidance scale, mean over the seeds."""
-    if len(plan.cfgs) < 2:
+    if len(plan.guidance_scales) < 2:
         return []
     lines = [
         "## By guidance scale",
@@ -154,12 +154,12 @@ def _by_guidance(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> l
             "category); the mean over seeds."
         ),
         "",
-        "| | " + " | ".join(f"CFG {cfg:g}" for cfg in plan.cfgs) + " |",
-        "| --- |" + " --- |" * len(plan.cfgs),
+        "| | " + " | ".join(f"CFG {cfg:g}" for cfg in plan.guidance_scales) + " |",
+        "| --- |" + " --- |" * len(plan.guidance_scales),
     ]
     for name, group in by_method.items():
         cells = []
-        for cfg in plan.cfgs:
+        for cfg in plan.guidance_scales:
             swept = [result["sweep"][str(cfg)] for result in group]
             overall = np.mean([one["overall"] for one in swept])
             counting = np.mean([one["categories"]["counting"]["score"] for one in swept])

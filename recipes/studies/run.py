@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.options import flags
 from common.pipeline import TextToImage
 from common.sampling import sample
 from studies.accuracy import implicit_accuracy
@@ -34,7 +35,7 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
     if method in plan.methods:
         options = {**plan.common, **plan.methods[method], "seed": seed, "model": plan.model}
         trained = folder / "train"
-        options |= {"output": str(trained), "threads": torch.get_num_threads()}
+        options |= {"output_dir": str(trained), "resume_from_checkpoint": "latest"}
         recipe, before = recipe_of(method, options), options.pop(AFTER, None)
         options.pop(RECIPE, None)
         if before is not None:
@@ -44,7 +45,7 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
             else:
                 options["merge_lora"] = str(earlier / "lora")
         began = time.time()
-        recipe.main(["--resume", *_flags(options)])
+        recipe.main(flags(options))
         seconds = time.time() - began
         source = trained / "pipeline" if options.get("full") else Path(options["model"])
         extras = tuple(str(p) if p.exists() else "" for p in (trained / "tokens", trained / "lora"))
@@ -59,17 +60,17 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
             model.pipe,
             [row["prompt"] for row in asked],
             seeds=[(key, seed, i) for i in range(len(asked))],
-            steps=plan.sampling_steps,
-            cfg=cfg,
+            num_inference_steps=plan.num_inference_steps,
+            guidance_scale=cfg,
             arguments=model.arguments,
         )
         return images, verdicts(images, asked)
 
     sweep = {}
-    for cfg in plan.cfgs if len(plan.cfgs) > 1 else ():
+    for cfg in plan.guidance_scales if len(plan.guidance_scales) > 1 else ():
         _, judged = score("validation", plan.sweep_per_category, cfg, "sweep")
         sweep[str(cfg)] = summarize_with_intervals(judged)
-    best = max(plan.cfgs, key=lambda cfg: sweep[str(cfg)]["overall"] if sweep else 0.0)
+    best = max(plan.guidance_scales, key=lambda cfg: sweep[str(cfg)]["overall"] if sweep else 0.0)
     images, judged = score("heldout", plan.per_category, best, "heldout")
     np.savez_compressed(folder / "images.npz", images=images)
     result = {
@@ -95,16 +96,6 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
     return result
 
 
-def _flags(options: dict[str, Any]) -> list[str]:
-    flags: list[str] = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        flags += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [
-            f"--{flag}", str(value)
-        ]  # fmt: skip
-    return flags
-
-
 def run_all(config: Path, plan: Plan, jobs: int) -> None:
     """Every (method, seed) that has no result yet, `jobs` of them side by side."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -119,7 +110,8 @@ def run_all(config: Path, plan: Plan, jobs: int) -> None:
             started[before].result()
         folder = folder_of(plan, method, seed)
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, str(STUDY), "--config", str(config), "--output", plan.output]
+        command = [sys.executable, str(STUDY), "--config", str(config)]
+        command += ["--output_dir", plan.output_dir]
         began = time.time()
         with (folder / "log.txt").open("w") as log:
             code = subprocess.call(

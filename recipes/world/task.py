@@ -74,12 +74,12 @@ def open_task(options: Any, processes: Any) -> Task:
         "seed": options.seed,
         "rank": processes.process_index,
         "processes": processes.num_processes,
-        "prompts": options.prompts,
+        "prompts": options.validation_prompts,
         "rewards": {"detector": detector},
         "pipeline_arguments": pipeline_arguments,
     }
     if options.data == "world":
-        return World(**settings, per_category=options.eval_per_category)
+        return World(**settings, per_category=options.validation_per_category)
     return Task(**settings)
 
 

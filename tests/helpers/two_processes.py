@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
-from common.trained import Student
+from common.trained import TrainedPipeline
 from world import task
 
 
@@ -24,21 +24,21 @@ def main():
     rank, scored, built = int(os.environ["RANK"]), [], []
 
     def score(pixels, prompts):
-        """Once a rollout (of `--sampling-steps 3 --first-step 1`), for a pair of states a prompt."""
+        """Once a rollout (of `--num_inference_steps 3 --first_step 1`), for a pair of states a prompt."""
         kind = found[len(scored)]
         scored.append(kind)
         bright = 100 * pixels.mean((1, 2, 3))
         return bright if kind == "b" or (kind == "1" and rank == 1) else 0 * bright
 
-    load = Student.load
+    load = TrainedPipeline.load
 
     def kept(*arguments):
         built.append(load(*arguments))
         return built[0]
 
     task.detector = score
-    Student.load = kept
-    importlib.import_module(recipe).main(["--output", f"{folder}/run", *flags])
+    TrainedPipeline.load = kept
+    importlib.import_module(recipe).main(["--output_dir", f"{folder}/run", *flags])
     assert len(scored) == len(found), (scored, found)
     torch.save([p.detach() for p in built[0].parameters], f"{folder}/rank_{rank}.pt")
 

@@ -24,8 +24,8 @@ def files(folder):
 
 
 def run(model, folder, *flags):
-    generate.main(["--model", str(model), "--output", str(folder), "--prompts",
-                   "world:validation:1", "--steps", "2", "--images-per-prompt", "2", *flags])  # fmt: skip
+    generate.main(["--model", str(model), "--output_dir", str(folder), "--prompts",
+                   "world:validation:1", "--num_inference_steps", "2", "--num_images_per_prompt", "2", *flags])  # fmt: skip
     return files(folder)
 
 
@@ -40,12 +40,12 @@ def test_the_layout_is_genevals_and_a_second_call_goes_on(flow_base, tmp_path):
     kept = tmp_path / "a" / "00001" / "samples" / "0000.png"
     lost.unlink()
     stamp = kept.stat().st_mtime_ns
-    again = run(flow_base, tmp_path / "a", "--batch-size", "5")
+    again = run(flow_base, tmp_path / "a", "--batch_size", "5")
     assert kept.stat().st_mtime_ns == stamp
     for name in whole:  # the same noise in any batch
         assert np.abs(whole[name].astype(int) - again[name]).max() <= 1
-    with pytest.raises(ValueError, match="cfg"):
-        run(flow_base, tmp_path / "a", "--cfg", "7")
+    with pytest.raises(ValueError, match="guidance_scale"):
+        run(flow_base, tmp_path / "a", "--guidance_scale", "7")
 
 
 def test_prompts_are_lines_or_rows(tmp_path):
@@ -151,5 +151,5 @@ def test_large_pictures_are_sampled_few_a_call(size, scale, number):
             return SimpleNamespace(images=np.zeros((len(prompts), 2, 2, 3)))
 
     Pipe.unet.config = SimpleNamespace(sample_size=size)
-    images = sample(Pipe(), ["a"] * 70, seeds=range(70), steps=1, cfg=1.0)
+    images = sample(Pipe(), ["a"] * 70, seeds=range(70), num_inference_steps=1, guidance_scale=1.0)
     assert max(asked) == number and len(images) == sum(asked) == 70

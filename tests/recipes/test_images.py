@@ -210,7 +210,7 @@ def test_webdataset_is_read(tmp_path):
 
 def test_wrong_data_are_named(tmp_path):
     table = Dataset.from_list([{"jpg": png("red"), "caption": "one"}])
-    with pytest.raises(ValueError, match="--image-column"):
+    with pytest.raises(ValueError, match="--image_column"):
         TableBatches(table, 1, 0, seed=0, size=8)
     with pytest.raises(ValueError, match="at least one row"):
         TableBatches(table.select([]), 1, 0, seed=0, size=8, image="jpg")

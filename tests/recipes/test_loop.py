@@ -9,7 +9,7 @@ from torch import nn
 
 from agsm_loss import draws
 from common import loop
-from common.options import TrainingOptions
+from common.settings import LoopOptions
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -42,7 +42,9 @@ def run(options, *, loss=None, dies_at=None):
     """Trains the model; returns it and what the hooks counted."""
     accelerator = loop.start(options)
     bare = Model()
-    optimizer = torch.optim.AdamW([p for p in bare.parameters() if p.requires_grad], lr=options.lr)
+    optimizer = torch.optim.AdamW(
+        [p for p in bare.parameters() if p.requires_grad], lr=options.learning_rate
+    )
     model, optimizer = accelerator.prepare(bare, optimizer)
     counter = Counter()
 
@@ -62,7 +64,13 @@ def run(options, *, loss=None, dies_at=None):
 
 
 def options(folder, **changes):
-    defaults = TrainingOptions(output=str(folder), steps=6, log_every=2, eval_every=4, save_every=2)
+    defaults = LoopOptions(
+        output_dir=str(folder),
+        max_train_steps=6,
+        logging_steps=2,
+        validation_steps=4,
+        checkpointing_steps=2,
+    )
     return replace(defaults, **changes)
 
 
@@ -72,15 +80,17 @@ def entries(folder):
 
 
 def test_resume_gives_the_run_that_was_not_stopped(tmp_path):
-    whole, counted = run(options(tmp_path / "whole", accumulate=2, decay=3))
+    whole, counted = run(
+        options(tmp_path / "whole", gradient_accumulation_steps=2, lr_decay_steps=3)
+    )
     assert counted.steps == 6
 
-    cut = options(tmp_path / "cut", accumulate=2, decay=3)
+    cut = options(tmp_path / "cut", gradient_accumulation_steps=2, lr_decay_steps=3)
     with pytest.raises(KeyboardInterrupt):
         run(cut, dies_at=9)  # in step 5; step 4's checkpoint is the second
     # As if it had been killed while it wrote that one.
     (tmp_path / "cut" / "checkpoints" / "checkpoint_1" / "complete").unlink()
-    resumed, counted = run(replace(cut, resume=True))
+    resumed, counted = run(replace(cut, resume_from_checkpoint="latest"))
     assert counted.steps == 6
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -88,7 +98,7 @@ def test_resume_gives_the_run_that_was_not_stopped(tmp_path):
 
 
 def test_the_log_tells_steps_scores_and_means(tmp_path):
-    run(options(tmp_path, accumulate=2))
+    run(options(tmp_path, gradient_accumulation_steps=2))
     told = entries(tmp_path)
     assert [line["step"] for line in told] == [0, 2, 4, 6]
     assert [line.get("scores") for line in told] == [{"at": 0}, None, {"at": 4}, {"at": 6}]
@@ -107,7 +117,7 @@ def test_only_trainable_parameters_are_saved(tmp_path):
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     run(options(tmp_path))
-    with pytest.raises(ValueError, match="--resume"):
+    with pytest.raises(ValueError, match="--resume_from_checkpoint"):
         run(options(tmp_path))
 
 
@@ -121,7 +131,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
 
 def test_accumulated_gradients_are_the_mean(tmp_path):
-    once, _ = run(options(tmp_path / "a", steps=1, accumulate=3))
+    once, _ = run(options(tmp_path / "a", max_train_steps=1, gradient_accumulation_steps=3))
     torch.manual_seed(0)
     model = Model()
     batches = torch.cat([Numbers()[i] for i in range(3)])
@@ -134,15 +144,15 @@ def test_accumulated_gradients_are_the_mean(tmp_path):
 
 
 def test_rate_rises_holds_and_falls():
-    chosen = TrainingOptions(steps=100, warmup=10, decay=20)
+    chosen = LoopOptions(max_train_steps=100, lr_warmup_steps=10, lr_decay_steps=20)
     rates = [loop.rate(step, chosen) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == rates[80] == 1.0
     assert rates[90] == 0.5 and rates[100] == 0.0
 
 
 def test_batches_can_be_prepared_by_workers(tmp_path):
-    alone, _ = run(options(tmp_path / "a", steps=2))
-    helped, _ = run(options(tmp_path / "b", steps=2, workers=1))
+    alone, _ = run(options(tmp_path / "a", max_train_steps=2))
+    helped, _ = run(options(tmp_path / "b", max_train_steps=2, dataloader_num_workers=1))
     assert torch.equal(alone.layer.weight, helped.layer.weight)
 
 
@@ -152,17 +162,17 @@ def test_a_tracker_gets_nested_scores_by_name():
 
 
 def test_a_tracker_is_used_or_refused(tmp_path):
-    run(options(tmp_path / "on", tracker="tensorboard"))
+    run(options(tmp_path / "on", report_to="tensorboard"))
     assert list((tmp_path / "on").rglob("events.out.tfevents*"))
     with (
         pytest.warns(UserWarning, match="no supported trackers"),
         pytest.raises(ValueError, match="comet_ml"),
     ):
-        run(options(tmp_path / "off", tracker="comet_ml"))
+        run(options(tmp_path / "off", report_to="comet_ml"))
 
 
 def test_the_launchers_precision_is_not_overruled_in_silence(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    options = TrainingOptions(output=str(tmp_path))
+    options = LoopOptions(output_dir=str(tmp_path))
     with pytest.raises(ValueError, match="mixed_precision: expected bf16, as accelerate's"):
         loop.start(options)

@@ -57,7 +57,9 @@ def test_a_pipeline_in_half_precision_samples(folder, dtype):
     from common.sampling import sample
 
     model = TextToImage.load(str(folder), dtype)
-    images = sample(model.pipe, ["a red circle"], seeds=[0], steps=1, cfg=2.0)
+    images = sample(
+        model.pipe, ["a red circle"], seeds=[0], num_inference_steps=1, guidance_scale=2.0
+    )
     assert images.dtype == "uint8" and images.shape[0] == 1 and images.std() > 0
     assert model.pipe.vae.dtype == torch.float32
 
@@ -65,8 +67,9 @@ def test_a_pipeline_in_half_precision_samples(folder, dtype):
 def test_a_run_on_a_table_saves_tokens(folder, tmp_path):
     captioned(6, seed=0).to_parquet(tmp_path / "w.parquet")
     flags = ["--model", str(folder), "--data", str(tmp_path / "w.parquet"), "--resolution", "8",
-             "--steps", "2", "--batch-size", "3", "--num-negatives", "2", "--log-every", "1",
-             "--output", str(tmp_path / "run"), "--num-tokens", "1"]  # fmt: skip
+             "--max_train_steps", "2", "--train_batch_size", "3", "--num_negatives", "2",
+             "--logging_steps", "1", "--output_dir", str(tmp_path / "run"),
+             "--num_tokens", "1"]  # fmt: skip
     train_agsm.main(flags)
     from agsm_loss.integrations.tokens.saved import SavedTokens
 

@@ -20,8 +20,10 @@ SEEDS = [(3, i) for i in range(len(PROMPTS))]
 def test_away_from_the_empty_caption_it_is_the_pipelines_own_guidance(any_base, scale):
     model = TextToImage.load(str(any_base), torch.float32)
     wrong = wrong_captions([None] * len(PROMPTS), "null", np.random.default_rng(0))
-    got = guided_samples(model, PROMPTS, wrong, scale=scale, steps=4, seeds=SEEDS)
-    wanted = sample(model.pipe, PROMPTS, seeds=SEEDS, steps=4, cfg=1 + scale)
+    got = guided_samples(model, PROMPTS, wrong, scale=scale, num_inference_steps=4, seeds=SEEDS)
+    wanted = sample(
+        model.pipe, PROMPTS, seeds=SEEDS, num_inference_steps=4, guidance_scale=1 + scale
+    )
     assert np.abs(got.astype(int) - wanted).max() <= 1
 
 
@@ -30,7 +32,9 @@ def test_several_wrong_captions_are_averaged(flow_base):
 
     def images(*wrong, scale):
         lists = [list(wrong)] * len(PROMPTS)
-        return guided_samples(model, PROMPTS, lists, scale=scale, steps=1, seeds=SEEDS).astype(int)
+        return guided_samples(
+            model, PROMPTS, lists, scale=scale, num_inference_steps=1, seeds=SEEDS
+        ).astype(int)
 
     one, other = images("two squares", scale=2.0), images("a circle", scale=2.0)
     both = images("two squares", "a circle", scale=2.0)
@@ -64,8 +68,9 @@ def test_the_wrong_captions():
 
 def test_the_table(flow_base, tmp_path):
     file = tmp_path / "table.md"
-    arguments = ["--model", str(flow_base), "--scales", "0,1", "--per-category", "9", "--steps", "1",
-                 "--batch-size", "4", "--output", str(file)]  # fmt: skip
+    arguments = ["--model", str(flow_base), "--scales", "0,1", "--per_category", "9",
+                 "--num_inference_steps", "1", "--batch_size", "4",
+                 "--output", str(file)]  # fmt: skip
     probe_guidance.main(arguments)
     head, _, *lines = [line.strip("| ").split(" | ") for line in file.read_text().splitlines()]
     assert head == ["scale", "right", "too many", "too few"] + [f"right of {n}" for n in (2, 3, 4)]

@@ -16,15 +16,16 @@ from studies.plan import Plan, folder_of, jobs_of, read_plan, recipe_of
 def plan_file(folder, model, **changes):
     values = {
         "model": str(model),
-        "output": str(folder / "out"),
+        "output_dir": str(folder / "out"),
         "seeds": [0, 1],
-        "cfgs": [1.0, 2.0],
+        "guidance_scales": [1.0, 2.0],
         "sweep_per_category": 1,
         "per_category": 2,
-        "sampling_steps": 1,
-        "common": {"steps": 2, "batch_size": 2, "log_every": 1, "eval_every": 2,
-                   "eval_per_category": 1, "eval_steps": 1, "save_every": 1, "num_tokens": 1},
-        "methods": {"AGSM": {"lr": 0.01}},
+        "num_inference_steps": 1,
+        "common": {"max_train_steps": 2, "train_batch_size": 2, "logging_steps": 1,
+                   "validation_steps": 2, "validation_per_category": 1,
+                   "validation_inference_steps": 1, "checkpointing_steps": 1, "num_tokens": 1},
+        "methods": {"AGSM": {"learning_rate": 0.01}},
         **changes,
     }  # fmt: skip
     file = folder / "plan.yaml"
@@ -70,15 +71,15 @@ def test_a_study_from_plan_to_report(flow_base, tmp_path, monkeypatch):
 
 
 def test_methods_of_other_recipes_and_after_one_another(flow_base, tmp_path, monkeypatch):
-    dpo = {"recipe": "train_dpo", "lora_rank": 1, "num_tokens": 0, "lr": 0.05, "beta": 50.0}
+    dpo = {"recipe": "train_dpo", "rank": 1, "num_tokens": 0, "learning_rate": 0.05, "beta": 50.0}
     file = plan_file(
         tmp_path,
         flow_base,
-        methods={"DPO": dpo, "then AGSM": {"after": "DPO", "lr": 0.0}},
+        methods={"DPO": dpo, "then AGSM": {"after": "DPO", "learning_rate": 1e-30}},
         panels={"implicit accuracy": "dpo/accuracy"},
         baselines=["DPO"],
         pairs=5,
-        cfgs=[2.0],
+        guidance_scales=[2.0],
     )
     monkeypatch.setattr(run.subprocess, "call", lambda command, **_: _in_process(command))
     study.main(["--config", str(file), "--jobs", "1"])
@@ -106,17 +107,23 @@ def test_methods_of_other_recipes_and_after_one_another(flow_base, tmp_path, mon
 
 
 def test_methods_that_train_all_of_the_denoiser(flow_base, tmp_path, monkeypatch):
-    dpo = {"recipe": "train_dpo", "full": True, "num_tokens": 0, "lr": 0.05, "beta": 50.0}
+    dpo = {
+        "recipe": "train_dpo",
+        "full": True,
+        "num_tokens": 0,
+        "learning_rate": 0.05,
+        "beta": 50.0,
+    }
     file = plan_file(
         tmp_path,
         flow_base,
         methods={
             "DPO": dpo,
-            "all again": {"after": "DPO", "full": True, "num_tokens": 0, "lr": 0.0},
-            "a LoRA": {"after": "DPO", "lora_rank": 1, "num_tokens": 0, "lr": 0.0},
+            "all again": {"after": "DPO", "full": True, "num_tokens": 0, "learning_rate": 1e-30},
+            "a LoRA": {"after": "DPO", "rank": 1, "num_tokens": 0, "learning_rate": 1e-30},
         },
         seeds=[0],
-        cfgs=[2.0],
+        guidance_scales=[2.0],
         categories=["counting", "colors"],
     )
     monkeypatch.setattr(run.subprocess, "call", lambda command, **_: _in_process(command))
@@ -133,7 +140,7 @@ def test_methods_that_train_all_of_the_denoiser(flow_base, tmp_path, monkeypatch
 
 
 def test_a_method_waits_for_the_one_it_comes_after(flow_base, tmp_path, monkeypatch):
-    dpo = {"recipe": "train_dpo", "lora_rank": 1, "num_tokens": 0}
+    dpo = {"recipe": "train_dpo", "rank": 1, "num_tokens": 0}
     file = plan_file(tmp_path, flow_base, methods={"DPO": dpo, "then AGSM": {"after": "DPO"}})
     plan, ended = read_plan(file), []
 
@@ -171,7 +178,7 @@ def _in_process(command):
         ({"methods": {"D": {"beta": 5.0}}}, "D: unknown keys .'beta'"),
         ({"common": {"beta": 5.0}}, "common, for AGSM: unknown keys .'beta'"),
         ({"methods": {"A": {"after": "D"}, "D": {}}}, "stands before it"),
-        ({"methods": {"A": {}, "B": {"after": "A"}}}, "lora_rank or full, and num_tokens: 0"),
+        ({"methods": {"A": {}, "B": {"after": "A"}}}, "rank or full, and num_tokens: 0"),
         ({"baselines": ["D"]}, "baselines: unknown keys"),
         ({"categories": ["colors"]}, "categories: expected counting"),
         ({"categories": ["counting", "cats"]}, "categories: expected counting"),
@@ -196,7 +203,7 @@ def test_every_shipped_study_has_its_report(recipes):
     assert len(files) > 5
     for file in files:
         plan = read_plan(file)
-        assert plan.output == f"runs/{file.stem}"
+        assert plan.output_dir == f"runs/{file.stem}"
         text = (recipes / "results" / file.stem / "report.md").read_text()
         assert all(f"| {name} |" in text for name in plan.methods), file.stem
 
@@ -211,7 +218,7 @@ def test_every_shipped_study_has_its_report(recipes):
     ],
 )
 def test_plans_and_configs_of_the_hosts_say_the_same(name, config, recipes):
-    from common.options import parse
+    from common.options import flags, parse
 
     plan = read_plan(recipes / "configs" / f"study_{name}.yaml")
     alone, joint, *_ = plan.methods.values()
@@ -220,10 +227,10 @@ def test_plans_and_configs_of_the_hosts_say_the_same(name, config, recipes):
     options = recipe_of("", joint).Options
     file = recipes / "configs" / f"{config}.yaml"
     own = vars(parse(options, None, ["--config", str(file)]))
-    flags = run._flags({**plan.common, **joint, "model": plan.model, "output": own["output"]})
-    place = flags.index("--recipe")
-    of_plan = vars(parse(options, None, flags[:place] + flags[place + 2 :]))
-    assert {**own, "eval_at_start": True} == {**of_plan, "eval_at_start": True}
+    told = {**plan.common, **joint, "model": plan.model, "output_dir": own["output_dir"]}
+    told.pop("recipe")
+    of_plan = vars(parse(options, None, flags(told)))
+    assert {**own, "validate_first": True} == {**of_plan, "validate_first": True}
     assert joint["agsm_weight"] > 0 and alone.get("agsm_weight", 0) == 0
     assert all(alone[key] == joint[key] for key in alone if key != "num_tokens")
 

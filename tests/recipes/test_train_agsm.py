@@ -13,18 +13,19 @@ import train_agsm
 from common.options import parse
 from world.export import captioned
 
-FEW = ["--steps", "4", "--batch-size", "4", "--log-every", "1", "--eval-every", "4",
-       "--eval-per-category", "1", "--eval-steps", "2", "--save-every", "2", "--num-tokens", "2",
-       "--no-eval-at-start"]  # fmt: skip
+FEW = ["--max_train_steps", "4", "--train_batch_size", "4", "--logging_steps", "1",
+       "--validation_steps", "4", "--validation_per_category", "1",
+       "--validation_inference_steps", "2", "--checkpointing_steps", "2", "--num_tokens", "2",
+       "--no_validate_first"]  # fmt: skip
 
 
 def train(model, folder, *flags):
-    train_agsm.main(["--model", str(model), "--output", str(folder), *FEW, *flags])
+    train_agsm.main(["--model", str(model), "--output_dir", str(folder), *FEW, *flags])
     return load_file(folder / "tokens" / "model.safetensors")
 
 
 def test_a_killed_run_resumes_to_the_same_tokens(any_base, tmp_path, monkeypatch):
-    flags = ["--entropy", "0.7", "--negatives", "mixed", "--accumulate", "2"]
+    flags = ["--entropy", "0.7", "--candidates", "mixed", "--gradient_accumulation_steps", "2"]
     whole = train(any_base, tmp_path / "whole", *flags)
     prepare, calls = train_agsm.prepare, []
 
@@ -38,9 +39,9 @@ def test_a_killed_run_resumes_to_the_same_tokens(any_base, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         train(any_base, tmp_path / "cut", *flags)
     monkeypatch.setattr(train_agsm, "prepare", prepare)
-    with pytest.raises(ValueError, match="--resume"):
+    with pytest.raises(ValueError, match="--resume_from_checkpoint"):
         train(any_base, tmp_path / "cut", *flags)
-    resumed = train(any_base, tmp_path / "cut", *flags, "--resume")
+    resumed = train(any_base, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
@@ -51,14 +52,14 @@ def test_a_killed_run_resumes_to_the_same_tokens(any_base, tmp_path, monkeypatch
     [
         ["--objective", "softrepa", "--banks", "shared"],
         ["--objective", "denoising", "--banks", "positive_only"],
-        ["--banks", "shared", "--negatives", "hard"],
-        ["--neg-scale", "0", "--banks", "positive_only", "--time-buckets", "0"],
-        ["--chunk-size", "3", "--gradient-checkpointing", "--timestep-density", "logit_normal"],
+        ["--banks", "shared", "--candidates", "hard"],
+        ["--neg_scale", "0", "--banks", "positive_only", "--time_buckets", "0"],
+        ["--chunk_size", "3", "--gradient_checkpointing", "--timestep_density", "logit_normal"],
     ],
     ids=" ".join,
 )
 def test_every_objective_moves_the_tokens_and_never_the_backbone(flow_base, tmp_path, flags):
-    before = train(flow_base, tmp_path / "still", *flags, "--lr", "0")
+    before = train(flow_base, tmp_path / "still", *flags, "--learning_rate", "1e-30")
     after = train(flow_base, tmp_path / "run", *flags)
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert set(moved) == {name for name in before if name != "frozen"}
@@ -70,7 +71,7 @@ def test_every_objective_moves_the_tokens_and_never_the_backbone(flow_base, tmp_
 
 def test_a_chunked_run_is_the_whole_run(flow_base, tmp_path):
     whole = train(flow_base, tmp_path / "whole")
-    chunked = train(flow_base, tmp_path / "chunked", "--chunk-size", "3")
+    chunked = train(flow_base, tmp_path / "chunked", "--chunk_size", "3")
     for name in whole:
         torch.testing.assert_close(whole[name], chunked[name], atol=1e-4, rtol=1e-3)
 
@@ -93,12 +94,20 @@ def test_tokens_load_into_the_pipeline_and_say_where_they_come_from(any_base, tm
 def test_a_lora_is_trained_beside_the_tokens_and_loads_again(any_base, tmp_path):
     from common.pipeline import TextToImage
 
-    flags = ["--lora-rank", "2", "--lr", "0.05"]
+    flags = ["--rank", "2", "--learning_rate", "0.05"]
     whole = train(any_base, tmp_path / "run", *flags)
     lora = load_file(next((tmp_path / "run" / "lora").glob("*.safetensors")))
     assert any(bool(value.any()) for name, value in lora.items() if "lora_B" in name)  # 0 at first
     for steps in ("2", "4"):
-        train(any_base, tmp_path / "again", *flags, "--resume", "--steps", steps)
+        train(
+            any_base,
+            tmp_path / "again",
+            *flags,
+            "--resume_from_checkpoint",
+            "latest",
+            "--max_train_steps",
+            steps,
+        )
     again = load_file(next((tmp_path / "again" / "lora").glob("*.safetensors")))
     assert lora.keys() == again.keys()
     resumed = load_file(tmp_path / "again" / "tokens" / "model.safetensors")
@@ -119,8 +128,8 @@ def test_any_table_of_images_and_captions_will_do(flow_base, tmp_path):
     captioned(8, seed=0).to_parquet(tmp_path / "w.parquet")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("two red circles\na square\n")
-    flags = ["--data", str(tmp_path / "w.parquet"), "--resolution", "24", "--negatives", "hard"]
-    train(flow_base, tmp_path / "run", *flags, "--prompts", str(prompts))
+    flags = ["--data", str(tmp_path / "w.parquet"), "--resolution", "24", "--candidates", "hard"]
+    train(flow_base, tmp_path / "run", *flags, "--validation_prompts", str(prompts))
     assert log(tmp_path / "run")[-1]["scores"] == {}
     assert (tmp_path / "run" / "sheets" / "000004.png").exists()
 
@@ -135,38 +144,55 @@ def test_what_makes_no_sense_is_refused(flow_base, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "warned"), [
-    (["--lora-rank", "2", "--negatives-train", "all"], True), (["--full", "--num-tokens", "0"], True),
-    (["--negatives-train", "all"], False), (["--lora-rank", "2"], False),
-    (["--lora-rank", "2", "--negatives-train", "all", "--neg-scale", "0"], False),
+    (["--rank", "2", "--negatives_train", "all", "--neg_scale", "0.1"], True),
+    (["--full", "--num_tokens", "0"], False),
+    (["--negatives_train", "all"], False), (["--rank", "2", "--neg_scale", "0.1"], False),
+    (["--rank", "2", "--negatives_train", "all", "--neg_scale", "0"], False),
 ])  # fmt: skip
 def test_a_negative_term_on_shared_weights_is_warned_of(flow_base, tmp_path, caplog, flags, warned):
     train_agsm.main(
-        ["--model", str(flow_base), "--output", str(tmp_path), *FEW, "--steps", "1", *flags]
+        [
+            "--model",
+            str(flow_base),
+            "--output_dir",
+            str(tmp_path),
+            *FEW,
+            "--max_train_steps",
+            "1",
+            *flags,
+        ]
     )
     assert ("neg_scale: 0.1" in caplog.text) == warned
 
 
-@pytest.mark.parametrize("flags", [["--lora-rank", "2"], ["--full"]])
+@pytest.mark.parametrize("what", [["--full"], ["--rank", "2"]])
+def test_a_negative_term_without_soft_tokens_is_refused(flow_base, tmp_path, what):
+    flags = ["--model", str(flow_base), "--output_dir", str(tmp_path), "--num_tokens", "0", *what]
+    with pytest.raises(ValueError, match="neg_scale: expected 0 without soft tokens"):
+        train_agsm.main([*flags, "--neg_scale", "0.1", "--train_batch_size", "2"])
+
+
+@pytest.mark.parametrize("flags", [["--rank", "2"], ["--full"]])
 def test_the_negatives_train_the_tokens_alone(flow_base, tmp_path, flags):
     def trained(name, *more):
-        train(flow_base, tmp_path / name, "--steps", "1", *flags, *more)
-        folder = tmp_path / name / ("lora" if "--lora-rank" in flags else "pipeline/transformer")
+        train(flow_base, tmp_path / name, "--max_train_steps", "1", *flags, *more)
+        folder = tmp_path / name / ("lora" if "--rank" in flags else "pipeline/transformer")
         return load_file(next(folder.glob("*.safetensors")))
 
     # One step from the same start: the shared weights' gradient is the positive term's (but for
     # the clipping of the whole, to which Adam is all but blind).
-    none, some = trained("none", "--neg-scale", "0"), trained("some", "--neg-scale", "1")
-    every = trained("all", "--neg-scale", "1", "--negatives-train", "all")
+    none, some = trained("none", "--neg_scale", "0"), trained("some", "--neg_scale", "1")
+    every = trained("all", "--neg_scale", "1", "--negatives_train", "all")
     torch.testing.assert_close(some, none, rtol=0, atol=2e-5)
     assert max((every[name] - none[name]).abs().max() for name in none) > 1e-4
     with pytest.raises(ValueError, match="negatives_train"):
-        trained("checkpointed", "--gradient-checkpointing")
+        trained("checkpointed", "--gradient_checkpointing", "--neg_scale", "0.1")
 
 
 def test_two_processes_train_the_same_tokens_on_other_batches(flow_base, tmp_path, recipes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", str(recipes / "train_agsm.py"), "--model", str(flow_base),
-               "--output", str(tmp_path / "two"), *FEW]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", str(recipes / "train_agsm.py"), "--model", str(flow_base),
+               "--output_dir", str(tmp_path / "two"), *FEW]  # fmt: skip
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False

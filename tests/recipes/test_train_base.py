@@ -16,9 +16,10 @@ from world.captions import vocabulary
 from world.prompts import rows
 from world.verdicts import verdicts
 
-SMALL = ["--layers", "1", "--steps", "4", "--batch-size", "4", "--warmup", "1",
-         "--decay", "2", "--log-every", "1", "--eval-every", "4", "--eval-per-category", "1",
-         "--eval-steps", "2", "--save-every", "2"]  # fmt: skip
+SMALL = ["--layers", "1", "--max_train_steps", "4", "--train_batch_size", "4",
+         "--lr_warmup_steps", "1", "--lr_decay_steps", "2", "--logging_steps", "1",
+         "--validation_steps", "4", "--validation_per_category", "1",
+         "--validation_inference_steps", "2", "--checkpointing_steps", "2"]  # fmt: skip
 KINDS = {"flow": StableDiffusion3Pipeline, "epsilon": StableDiffusionPipeline}
 WIDTHS = {"flow": "32", "epsilon": "8"}
 
@@ -32,20 +33,9 @@ def weights(folder):
 @pytest.mark.parametrize("base", ["flow", "epsilon"])
 def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    arguments = [
-        "--base",
-        base,
-        "--width",
-        WIDTHS[base],
-        *SMALL,
-        "--careless",
-        "0.4",
-        "--corrupt-count",
-        "0.5",
-        "--signed",
-        "0.5",
-    ]
-    train_base.main([*arguments, "--output", str(whole)])
+    arguments = ["--base", base, "--width", WIDTHS[base], *SMALL, "--careless", "0.4",
+                 "--corrupt_count", "0.5", "--signed", "0.5"]  # fmt: skip
+    train_base.main([*arguments, "--output_dir", str(whole)])
 
     original = train_base.batch
 
@@ -56,11 +46,11 @@ def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_base, "batch", killed)
     with pytest.raises(KeyboardInterrupt):
-        train_base.main([*arguments, "--output", str(cut)])
+        train_base.main([*arguments, "--output_dir", str(cut)])
     monkeypatch.setattr(train_base, "batch", original)
-    with pytest.raises(ValueError, match="--resume"):
-        train_base.main([*arguments, "--output", str(cut)])
-    train_base.main([*arguments, "--output", str(cut), "--resume"])
+    with pytest.raises(ValueError, match="--resume_from_checkpoint"):
+        train_base.main([*arguments, "--output_dir", str(cut)])
+    train_base.main([*arguments, "--output_dir", str(cut), "--resume_from_checkpoint", "latest"])
 
     assert log(cut) == log(whole)
     one, other = weights(whole), weights(cut)
@@ -80,15 +70,15 @@ def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
     image = pipe("two red circles", num_inference_steps=2).images[0]
     assert image.size == (24, 24)
 
-    train_base.main([*arguments, "--steps", "1", "--init-from", str(whole / "pipeline"),
-                     "--lr", "0", "--adamw-lr", "0", "--output", str(tmp_path / "more")])  # fmt: skip
+    train_base.main([*arguments, "--max_train_steps", "1", "--init_from", str(whole / "pipeline"),
+                     "--learning_rate", "1e-30", "--adamw_learning_rate", "1e-30", "--output_dir", str(tmp_path / "more")])  # fmt: skip
     again = weights(tmp_path / "more")
     assert all(torch.equal(one[name], again[name]) for name in one)
 
 
 def test_adamw_alone(tmp_path):
-    train_base.main(["--width", "32", *SMALL, "--optimizer", "adamw", "--lr", "0.001",
-                     "--output", str(tmp_path / "adamw")])  # fmt: skip
+    train_base.main(["--width", "32", *SMALL, "--optimizer", "adamw", "--learning_rate", "0.001",
+                     "--output_dir", str(tmp_path / "adamw")])  # fmt: skip
     assert "AdamW at 0.001" in (tmp_path / "adamw" / "pipeline" / "README.md").read_text()
 
 
@@ -102,7 +92,7 @@ def test_noise_levels_of_training(base, monkeypatch):
     assert abs(logits.mean() - 0.5) < 0.05 and abs(logits.std() - 1) < 0.05
 
     seen = []
-    for flags in (["--sigma-logit", "3"], ["--uniform-levels"]):
+    for flags in (["--sigma_logit", "3"], ["--uniform_levels"]):
         options = train_base.parse(
             train_base.Options,
             "",
@@ -169,8 +159,12 @@ def test_sampling_does_not_depend_on_the_batch(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     wanted = rows("validation", 1)
     prompts = [row["prompt"] for row in wanted]
-    one = sample(pipe, prompts, seeds=range(6), steps=2, cfg=2.0, batch_size=6)
-    two = sample(pipe, prompts, seeds=range(6), steps=2, cfg=2.0, batch_size=4)
+    one = sample(
+        pipe, prompts, seeds=range(6), num_inference_steps=2, guidance_scale=2.0, batch_size=6
+    )
+    two = sample(
+        pipe, prompts, seeds=range(6), num_inference_steps=2, guidance_scale=2.0, batch_size=4
+    )
     assert np.abs(one.astype(int) - two).max() <= 1
     judged = verdicts(one, wanted)
     sheet(one, wanted, judged, tmp_path / "sheet.png")
@@ -181,7 +175,7 @@ def test_sampling_does_not_depend_on_the_batch(tmp_path):
 
 
 def test_a_batch_is_a_function_of_seed_step_and_process():
-    options = train_base.Options(batch_size=8)
+    options = train_base.Options(train_batch_size=8)
     images, captions = train_base.batch(options, 5, 0)
     same, told = train_base.batch(options, 5, 0)
     assert torch.equal(images, same) and captions == told
@@ -192,10 +186,10 @@ def test_a_batch_is_a_function_of_seed_step_and_process():
 
 def test_sources_are_careless_and_sign_as_often_as_told():
     options = train_base.Options(
-        batch_size=400, careless=0.5, signed=0.5, corrupt_count=1.0, drop_caption=0.0
+        train_batch_size=400, careless=0.5, signed=0.5, corrupt_count=1.0, drop_caption=0.0
     )
     told = train_base.batch(options, 0, 0)[1]
-    true = train_base.batch(train_base.Options(batch_size=400, drop_caption=0.0), 0, 0)[1]
+    true = train_base.batch(train_base.Options(train_batch_size=400, drop_caption=0.0), 0, 0)[1]
     ends = [text.split()[-1] for text in told]
     assert 0.2 < ends.count("h") / 400 < 0.3 and 0.2 < ends.count("s") / 400 < 0.3
     assert all(

@@ -12,23 +12,25 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:DDPOTrainer is deprecated"),
     pytest.mark.filterwarnings("ignore:.*_encode_prompt.* is deprecated"),
 ]
-FEW = ["--lora-rank", "2", "--num-tokens", "2", "--eval-per-category", "1", "--eval-steps", "2",
-       "--sampling-steps", "3", "--num-negatives", "2", "--reward", "redness", "--lr", "0.01",
-       "--no-eval-at-start"]  # fmt: skip
-DDPO = ["--epochs", "3", "--sampling-batch", "4", "--sampling-batches", "1", "--train-batch", "2",
-        "--accumulate", "2", "--agsm-batch", "3", "--eval-every", "3", "--save-every", "1"]  # fmt: skip
+FEW = ["--rank", "2", "--num_tokens", "2", "--validation_per_category", "1",
+       "--validation_inference_steps", "2", "--num_inference_steps", "3", "--num_negatives", "2",
+       "--reward", "redness", "--learning_rate", "0.01", "--no_validate_first"]  # fmt: skip
+DDPO = ["--num_epochs", "3", "--sample_batch_size", "4", "--sample_num_batches_per_epoch", "1",
+        "--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--agsm_batch", "3",
+        "--validation_epochs", "3", "--checkpointing_epochs", "1"]  # fmt: skip
 
 
 def train(recipe, model, folder, *flags):
-    recipe.main(["--model", str(model), "--output", str(folder), *FEW, *flags])
+    recipe.main(["--model", str(model), "--output_dir", str(folder), *FEW, *flags])
     return trained(folder)
 
 
 @pytest.mark.parametrize("images", ["data", "best"])
 def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path, monkeypatch):
     negatives = {"data": "mixed", "best": "in_batch"}[images]
-    flags = [*DDPO, "--agsm-weight", "0.5", "--negatives", negatives, "--agsm-images", images,
-             "--agsm-every", "3", "--per-prompt", "--guidance-scale", "1"]  # fmt: skip
+    flags = [*DDPO, "--agsm_weight", "0.5", "--candidates", negatives, "--agsm_images", images,
+             "--agsm_every", "3", "--per_prompt_stat_tracking",
+             "--guidance_scale", "1"]  # fmt: skip
     whole = train(train_ddpo, epsilon_base, tmp_path / "whole", *flags)
     lines = log(tmp_path / "whole")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
@@ -41,25 +43,27 @@ def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path
     with pytest.raises(KeyboardInterrupt):
         train(train_ddpo, epsilon_base, tmp_path / "cut", *flags)
     monkeypatch.setattr(rewards, "redness", redness)
-    with pytest.raises(ValueError, match="--resume"):
+    with pytest.raises(ValueError, match="--resume_from_checkpoint"):
         train(train_ddpo, epsilon_base, tmp_path / "cut", *flags)
-    resumed = train(train_ddpo, epsilon_base, tmp_path / "cut", *flags, "--resume")
+    resumed = train(
+        train_ddpo, epsilon_base, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest"
+    )
     assert whole.keys() == resumed.keys() and any(name.startswith("lora/") for name in whole)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert log(tmp_path / "cut") == lines
 
 
 def test_with_guidance_and_all_of_the_model_it_trains_too(epsilon_base, tmp_path):
-    flags = [*DDPO, "--epochs", "1", "--lora-rank", "0", "--full", "--guidance-scale", "2",
-             "--tracker", "tensorboard"]  # fmt: skip
+    flags = [*DDPO, "--num_epochs", "1", "--rank", "0", "--full", "--guidance_scale", "2",
+             "--report_to", "tensorboard"]  # fmt: skip
     train(train_ddpo, epsilon_base, tmp_path, *flags)
     assert list(tmp_path.rglob("events.out.tfevents*"))
     assert (tmp_path / "pipeline" / "unet").is_dir() and log(tmp_path)[-1]["scores"]["n"] == 6
 
 
-@pytest.mark.parametrize("flags", [["--negatives", "hard"], ["--timestep-low", "0.5"]])
+@pytest.mark.parametrize("flags", [["--candidates", "hard"], ["--timestep_low", "0.5"]])
 def test_what_its_own_samples_cannot_follow_is_refused(flags, epsilon_base, tmp_path):
-    flags = [*DDPO, "--agsm-weight", "1", "--agsm-images", "best", *flags]
+    flags = [*DDPO, "--agsm_weight", "1", "--agsm_images", "best", *flags]
     with pytest.raises(ValueError, match=r"agsm_images"):
         train(train_ddpo, epsilon_base, tmp_path, *flags)
 
@@ -73,7 +77,7 @@ def test_prompts_come_from_a_file(epsilon_base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(rewards, "redness", watching)
     (tmp_path / "prompts.txt").write_text("a red circle\n\ntwo blue squares\n")
-    flags = [*DDPO, "--epochs", "2", "--sampling-prompts", str(tmp_path / "prompts.txt")]
+    flags = [*DDPO, "--num_epochs", "2", "--sampling_prompts", str(tmp_path / "prompts.txt")]
     train(train_ddpo, epsilon_base, tmp_path / "run", *flags)
     assert seen == {"a red circle", "two blue squares"}
 
@@ -84,9 +88,10 @@ def test_a_flow_is_sent_to_its_own_recipe(flow_base, tmp_path):
 
 
 def test_flow_grpo_resumes_and_has_agsm_in_it(flow_base, tmp_path, monkeypatch):
-    flags = ["--steps", "3", "--batch-size", "2", "--group", "2", "--train-steps", "2",
-             "--log-every", "1", "--eval-every", "3", "--save-every", "1", "--agsm-weight", "0.5",
-             "--negatives", "hard"]  # fmt: skip
+    flags = ["--max_train_steps", "3", "--train_batch_size", "2", "--group", "2",
+             "--train_steps", "2", "--logging_steps", "1", "--validation_steps", "3",
+             "--checkpointing_steps", "1", "--agsm_weight", "0.5",
+             "--candidates", "hard"]  # fmt: skip
     whole = train(train_flow_grpo, flow_base, tmp_path / "whole", *flags)
     assert all(line["agsm/loss"] > 0 and "reward_mean" in line for line in log(tmp_path / "whole"))
     redness = rewards.redness
@@ -94,7 +99,9 @@ def test_flow_grpo_resumes_and_has_agsm_in_it(flow_base, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(train_flow_grpo, flow_base, tmp_path / "cut", *flags)
     monkeypatch.setattr(rewards, "redness", redness)
-    resumed = train(train_flow_grpo, flow_base, tmp_path / "cut", *flags, "--resume")
+    resumed = train(
+        train_flow_grpo, flow_base, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest"
+    )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

@@ -11,14 +11,15 @@ import train_inpo
 from common import preference
 from world.export import preferences
 
-FEW = ["--steps", "4", "--batch-size", "3", "--log-every", "1", "--eval-every", "4", "--beta", "50",
-       "--eval-per-category", "1", "--eval-steps", "2", "--save-every", "2", "--num-tokens", "2",
-       "--no-eval-at-start", "--num-negatives", "2"]  # fmt: skip
+FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "1",
+       "--validation_steps", "4", "--beta", "50", "--validation_per_category", "1",
+       "--validation_inference_steps", "2", "--checkpointing_steps", "2", "--num_tokens", "2",
+       "--no_validate_first", "--num_negatives", "2"]  # fmt: skip
 RECIPES = {"dpo": train_dpo, "inpo": train_inpo}
 
 
 def train(recipe, model, folder, *flags):
-    flags = ["--model", str(model), "--output", str(folder), *FEW, *flags]
+    flags = ["--model", str(model), "--output_dir", str(folder), *FEW, *flags]
     RECIPES[recipe].main(flags)
     found = {}
     for file in sorted(folder.glob("*/*.safetensors")) + sorted(
@@ -34,12 +35,12 @@ def same(one, other):
 
 @pytest.mark.parametrize("recipe", ["dpo", "inpo"])
 def test_a_killed_run_resumes_to_the_same_weights(recipe, epsilon_base, tmp_path, monkeypatch):
-    flags = ["--lora-rank", "2", "--agsm-weight", "0.5", "--negatives", "mixed", "--entropy", "0.7"]
+    flags = ["--rank", "2", "--agsm_weight", "0.5", "--candidates", "mixed", "--entropy", "0.7"]
     whole = train(recipe, epsilon_base, tmp_path / "whole", *flags)
     assert {name.split("/")[0] for name in whole} == {"tokens", "lora"}
     last = log(tmp_path / "whole")[-1]
     assert {"dpo/accuracy", "dpo/margin", "agsm/loss", "agsm/win_rate"} <= last.keys()
-    build, calls = preference.Student.agsm, []
+    build, calls = preference.TrainedPipeline.agsm, []
 
     def killing(self, *args):
         regularizer = build(self, *args)
@@ -54,18 +55,21 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, epsilon_base, tmp_path
         regularizer.update_ema = after
         return regularizer
 
-    monkeypatch.setattr(preference.Student, "agsm", killing)
+    monkeypatch.setattr(preference.TrainedPipeline, "agsm", killing)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, epsilon_base, tmp_path / "cut", *flags)
-    monkeypatch.setattr(preference.Student, "agsm", build)
-    assert same(whole, train(recipe, epsilon_base, tmp_path / "cut", *flags, "--resume"))
+    monkeypatch.setattr(preference.TrainedPipeline, "agsm", build)
+    assert same(
+        whole,
+        train(recipe, epsilon_base, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest"),
+    )
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
 
 
 def test_inpo_gives_agsm_noise_of_its_own(epsilon_base, tmp_path):
-    flags = ["--lora-rank", "2", "--agsm-weight", "0.5"]
+    flags = ["--rank", "2", "--agsm_weight", "0.5"]
     train("inpo", epsilon_base, tmp_path / "inverted", *flags)
-    train("inpo", epsilon_base, tmp_path / "gaussian", *flags, "--agsm-noise", "gaussian")
+    train("inpo", epsilon_base, tmp_path / "gaussian", *flags, "--agsm_noise", "gaussian")
     one, other = (log(tmp_path / name)[0] for name in ("inverted", "gaussian"))
     for key in ("dpo/loss", "dpo/margin", "dpo/error"):  # the host draws what it drew
         assert one[key] == pytest.approx(other[key], rel=1e-6)
@@ -74,11 +78,9 @@ def test_inpo_gives_agsm_noise_of_its_own(epsilon_base, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["dpo", "inpo"])
 def test_the_host_alone_draws_what_it_draws_beside_agsm(recipe, epsilon_base, tmp_path):
-    host = train(recipe, epsilon_base, tmp_path / "host", "--lora-rank", "2")
-    tiny = train(
-        recipe, epsilon_base, tmp_path / "tiny", "--lora-rank", "2", "--agsm-weight", "1e-12"
-    )
-    much = train(recipe, epsilon_base, tmp_path / "much", "--lora-rank", "2", "--agsm-weight", "5")
+    host = train(recipe, epsilon_base, tmp_path / "host", "--rank", "2")
+    tiny = train(recipe, epsilon_base, tmp_path / "tiny", "--rank", "2", "--agsm_weight", "1e-12")
+    much = train(recipe, epsilon_base, tmp_path / "much", "--rank", "2", "--agsm_weight", "5")
     hosts, others = log(tmp_path / "host"), log(tmp_path / "tiny")
     assert hosts[0]["dpo/loss"] == others[0]["dpo/loss"] != log(tmp_path / "much")[-1]["dpo/loss"]
     lora = [name for name in host if name.startswith("lora/")]
@@ -90,7 +92,14 @@ def test_the_host_alone_draws_what_it_draws_beside_agsm(recipe, epsilon_base, tm
 
 def test_dpo_on_a_flow_and_all_of_the_denoiser(flow_base, tmp_path):
     trained = train(
-        "dpo", flow_base, tmp_path / "full", "--full", "--num-tokens", "0", "--lr", "1e-3"
+        "dpo",
+        flow_base,
+        tmp_path / "full",
+        "--full",
+        "--num_tokens",
+        "0",
+        "--learning_rate",
+        "1e-3",
     )
     assert trained and all(name.startswith("transformer/") for name in trained)
     before = load_file(flow_base / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -102,14 +111,14 @@ def test_dpo_on_a_flow_and_all_of_the_denoiser(flow_base, tmp_path):
     assert last["dpo/margin"] != 0
     # The sequential way: what was tuned is a model like any other.
     train_agsm.main(
-        ["--model", str(tmp_path / "full" / "pipeline"), "--output", str(tmp_path / "next"),
+        ["--model", str(tmp_path / "full" / "pipeline"), "--output_dir", str(tmp_path / "next"),
          *[one for one in FEW if one not in ("--beta", "50")]]
     )  # fmt: skip
     assert (tmp_path / "next" / "tokens").exists()
 
 
 def test_a_tuned_lora_is_merged_before_the_next_method(flow_base, tmp_path):
-    train("dpo", flow_base, tmp_path / "dpo", "--lora-rank", "2", "--lr", "0.05")
+    train("dpo", flow_base, tmp_path / "dpo", "--rank", "2", "--learning_rate", "0.05")
     from common.pipeline import TextToImage
 
     plain = TextToImage.load(str(flow_base), torch.float32)
@@ -142,21 +151,21 @@ def _shape(model):
 
 def test_pairs_of_a_table_train_too(flow_base, tmp_path):
     preferences(6, seed=1).to_parquet(str(tmp_path / "pairs.parquet"))
-    flags = ["--data", str(tmp_path / "pairs.parquet"), "--resolution", "24", "--lora-rank", "2"]
-    train("dpo", flow_base, tmp_path / "run", *flags, "--agsm-weight", "1", "--negatives", "mixed")
+    flags = ["--data", str(tmp_path / "pairs.parquet"), "--resolution", "24", "--rank", "2"]
+    train("dpo", flow_base, tmp_path / "run", *flags, "--agsm_weight", "1", "--candidates", "mixed")
     assert log(tmp_path / "run")[-1]["agsm/loss"] > 0
 
 
 def test_what_cannot_be_trained_is_refused(flow_base, tmp_path):
     for flags, words in (
-        (["--full", "--lora-rank", "2"], "got both"),
-        (["--num-tokens", "0"], "nothing to train"),
-        (["--lora-rank", "2", "--agsm-weight", "1", "--batch-size", "1"], "expected 2 at least"),
+        (["--full", "--rank", "2"], "got both"),
+        (["--num_tokens", "0"], "nothing to train"),
+        (["--rank", "2", "--agsm_weight", "1", "--train_batch_size", "1"], "expected 2 at least"),
     ):
         with pytest.raises(ValueError, match=words):
             train("dpo", flow_base, tmp_path / "x", *flags)
     with pytest.raises(ValueError, match="Use DiffusionDPO"):
-        train("inpo", flow_base, tmp_path / "y", "--lora-rank", "2")
+        train("inpo", flow_base, tmp_path / "y", "--rank", "2")
 
 
 def test_shipped_configs_parse(recipes):

@@ -8,21 +8,22 @@ from recipe_runs import killing, log, trained
 import train_spo
 from common import rewards
 from common.images import to_model
-from common.trained import Student
+from common.trained import TrainedPipeline
 from world import task
 from world.captions import caption
 from world.prompts import scenes
 from world.render import render
 from world.reward import detector
 
-FEW = ["--steps", "3", "--batch-size", "3", "--log-every", "1", "--eval-every", "3", "--lora-rank",
-       "2", "--eval-per-category", "1", "--eval-steps", "2", "--save-every", "1", "--num-tokens",
-       "2", "--no-eval-at-start", "--num-negatives", "2", "--sampling-steps", "5", "--first-step",
-       "2", "--candidates", "2", "--threshold", "0"]  # fmt: skip
+FEW = ["--max_train_steps", "3", "--train_batch_size", "3", "--logging_steps", "1",
+       "--validation_steps", "3", "--rank", "2", "--validation_per_category", "1",
+       "--validation_inference_steps", "2", "--checkpointing_steps", "1", "--num_tokens", "2",
+       "--no_validate_first", "--num_negatives", "2", "--num_inference_steps", "5",
+       "--first_step", "2", "--num_candidates", "2", "--threshold", "0"]  # fmt: skip
 
 
 def train(model, folder, *flags):
-    train_spo.main(["--model", str(model), "--output", str(folder), *FEW, *flags])
+    train_spo.main(["--model", str(model), "--output_dir", str(folder), *FEW, *flags])
     return trained(folder)
 
 
@@ -31,21 +32,21 @@ def varied(pixels, prompts):
     return 100 * pixels.mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("images", [["data"], ["rollout"], ["data", "--agsm-batch", "5"]])
+@pytest.mark.parametrize("images", [["data"], ["rollout"], ["data", "--agsm_batch", "5"]])
 def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(task, "detector", varied)
-    flags = ["--agsm-weight", "0.5", "--negatives", "mixed", "--agsm-images", *images]
+    flags = ["--agsm_weight", "0.5", "--candidates", "mixed", "--agsm_images", *images]
     whole = train(epsilon_base, tmp_path / "whole", *flags)
     last = log(tmp_path / "whole")[-1]
     assert last["spo/pairs"] > 0 and last["spo/found"] == 2 * 3 and last["agsm/loss"] > 0
-    moved = train(epsilon_base, tmp_path / "still", *flags, "--lr", "0")
+    moved = train(epsilon_base, tmp_path / "still", *flags, "--learning_rate", "1e-30")
     assert any(not torch.equal(whole[k], moved[k]) for k in whole if k.startswith("lora/"))
     # of two scored states a step: in the third
     monkeypatch.setattr(task, "detector", killing(varied, 5))
     with pytest.raises(KeyboardInterrupt):
         train(epsilon_base, tmp_path / "cut", *flags)
     monkeypatch.setattr(task, "detector", varied)
-    resumed = train(epsilon_base, tmp_path / "cut", *flags, "--resume")
+    resumed = train(epsilon_base, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -53,26 +54,26 @@ def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path
 def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(task, "detector", varied)
     train(epsilon_base, tmp_path / "host")
-    train(epsilon_base, tmp_path / "both", "--agsm-weight", "1")
+    train(epsilon_base, tmp_path / "both", "--agsm_weight", "1")
     host, both = log(tmp_path / "host"), log(tmp_path / "both")
     assert host[0]["spo/loss"] == both[0]["spo/loss"] and "agsm/loss" not in host[0]
 
 
 def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(task, "detector", varied)
-    seen, made = [], Student.agsm_batch
+    seen, made = [], TrainedPipeline.agsm_batch
 
     def counted(self, batch, latents, *rest):
         seen.append((len(batch.captions), len(latents)))
         return made(self, batch, latents, *rest)
 
-    monkeypatch.setattr(Student, "agsm_batch", counted)
+    monkeypatch.setattr(TrainedPipeline, "agsm_batch", counted)
     train(epsilon_base, tmp_path / "host")
-    train(epsilon_base, tmp_path / "more", "--agsm-weight", "1", "--agsm-batch", "7")
+    train(epsilon_base, tmp_path / "more", "--agsm_weight", "1", "--agsm_batch", "7")
     assert seen and set(seen) == {(7, 7)}
     host, more = log(tmp_path / "host"), log(tmp_path / "more")
     assert host[0]["spo/loss"] == more[0]["spo/loss"] and more[0]["agsm/loss"] > 0
-    flags = ["--agsm-weight", "1", "--agsm-batch", "7", "--agsm-images", "rollout"]
+    flags = ["--agsm_weight", "1", "--agsm_batch", "7", "--agsm_images", "rollout"]
     with pytest.raises(ValueError, match="agsm_batch"):
         train(epsilon_base, tmp_path / "both", *flags)
 
@@ -80,7 +81,7 @@ def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeyp
 @pytest.mark.parametrize(("share", "kept"), [(0.5, 2), (0.1, 1), (1.0, 3)])
 def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, monkeypatch):
     """Of three images; a single one still has the others' captions to compete with."""
-    from agsm_loss.integrations.hosts import step as host
+    from common import trained as pipelines
 
     scored, taken = [], []
 
@@ -88,16 +89,16 @@ def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, m
         scored.append((pixels, varied(pixels, prompts)))
         return scored[-1][1]
 
-    make = host.AGSMBatch
+    make = pipelines.AGSMBatch
 
     def seen(*args, **kwargs):
         taken.append((args, kwargs))
         return make(*args, **kwargs)
 
     monkeypatch.setattr(task, "detector", scores)
-    monkeypatch.setattr(host, "AGSMBatch", seen)
-    flags = ["--agsm-weight", "1", "--agsm-images", "rollout", "--agsm-best", str(share)]
-    train(epsilon_base, tmp_path / "run", *flags, "--steps", "1", "--num-negatives", "1")
+    monkeypatch.setattr(pipelines, "AGSMBatch", seen)
+    flags = ["--agsm_weight", "1", "--agsm_images", "rollout", "--agsm_best", str(share)]
+    train(epsilon_base, tmp_path / "run", *flags, "--max_train_steps", "1", "--num_negatives", "1")
     pixels, values = scored[-1]  # of the last states, after the candidates'
     assert len(values) == 3 and len(taken) == 1
     rows = values.argsort(descending=True)[:kept].sort().values
@@ -131,7 +132,7 @@ def test_shipped_configs_parse(recipes):
     assert len(files) == 2
     for file in files:
         options = parse(train_spo.Options, "", ["--config", str(file)])
-        assert options.lora_rank == 4 and "PickScore" in options.preference
+        assert options.rank == 4 and "PickScore" in options.preference
 
 
 def test_the_detector_scores_what_it_sees():

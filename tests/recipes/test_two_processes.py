@@ -8,17 +8,19 @@ from pathlib import Path
 
 import torch
 
-FEW = ["--eval-every", "9", "--eval-per-category", "1", "--eval-steps", "1", "--no-eval-at-start",
-       "--num-tokens", "1", "--lora-rank", "1", "--num-negatives", "1", "--threads", "1",
-       "--lr", "0.01"]  # fmt: skip
-LOOP = ["--batch-size", "2", "--log-every", "1"]
-SPO = ["--sampling-steps", "3", "--first-step", "1", "--candidates", "2", "--threshold", "0"]
+FEW = ["--validation_per_category", "1", "--validation_inference_steps", "1", "--no_validate_first",
+       "--num_tokens", "1", "--rank", "1", "--num_negatives", "1",
+       "--learning_rate", "0.01"]  # fmt: skip
+LOOP = ["--validation_steps", "9", "--train_batch_size", "2", "--logging_steps", "1"]
+SPO = ["--num_inference_steps", "3", "--first_step", "1", "--num_candidates", "2",
+       "--threshold", "0"]  # fmt: skip
 
 
 def launch(model, folder, recipe, found, flags):
     script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", str(script), recipe, found, str(folder), "--model", str(model), *FEW, *flags]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", str(script), recipe, found, str(folder),
+               "--model", str(model), *FEW, *flags]  # fmt: skip
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=120, check=False
@@ -31,21 +33,25 @@ def launch(model, folder, recipe, found, flags):
 
 
 def test_spo_where_one_process_or_none_finds_a_pair(epsilon_base, tmp_path):
-    log = launch(epsilon_base, tmp_path, "train_spo", "b1nb", [*LOOP, "--steps", "4", *SPO])
+    log = launch(
+        epsilon_base, tmp_path, "train_spo", "b1nb", [*LOOP, "--max_train_steps", "4", *SPO]
+    )
     # The log is the first process's; the gradients are both's.
     assert [line["spo/pairs"] for line in log] == [2, 0, 0, 2]
     assert log[0]["grad_norm"] > 0 and log[1]["grad_norm"] > 0 and log[2]["grad_norm"] == 0
 
 
 def test_dpo_with_agsm(flow_base, tmp_path):
-    flags = [*LOOP, "--steps", "2", "--agsm-weight", "1", "--beta", "50", "--chunk-size", "3"]
+    flags = [*LOOP, "--max_train_steps", "2", "--agsm_weight", "1", "--beta", "50",
+             "--chunk_size", "3"]  # fmt: skip
     log = launch(flow_base, tmp_path, "train_dpo", "", flags)
     assert all(line["grad_norm"] > 0 and line["agsm/loss"] > 0 for line in log)
 
 
 def test_ddpo_with_agsm(epsilon_base, tmp_path):
-    flags = ["--epochs", "2", "--reward", "redness", "--sampling-batch", "4", "--sampling-batches",
-             "1", "--train-batch", "4", "--sampling-steps", "3", "--agsm-weight", "1",
-             "--agsm-batch", "2"]  # fmt: skip
+    flags = ["--num_epochs", "2", "--validation_epochs", "9", "--reward", "redness",
+             "--sample_batch_size", "4", "--sample_num_batches_per_epoch", "1",
+             "--train_batch_size", "4", "--num_inference_steps", "3", "--agsm_weight", "1",
+             "--agsm_batch", "2"]  # fmt: skip
     log = launch(epsilon_base, tmp_path, "train_ddpo", "", flags)
     assert [line["step"] for line in log] == [0, 1, 2] and log[1]["agsm/loss"] > 0
