@@ -1,8 +1,9 @@
 """Prompts -> images, in the folder layout that GenEval's evaluator reads.
 
-    python recipes/generate.py --model recipes/models/flow --prompts world:heldout:20 --output_dir runs/a
+    python recipes/generate.py --prompts world:heldout:20 --output_dir runs/a
     python recipes/generate.py --model <folder or hub id> --tokens <folder or hub id> \
-        --prompts evaluation_metadata.jsonl --num_images_per_prompt 4 --guidance_scale 4 --num_inference_steps 28
+        --prompts evaluation_metadata.jsonl --num_images_per_prompt 4 \
+        --guidance_scale 4 --num_inference_steps 28
 
 Writes NNNNN/metadata.jsonl and NNNNN/samples/0000.png, 0001.png, ... A second call goes on where
 the first was stopped. Each image has a noise of its own, given by (seed, prompt, sample): it is
@@ -30,8 +31,8 @@ class Options(Checked):
     lora: str = option("", "Folder or hub id of a LoRA that was trained with the tokens.")
     sampling: Literal["both", "negative_unconditional", "conditional_only", "off"] = option(
         "both",
-        "Tokens under guidance: the positive bank on both branches, the negative bank on the unconditional "
-        "one, the positive bank on the conditional one alone, or none.",
+        "Tokens under guidance: the positive bank in both branches, the negative bank in the "
+        "unconditional one, the positive bank in the conditional one alone, or none.",
     )
     prompts: str = option(
         "world:heldout:20",

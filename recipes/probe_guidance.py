@@ -32,9 +32,9 @@ class Options(Checked):
     model: str = option("recipes/models/flow", "Pipeline to sample: a folder.")
     against: Literal["null", "in_batch", "hard", "counts", "neighbours"] = option(
         "counts",
-        "Wrong captions: the empty one (classifier-free guidance, s = CFG - 1), another prompt's, one of "
-        "the hard negatives, one more and one fewer object (counts), or the same without a single object "
-        "(neighbours).",
+        "Wrong captions: the empty one (classifier-free guidance, s = CFG - 1), another prompt's, "
+        "one of the hard negatives, one more and one fewer object (counts), or the same without a "
+        "single object (neighbours).",
     )
     scales: str = option("0,0.5,1,2", "Scales s of the guidance, with commas between.")
     categories: str = option("counting", "Categories of the world, with commas between.")

@@ -6,9 +6,9 @@
 
 `--model` is any Stable Diffusion, SDXL, SD3 or Flux.1 pipeline, a preference-tuned one too
 (`--merge_lora` for a tuned LoRA). `--data world` (the default) renders the embedded world and
-scores validation prompts exactly; other data give a sheet of `--validation_prompts` instead. Under `--output_dir`:
-tokens/ (SavedTokens), lora/ where one was trained beside them, log.jsonl, sheets/, checkpoints/ (for
-`--resume_from_checkpoint latest`: the run goes on exactly as if it had not been stopped).
+scores validation prompts exactly; other data give a sheet of `--validation_prompts` instead.
+Under `--output_dir`: tokens/ (SavedTokens), lora/ if one was trained with them, log.jsonl, sheets/ and
+checkpoints/ (`--resume_from_checkpoint latest` continues exactly as if the run had not stopped).
 """
 
 from __future__ import annotations

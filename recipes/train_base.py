@@ -1,12 +1,13 @@
 """Trains a base text-to-image model of the world from nothing and saves a stock pipeline.
 
     python recipes/train_base.py --config recipes/configs/base_flow.yaml
-    accelerate launch recipes/train_base.py --config recipes/configs/base_flow.yaml --max_train_steps 20000
+    accelerate launch recipes/train_base.py --config recipes/configs/base_flow.yaml \
+        --max_train_steps 20000
 
 Every key of the YAML file is an option of the command line, which wins. Under `--output_dir` it
 writes log.jsonl (loss, learning rate; scores on the validation prompts with the EMA weights),
-sheets/ (samples with verdicts), checkpoints/ (for `--resume_from_checkpoint latest`: the run goes on exactly as if
-it had not been stopped) and pipeline/ (the EMA weights, by save_pretrained, in half precision, with
+sheets/ (samples with verdicts), checkpoints/ (`--resume_from_checkpoint latest` continues exactly as if
+the run had not stopped) and pipeline/ (the EMA weights, by save_pretrained, in half precision, with
 a model card).
 
 A share of the training captions can come from a careless source (the image stays): wrong count,

@@ -1,11 +1,13 @@
 """DDPO by trl on a Stable Diffusion pipeline, alone or with AGSM beside the reward.
 
     python recipes/train_ddpo.py --config recipes/configs/ddpo_epsilon.yaml --agsm_weight 1
-    accelerate launch recipes/train_ddpo.py --config recipes/configs/ddpo_sd15.yaml --data captions.parquet
+    accelerate launch recipes/train_ddpo.py --config recipes/configs/ddpo_sd15.yaml \
+        --data captions.parquet
 
-An epoch samples `--sample_num_batches_per_epoch` batches of prompts, scores the pictures by `--reward`, and trains on
-the trajectories. Prompts are the data set's captions, or the lines of `--sampling_prompts`. AGSM trains on
-the data set's pictures (`--agsm_images data`), or on the samples with the best rewards (`best`).
+An epoch samples `--sample_num_batches_per_epoch` batches of prompts, scores the pictures by `--reward`,
+and trains on the trajectories. Prompts are the data set's captions, or the lines of
+`--sampling_prompts`. AGSM trains on the data set's pictures (`--agsm_images data`), or on the samples
+with the best rewards (`best`).
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ class Options(HostOptions, PipelineOptions, ImageOptions):
     learning_rate: float = 3e-4
     reward: str = option(
         "detector",
-        "Reward: detector, jpeg_compressibility, jpeg_incompressibility, redness, or a CLIP model's folder "
-        "or hub id.",
+        "Reward: detector, jpeg_compressibility, jpeg_incompressibility, redness, or a CLIP "
+        "model's folder or hub id.",
     )
     sampling_prompts: str = option(
         "", "File of prompts to sample, one a line, in place of the data set's captions."

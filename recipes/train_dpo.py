@@ -1,7 +1,8 @@
 """Diffusion-DPO on a text-to-image pipeline, alone or with AGSM in its step.
 
     python recipes/train_dpo.py --rank 8 --agsm_weight 1000
-    accelerate launch recipes/train_dpo.py --config recipes/configs/dpo_sdxl.yaml --data pairs.parquet
+    accelerate launch recipes/train_dpo.py --config recipes/configs/dpo_sdxl.yaml \
+        --data pairs.parquet
 
 `--model`: Stable Diffusion, SDXL, SD3 or Flux.1; `--rank` or `--full`, with soft tokens beside
 (`--num_tokens 0` for none). `--data`: the embedded world, or a table with Pick-a-Pic's columns or

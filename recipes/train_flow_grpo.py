@@ -25,8 +25,8 @@ class Options(OnPolicyOptions):
     output_dir: str = "runs/flow_grpo"
     reward: str = option(
         "detector",
-        "Reward: detector, jpeg_compressibility, jpeg_incompressibility, redness, or a CLIP model's folder "
-        "or hub id.",
+        "Reward: detector, jpeg_compressibility, jpeg_incompressibility, redness, or a CLIP "
+        "model's folder or hub id.",
     )
     group: int = option(4, "Images of each caption, whose rewards are compared.", at_least=2)
     num_inference_steps: int = option(10, "Sampling steps of a trajectory.", at_least=2)

@@ -1,7 +1,8 @@
 """InPO (Diffusion-DPO at inverted noise) on a text-to-image pipeline, alone or with AGSM in its step.
 
     python recipes/train_inpo.py --rank 8 --agsm_weight 1000
-    accelerate launch recipes/train_inpo.py --config recipes/configs/inpo_sdxl.yaml --data pairs.parquet
+    accelerate launch recipes/train_inpo.py --config recipes/configs/inpo_sdxl.yaml \
+        --data pairs.parquet
 
 For eps- and v-prediction: Stable Diffusion and SDXL. The rest is as in `train_dpo.py`.
 """
@@ -17,7 +18,7 @@ from common.settings import PreferenceOptions
 
 @dataclass(frozen=True)
 class Options(PreferenceOptions):
-    """The recipe's own options; the shared ones are in common/preference.py and common/settings.py."""
+    """The recipe's own options; the shared ones are in common/settings.py."""
 
     output_dir: str = "runs/inpo"
     model: str = "recipes/models/epsilon"
@@ -27,8 +28,8 @@ class Options(PreferenceOptions):
     eta: float = option(0.1, "Noise of the inversion's steps, in units of DDIM's.", at_least=0)
     agsm_noise: Literal["inverted", "gaussian"] = option(
         "inverted",
-        "Noise of the winners in AGSM: InPO's inverted one, whose prediction is reused, or Gaussian at "
-        "timesteps of its own.",
+        "Noise of the winners in AGSM: InPO's inverted one, whose prediction is reused, or Gaussian "
+        "at timesteps of its own.",
     )
 
 

@@ -53,7 +53,8 @@ class Options(OnPolicyOptions):
     )
     agsm_batch: int = option(
         0,
-        "Images of the data set a step that AGSM trains on; 0 takes those of the rollouts' captions.",
+        "Images of the data set a step that AGSM trains on; 0 takes those of the rollouts' "
+        "captions.",
         at_least=0,
     )
 
@@ -81,8 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.agsm_batch and options.agsm_images == "rollout":
         raise ValueError(
-            f"agsm_batch: expected 0 with --agsm_images rollout, got {options.agsm_batch}: so many are sampled "
-            "as --train_batch_size says. Take --agsm_images data."
+            f"agsm_batch: expected 0 with --agsm_images rollout, got {options.agsm_batch}: so many are "
+            "sampled as --train_batch_size says. Take --agsm_images data."
         )
     accelerator = start(options)
     task = open_task(options, accelerator)

@@ -277,7 +277,7 @@ def _resume(options: LoopOptions, accelerator: Accelerator, schedule: Any) -> in
 
 
 def last_checkpoint(options: TrainingOptions, state: Accelerator | PartialState) -> Path | None:
-    """The last whole checkpoint under `options.output_dir`; those a killed run left half are removed.
+    """The last whole checkpoint under `options.output_dir`; unfinished ones are removed.
 
     Raises:
         ValueError: there is a run and `options.resume_from_checkpoint` is off.
@@ -285,7 +285,8 @@ def last_checkpoint(options: TrainingOptions, state: Accelerator | PartialState)
     found = sorted(Path(options.output_dir).glob("checkpoints/checkpoint_*"), key=_number)
     if found and not options.resume_from_checkpoint:
         raise ValueError(
-            f"{options.output_dir} holds a run; add --resume_from_checkpoint latest or choose another --output_dir"
+            f"{options.output_dir} holds a run; add --resume_from_checkpoint latest or choose another "
+            "--output_dir"
         )
     saved = [folder for folder in found if (folder / COMPLETE).exists()]
     state.wait_for_everyone()

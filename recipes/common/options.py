@@ -7,8 +7,9 @@
 
     options = parse(Options, __doc__)  # defaults, then --config FILE, then the command line
 
-transformers.HfArgumentParser makes the flags (`--max_train_steps` and `--max-train-steps` are the same).
-A class with a `SECTION` is a group of its own in --help; the fields of the others come first.
+transformers.HfArgumentParser makes the flags: `--max_train_steps` and `--max-train-steps` are the same,
+and `--full` is `--full true`. A class with a `SECTION` is a group of its own in --help; the fields of
+the other classes come first.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _LIMITS = {"above": operator.gt, "below": operator.lt,
 
 
 def option(default: Any, meaning: str, **limits: float) -> Any:
-    """A field with a default, its help text (a sentence), and limits: above, below, at_least, at_most."""
+    """A field with a default, a sentence for --help, and limits (above, below, at_least, at_most)."""
     unknown = set(limits) - set(_LIMITS)
     if unknown:
         raise TypeError(f"limits: expected some of {list(_LIMITS)}, got {sorted(unknown)}.")
@@ -57,8 +58,8 @@ def parse(kind: type[Chosen], doc: str | None, arguments: list[str] | None = Non
     The file's keys are the flags' names; they may stand in tables that are named like the sections.
 
     Raises:
-        SystemExit: unknown option, or a value of another type, outside its choices or its limits. One
-            line says so, and the exit code is 2.
+        SystemExit: an unknown option, or a value of another type or outside its choices or limits.
+            One line is printed, and the exit code is 2.
     """
     sections = _sections(kind)
     parser = _Parser(
@@ -87,7 +88,7 @@ def parse(kind: type[Chosen], doc: str | None, arguments: list[str] | None = Non
 
 
 def flags(table: Any, sections: Mapping[str, Any] | None = None) -> list[str]:
-    """The command line that says the same as a table of options; `sections` may stand in it as tables."""
+    """The command line of a table of options, some of them in tables named like `sections`."""
     if not isinstance(table, Mapping):
         raise ValueError(f"expected a table of options, got {table!r}.")
     found: list[str] = []
@@ -138,7 +139,7 @@ class _Help(ArgumentDefaultsHelpFormatter):
 
 
 def _sections(kind: type[Checked]) -> dict[str, list[str]]:
-    """Section -> its fields' names; "" is the recipe's own. A field belongs to the class that began it."""
+    """Section ("": the recipe's own) -> names of the fields that its classes were first to declare."""
     found: dict[str, list[str]] = {"": []}
     for place, one in enumerate(kind.__mro__):
         later = {

@@ -1,4 +1,4 @@
-"""The options that recipes share, a dataclass a section of --help: model, data, AGSM, training, validation.
+"""The options that recipes share, by section: model, data, AGSM, training, validation.
 
 A recipe's own options are a dataclass of those that it needs, with its own before them:
 
@@ -25,8 +25,8 @@ class ModelOptions(Checked):
     num_tokens: int = option(4, "Soft tokens to train in each layer; 0 trains none.", at_least=0)
     banks: Literal["dual", "shared", "positive_only"] = option(
         "dual",
-        "Banks of soft tokens: one for matching captions and one for wrong ones (dual), one for both "
-        "(shared), or one for matching captions alone (positive_only).",
+        "Banks of soft tokens: one for matching captions and one for wrong ones (dual), one for "
+        "both (shared), or one for matching captions alone (positive_only).",
     )
     num_layers: int = option(
         0, "Layers with soft tokens; 0 takes 5 (all, where there are fewer), -1 all.", at_least=-1
@@ -50,8 +50,8 @@ class DataOptions(Checked):
     SECTION = "data"
     data: str = option(
         "world",
-        "Data to train on: world (the embedded one, rendered), a parquet, jsonl or csv file, an image "
-        "folder, or a hub id.",
+        "Data to train on: world (the embedded one, rendered), a parquet, jsonl or csv file, an "
+        "image folder, or a hub id.",
     )
     split: str = option("train", "Split of the data set to train on.")
     caption_column: str = option("caption", "Column of the data set with the captions.")
@@ -80,13 +80,14 @@ class AGSMOptions(Checked):
     )
     neg_scale: float | None = option(
         None,
-        "gamma-: guidance in the targets of the wrong captions; 0 does not train on them. Left out, it is "
-        "0.1 where soft tokens alone are trained, and 0 with a LoRA or --full.",
+        "gamma-: guidance in the targets of the wrong captions; 0 does not train on them. Left out, "
+        "it is 0.1 where soft tokens alone are trained, and 0 with a LoRA or --full.",
         at_least=0,
     )
     negatives_train: Literal["tokens", "all"] = option(
         "tokens",
-        "What the wrong captions train where there is a LoRA or --full: the soft tokens alone, or all.",
+        "What the wrong captions train where there is a LoRA or --full: the soft tokens alone, or "
+        "all.",
     )
     temperature: float = option(
         0.1, "T of the Plackett-Luce weights; a large one makes them equal.", above=0
@@ -102,8 +103,8 @@ class AGSMOptions(Checked):
     )
     candidates: Literal["in_batch", "hard", "mixed"] = option(
         "in_batch",
-        "Where wrong captions come from: the batch (in_batch), edits of the image's own caption (hard), or "
-        "both (mixed: half are edits, rounded up).",
+        "Where wrong captions come from: the batch (in_batch), edits of the image's own caption "
+        "(hard), or both (mixed: half are edits, rounded up).",
     )
     num_negatives: int = option(3, "Wrong captions an image.", at_least=1)
     train_negatives: int = option(
@@ -143,7 +144,8 @@ class TrainingOptions(Checked):
     )
     report_to: str = option(
         "",
-        "Tracker to log to as well as log.jsonl: tensorboard, wandb, trackio or another of accelerate's.",
+        "Tracker to log to as well as log.jsonl: tensorboard, wandb, trackio or another of "
+        "accelerate's.",
     )
 
 
@@ -251,11 +253,11 @@ class PreferenceOptions(HostOptions, PipelineLoopOptions):
 
 @dataclass(frozen=True)
 class OnPolicyOptions(HostOptions, PipelineLoopOptions, ImageOptions):
-    """Options of hosts that sample for themselves; the data set gives the captions, and AGSM's images."""
+    """Options of hosts that sample for themselves, by the data set's captions."""
 
 
 def neg_scale_of(options: PipelineOptions) -> float:
-    """gamma-: as given, or 0.1 where soft tokens alone are trained and 0 where other weights are."""
+    """gamma-: as given, or 0.1 where soft tokens alone are trained and 0 otherwise."""
     if options.neg_scale is not None:
         return options.neg_scale
     return 0.0 if options.rank or options.full else 0.1

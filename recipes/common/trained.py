@@ -4,7 +4,8 @@
     pred = trained.denoiser(noisy, timesteps, conditioning, bank)     # the prepared module
     trained.validate(step); trained.save()
 
-Under `--output_dir`: tokens/ (SavedTokens), lora/, or pipeline/ where all of the denoiser was trained.
+Under `--output_dir`: tokens/ (SavedTokens), lora/, or pipeline/ where all of the denoiser was
+trained.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ class Plan:
     pairs: held-out preference pairs on which each method's implicit accuracy against the untrained
         model is measured, at `common`'s noise levels; 0: none.
     guidance_scales: of the sweep; a single one is taken as it is. per_category,
-        sweep_per_category: held-out and validation prompts a category. num_inference_steps: of both.
+        sweep_per_category: held-out and validation prompts a category.
+    num_inference_steps: sampling steps of both.
     categories: of the world that are scored, counting among them; the overall score is their mean.
     """
 

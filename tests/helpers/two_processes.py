@@ -24,7 +24,7 @@ def main():
     rank, scored, built = int(os.environ["RANK"]), [], []
 
     def score(pixels, prompts):
-        """Once a rollout (of `--num_inference_steps 3 --first_step 1`), for a pair of states a prompt."""
+        """Once a rollout (of 3 steps, pairs from step 1 on), for a pair of states a prompt."""
         kind = found[len(scored)]
         scored.append(kind)
         bright = 100 * pixels.mean((1, 2, 3))

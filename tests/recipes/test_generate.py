@@ -25,7 +25,8 @@ def files(folder):
 
 def run(model, folder, *flags):
     generate.main(["--model", str(model), "--output_dir", str(folder), "--prompts",
-                   "world:validation:1", "--num_inference_steps", "2", "--num_images_per_prompt", "2", *flags])  # fmt: skip
+                   "world:validation:1", "--num_inference_steps", "2",
+                   "--num_images_per_prompt", "2", *flags])  # fmt: skip
     return files(folder)
 
 

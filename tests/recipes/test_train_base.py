@@ -71,7 +71,8 @@ def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
     assert image.size == (24, 24)
 
     train_base.main([*arguments, "--max_train_steps", "1", "--init_from", str(whole / "pipeline"),
-                     "--learning_rate", "1e-30", "--adamw_learning_rate", "1e-30", "--output_dir", str(tmp_path / "more")])  # fmt: skip
+                     "--learning_rate", "1e-30", "--adamw_learning_rate", "1e-30",
+                     "--output_dir", str(tmp_path / "more")])  # fmt: skip
     again = weights(tmp_path / "more")
     assert all(torch.equal(one[name], again[name]) for name in one)
 
