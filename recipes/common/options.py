@@ -7,9 +7,9 @@
 
     options = parse(Options, __doc__)  # defaults, then --config FILE, then the command line
 
-transformers.HfArgumentParser makes the flags: `--max_train_steps` and `--max-train-steps` are the same,
-and `--full` is `--full true`. A class with a `SECTION` is a group of its own in --help; the fields of
-the other classes come first.
+transformers.HfArgumentParser makes the flags: `--train_batch_size` and `--train-batch-size` are the
+same, and `--full` is `--full true`. A class with a `SECTION` is a group of its own in --help; the
+fields of the other classes come first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LIMITS = {"above": operator.gt, "below": operator.lt,
 
 
 def option(default: Any, meaning: str, **limits: float) -> Any:
-    """A field with a default, a sentence for --help, and limits (above, below, at_least, at_most)."""
+    """A field: default, a sentence for --help, limits (above, below, at_least, at_most)."""
     unknown = set(limits) - set(_LIMITS)
     if unknown:
         raise TypeError(f"limits: expected some of {list(_LIMITS)}, got {sorted(unknown)}.")
@@ -79,6 +79,8 @@ def parse(kind: type[Chosen], doc: str | None, arguments: list[str] | None = Non
             of_file = parser.parse_args(flags(table or {}, sections))
         except (OSError, yaml.YAMLError, ValueError) as error:
             parser.error(" ".join(str(error).split()))
+        if of_file.config is not None:
+            parser.error("config: expected no further file in a file.")
         parser.source = ""
         given = parser.parse_args(arguments, of_file)
     try:
@@ -139,7 +141,7 @@ class _Help(ArgumentDefaultsHelpFormatter):
 
 
 def _sections(kind: type[Checked]) -> dict[str, list[str]]:
-    """Section ("": the recipe's own) -> names of the fields that its classes were first to declare."""
+    """Section ("": the recipe's own) -> the fields that its classes were first to declare."""
     found: dict[str, list[str]] = {"": []}
     for place, one in enumerate(kind.__mro__):
         later = {

@@ -80,8 +80,8 @@ class AGSMOptions(Checked):
     )
     neg_scale: float | None = option(
         None,
-        "gamma-: guidance in the targets of the wrong captions; 0 does not train on them. Left out, "
-        "it is 0.1 where soft tokens alone are trained, and 0 with a LoRA or --full.",
+        "gamma-: guidance in the targets of the wrong captions; 0 does not train on them. Left "
+        "out, it is 0.1 where soft tokens alone are trained, and 0 with a LoRA or --full.",
         at_least=0,
     )
     negatives_train: Literal["tokens", "all"] = option(

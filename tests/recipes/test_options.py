@@ -90,6 +90,7 @@ def test_underscores_and_dashes_are_the_same():
         ("training: {seed: {a: 1}}", "seed: expected one value"),
         ("- max_train_steps", "expected a table"),
         ("a: b: c", "mapping values"),
+        ("config: other.yaml", "expected no further file"),
     ],
 )
 def test_a_bad_file_is_named_with_its_key(tmp_path, text, named, capsys):

@@ -1,4 +1,4 @@
-"""The soft-token recipe: every objective, resume, other data, two processes, and what it refuses."""
+"""The soft-token recipe: objectives, resume, other data, two processes, what it refuses."""
 
 import os
 import subprocess
@@ -99,15 +99,8 @@ def test_a_lora_is_trained_beside_the_tokens_and_loads_again(any_base, tmp_path)
     lora = load_file(next((tmp_path / "run" / "lora").glob("*.safetensors")))
     assert any(bool(value.any()) for name, value in lora.items() if "lora_B" in name)  # 0 at first
     for steps in ("2", "4"):
-        train(
-            any_base,
-            tmp_path / "again",
-            *flags,
-            "--resume_from_checkpoint",
-            "latest",
-            "--max_train_steps",
-            steps,
-        )
+        more = ["--resume_from_checkpoint", "latest", "--max_train_steps", steps]
+        train(any_base, tmp_path / "again", *flags, *more)
     again = load_file(next((tmp_path / "again" / "lora").glob("*.safetensors")))
     assert lora.keys() == again.keys()
     resumed = load_file(tmp_path / "again" / "tokens" / "model.safetensors")
@@ -150,18 +143,8 @@ def test_what_makes_no_sense_is_refused(flow_base, tmp_path):
     (["--rank", "2", "--negatives_train", "all", "--neg_scale", "0"], False),
 ])  # fmt: skip
 def test_a_negative_term_on_shared_weights_is_warned_of(flow_base, tmp_path, caplog, flags, warned):
-    train_agsm.main(
-        [
-            "--model",
-            str(flow_base),
-            "--output_dir",
-            str(tmp_path),
-            *FEW,
-            "--max_train_steps",
-            "1",
-            *flags,
-        ]
-    )
+    arguments = ["--model", str(flow_base), "--output_dir", str(tmp_path), *FEW, *flags]
+    train_agsm.main([*arguments, "--max_train_steps", "1"])
     assert ("neg_scale: 0.1" in caplog.text) == warned
 
 
@@ -170,6 +153,15 @@ def test_a_negative_term_without_soft_tokens_is_refused(flow_base, tmp_path, wha
     flags = ["--model", str(flow_base), "--output_dir", str(tmp_path), "--num_tokens", "0", *what]
     with pytest.raises(ValueError, match="neg_scale: expected 0 without soft tokens"):
         train_agsm.main([*flags, "--neg_scale", "0.1", "--train_batch_size", "2"])
+
+
+@pytest.mark.parametrize(("flags", "chosen"), [([], "0.1"), (["--rank", "2"], "0"),
+                                               (["--full", "--neg_scale", "0.5"], "0.5")])  # fmt: skip
+def test_gamma_minus_goes_by_what_is_trained_and_is_printed(
+    flow_base, tmp_path, capsys, flags, chosen
+):
+    train(flow_base, tmp_path, "--max_train_steps", "1", "--train_negatives", "1", *flags)
+    assert f"neg_scale: {chosen}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [["--rank", "2"], ["--full"]])

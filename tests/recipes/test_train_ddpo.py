@@ -1,4 +1,4 @@
-"""train_ddpo.py and train_flow_grpo.py: resume, the log, either kind of image, rewards, refusals."""
+"""train_ddpo.py and train_flow_grpo.py: resume, log, either kind of image, rewards, refusals."""
 
 import pytest
 import torch
