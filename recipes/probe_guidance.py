@@ -3,9 +3,9 @@
     python recipes/probe_guidance.py --model recipes/models/flow --against neighbours
 
 AGSM's positive target points from the wrong captions' predictions to the right one's
-(tau + gamma+ (f(c) - sum_k w_k f(c_k))), so what it teaches is guidance. Here the sampler does that itself:
-f(c) + s (f(c) - mean_k f(c_k)), at several scales s, on the world's prompts. A direction that does
-not help here will not help as a target either. Prints a table and writes it with `--output`.
+(tau + gamma+ (f(c) - sum_k w_k f(c_k))), so what it teaches is guidance. Here the sampler does that
+itself: f(c) + s (f(c) - mean_k f(c_k)), at several scales s, on the world's prompts. A direction that
+does not help here will not help as a target either. Prints a table and writes it with `--output`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Options(Checked):
 def wrong_captions(
     specs: Sequence[Spec], against: str, rng: np.random.Generator
 ) -> list[list[str]]:
-    """The captions to steer away from, as many for every spec (the same one twice where there is one)."""
+    """The captions to steer away from, as many for every spec (one is taken twice if need be)."""
     from world.captions import caption, hard_negatives
 
     if against == "null":

@@ -7,8 +7,8 @@
 `--model` is any Stable Diffusion, SDXL, SD3 or Flux.1 pipeline, a preference-tuned one too
 (`--merge_lora` for a tuned LoRA). `--data world` (the default) renders the embedded world and
 scores validation prompts exactly; other data give a sheet of `--validation_prompts` instead.
-Under `--output_dir`: tokens/ (SavedTokens), lora/ if one was trained with them, log.jsonl, sheets/ and
-checkpoints/ (`--resume_from_checkpoint latest` continues exactly as if the run had not stopped).
+Under `--output_dir`: tokens/ (SavedTokens), lora/ if one was trained with them, log.jsonl, sheets/
+and checkpoints/ (`--resume_from_checkpoint latest` continues exactly as if the run had not stopped).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def make_objective(options: Options, trained: TrainedPipeline) -> Any:
     if options.objective == "softrepa":
         if options.banks != "shared":
             raise ValueError(
-                f"banks: SoftREPA has one bank; expected shared, got {options.banks}. AGSM's ablation "
-                "with two banks is --objective agsm."
+                f"banks: SoftREPA has one bank; expected shared, got {options.banks}. AGSM's "
+                "ablation with two banks is --objective agsm."
             )
         loss = SoftREPALoss(
             logit_scale=options.logit_scale,

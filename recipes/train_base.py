@@ -6,8 +6,8 @@
 
 Every key of the YAML file is an option of the command line, which wins. Under `--output_dir` it
 writes log.jsonl (loss, learning rate; scores on the validation prompts with the EMA weights),
-sheets/ (samples with verdicts), checkpoints/ (`--resume_from_checkpoint latest` continues exactly as
-if the run had not stopped) and pipeline/ (the EMA weights, by save_pretrained, in half precision,
+sheets/ (samples with verdicts), checkpoints/ (`--resume_from_checkpoint latest` continues exactly
+as if the run had not stopped) and pipeline/ (the EMA weights, by save_pretrained, in half precision,
 with a model card).
 
 A share of the training captions can come from a careless source (the image stays): wrong count,

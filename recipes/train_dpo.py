@@ -6,7 +6,7 @@
 
 `--model`: Stable Diffusion, SDXL, SD3 or Flux.1; `--rank` or `--full`, with soft tokens beside
 (`--num_tokens 0` for none). `--data`: the embedded world, or a table with Pick-a-Pic's columns or
-image_w, image_l, caption. The negatives of AGSM are the batch's other captions, edited ones, or both.
+image_w, image_l, caption. AGSM's negatives are the batch's other captions, edited ones, or both.
 """
 
 from __future__ import annotations

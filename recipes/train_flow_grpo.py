@@ -2,8 +2,8 @@
 
     python recipes/train_flow_grpo.py --rank 8 --num_tokens 0 --reward redness --agsm_weight 1
 
-Each step samples `--group` pictures for every caption of a batch, scores them by `--reward`, and follows
-the gradient of the better ones' likelihood. It shows how any loop that is not trl's has AGSM in it.
+Each step samples `--group` pictures for every caption of a batch, scores them by `--reward`, and
+follows the gradient of the better ones' likelihood. It shows how to add AGSM to a loop of your own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""InPO (Diffusion-DPO at inverted noise) on a text-to-image pipeline, alone or with AGSM in its step.
+"""InPO (Diffusion-DPO at inverted noise) on a pipeline, alone or with AGSM in its step.
 
     python recipes/train_inpo.py --rank 8 --agsm_weight 1000
     accelerate launch recipes/train_inpo.py --config recipes/configs/inpo_sdxl.yaml \
@@ -28,8 +28,8 @@ class Options(PreferenceOptions):
     eta: float = option(0.1, "Noise of the inversion's steps, in units of DDIM's.", at_least=0)
     agsm_noise: Literal["inverted", "gaussian"] = option(
         "inverted",
-        "Noise of the winners in AGSM: InPO's inverted one, whose prediction is reused, or Gaussian "
-        "at timesteps of its own.",
+        "Noise of the winners in AGSM: InPO's inverted one, whose prediction is reused, or "
+        "Gaussian at timesteps of its own.",
     )
 
 

@@ -3,12 +3,12 @@
     python recipes/train_spo.py --rank 4 --agsm_weight 30
     python recipes/train_spo.py --config recipes/configs/spo_sd15.yaml --agsm_weight 30
 
-Every batch's captions are sampled by the model itself; `--preference` scores the pictures that its next
-states lead to: "detector" (the embedded world's) or a CLIP model such as PickScore. For eps- and
-v-prediction: Stable Diffusion and SDXL. AGSM trains on `--agsm_images data` (the batch's own, where the
-data set's pictures are what the model should learn; `--agsm_batch` of them, as they cost no rollout) or
-`rollout` (those just sampled: the share `--agsm_best` of them with the best scores, beside which every
-caption of the batch competes).
+Every step, the model samples a batch's captions, and `--preference` scores what its next states lead
+to: "detector" (the embedded world's) or a CLIP model such as PickScore. For eps- and v-prediction:
+Stable Diffusion and SDXL. AGSM trains on `--agsm_images data`, the data set's images (`--agsm_batch`
+of them, as they cost no rollout), where they are what the model should learn; or on `rollout`, the
+share `--agsm_best` of the images just sampled with the best scores. The captions of all of the batch
+compete.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.agsm_batch and options.agsm_images == "rollout":
         raise ValueError(
-            f"agsm_batch: expected 0 with --agsm_images rollout, got {options.agsm_batch}: so many are "
-            "sampled as --train_batch_size says. Take --agsm_images data."
+            f"agsm_batch: expected 0 with --agsm_images rollout, got {options.agsm_batch}: "
+            "--train_batch_size says how many are sampled. Take --agsm_images data."
         )
     accelerator = start(options)
     task = open_task(options, accelerator)
@@ -91,8 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     model = trained.model
     if prediction_type(model.pipe.scheduler) == "flow":
         raise ValueError(
-            f"model: expected eps- or v-prediction, got {type(model.pipe).__name__}, a flow: SPO compares "
-            "the likelihoods of DDIM's steps. Use train_dpo.py."
+            f"model: expected eps- or v-prediction, got {type(model.pipe).__name__}, a flow: "
+            "SPO compares the likelihoods of DDIM's steps. Use train_dpo.py."
         )
     scheduler = DDIMScheduler.from_config(model.pipe.scheduler.config)
     agsm = None

@@ -1,1 +1,4 @@
-"""What the recipes share: options, the training loop, data, objectives, sampling. Nothing here knows the toy world."""
+"""What the recipes share: options, the training loop, data, objectives, sampling.
+
+Nothing here knows the toy world.
+"""

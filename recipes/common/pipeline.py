@@ -50,8 +50,8 @@ def _bytes_of(encoded: dict[str, Tensor]) -> int:
     return sum(value.nbytes for value in encoded.values())
 
 
-# Prompts a pass of the text encoders, always: the last bits of a row depend on how many share its pass, and a
-# resumed run, whose cache is empty, would have others in it.
+# Prompts a pass of the text encoders, always: the last bits of a row depend on how many share its
+# pass, and in a resumed run, whose cache is empty, others would.
 ENCODED = 8
 
 

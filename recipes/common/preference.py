@@ -1,4 +1,4 @@
-"""What `train_dpo.py` and `train_inpo.py` share: pairs in, a host's step with AGSM in it, LoRA out."""
+"""What `train_dpo.py` and `train_inpo.py` share: pairs in, a step with AGSM in it, LoRA out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from common.trained import TrainedPipeline, competitors
 
 
 class Pairs(NamedTuple):
-    """One batch for a host's step: latents, the captions' conditioning, the host's draws and AGSM's."""
+    """One batch: latents, the captions' conditioning, the generators of the host and of AGSM."""
 
     winner: Tensor
     loser: Tensor

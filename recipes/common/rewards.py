@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -63,9 +62,11 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 class PreferenceModel:
-    """PickScore (arXiv 2305.01569), or any CLIP model used like it: its logit of image and prompt."""
+    """PickScore (arXiv 2305.01569), or any CLIP model like it: its logit of image and prompt."""
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
+        from transformers import AutoModel, AutoProcessor  # slow, and it warns of torchvision
+
         self.processor: Any = AutoProcessor.from_pretrained(name)
         self.model = AutoModel.from_pretrained(name).to(device).eval().requires_grad_(False)
         self.device = device

@@ -126,10 +126,10 @@ class TrainedPipeline:
         options = self.options
         if batch_size < 2 and options.candidates == "in_batch":
             raise ValueError(
-                f"batch_size: expected 2 at least of AGSM's images, got {batch_size}: with --candidates "
-                "in_batch the other captions are the batch's, and there would be none. Take larger "
-                "batches and fewer of them (--gradient_accumulation_steps), or --candidates hard or "
-                "mixed."
+                f"batch_size: expected 2 at least of AGSM's images, got {batch_size}: with "
+                "--candidates in_batch the other captions are the batch's, and there would be none. "
+                "Take larger batches and fewer of them (--gradient_accumulation_steps), or "
+                "--candidates hard or mixed."
             )
         temperature: Any = options.temperature
         if options.entropy:
@@ -161,14 +161,14 @@ class TrainedPipeline:
             return self.parameters
         if self.tokens is None:
             raise ValueError(
-                f"neg_scale: expected 0 without soft tokens, got {neg_scale:g}: it would train the LoRA "
-                "or the denoiser towards this image for wrong captions. Take --num_tokens 4, or "
+                f"neg_scale: expected 0 without soft tokens, got {neg_scale:g}: it would train the "
+                "LoRA or the denoiser towards this image for wrong captions. Take --num_tokens 4, or "
                 "--negatives_train all to do so."
             )
         if options.gradient_checkpointing:
             raise ValueError(
-                "negatives_train: tokens: expected no --gradient_checkpointing with --neg_scale above 0 "
-                "and a LoRA or --full. Take --chunk_size, --neg_scale 0, or --negatives_train all."
+                "negatives_train: tokens: expected no --gradient_checkpointing with --neg_scale above "
+                "0 and a LoRA or --full. Take --chunk_size, --neg_scale 0, or --negatives_train all."
             )
         return None
 
@@ -188,8 +188,9 @@ class TrainedPipeline:
     ) -> AGSMBatch:
         """What AGSM trains on beside an on-policy host, noised as the options say.
 
-        latents: clean, of the batch's images or of the host's samples for its captions. kept: the rows
-        that are trained on (all of them by default); the other rows' captions still compete.
+        latents: clean, of the batch's images or of the host's samples for its captions.
+        kept: the rows that are trained on (all of them by default); the other rows' captions still
+        compete.
         """
         in_batch = self.options.num_negatives - hard_per_image(self.options)
         pool, every = competitors(batch, in_batch, generator)
@@ -208,7 +209,7 @@ class TrainedPipeline:
         )
 
     def validate(self, step: int) -> dict[str, Any]:
-        """Samples the validation prompts with psi+ and saves a sheet; their scores, if there are any."""
+        """Samples the validation prompts with ψ⁺, saves a sheet; their scores, if there are any."""
         options, task = self.options, self.task
         rows = task.validation()
         if not rows:
@@ -236,8 +237,8 @@ class TrainedPipeline:
     ) -> None:
         """Runs the shared loop (`loop.train`), with this pipeline's validation and saving.
 
-        step: the host or objective, whose `update_ema` follows each optimizer step and whose state a
-        checkpoint holds.
+        step: the host or objective; its `update_ema` follows each optimizer step, and a checkpoint
+        holds its state.
         """
         options = self.options
         assert isinstance(options, PipelineLoopOptions)
@@ -272,7 +273,7 @@ class TrainedPipeline:
 
 
 def on_policy_images(options: OnPolicyOptions, task: Task, batch_size: int | None = None) -> Any:
-    """The captions that are sampled, with AGSM's images and, where it is on, its edited captions."""
+    """The captions to sample, with AGSM's images and, where it is on, its edited captions."""
     hard = hard_per_image(options) if options.agsm_weight else 0
     return task.images(batch_size or options.train_batch_size, hard, options.image_column)
 

@@ -27,8 +27,8 @@ def implicit_accuracy(
     """Share of `number` pairs of the world's fold in which `tuned`, more than `reference`, denoises
     the winner better than the loser (`diffusion_dpo_loss`'s accuracy, arXiv 2311.12908).
 
-    Each pair has one noise and one timestep, between the shares `low` and `high` of the schedule; the
-    draws are the seed's. Tokens on `tuned` are worn as they are when sampling.
+    Each pair has one noise and one timestep, between the shares `low` and `high` of the schedule;
+    the draws are the seed's. `tuned` uses its tokens as it does when sampling.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler, right = reference.pipe.scheduler, 0.0

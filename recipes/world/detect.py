@@ -104,7 +104,7 @@ def detect(image: npt.NDArray[np.uint8]) -> list[Detection]:
 
 
 def palette_error(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """How dirty pictures (N, H, W, 3) are: the RMS distance of their pixels to the palette's nearest colour.
+    """How dirty pictures (N, H, W, 3) are: the RMS distance of pixels to the palette's nearest.
 
     (N,), in RGB units of 0 to 255. A rendered scene has 0. What `detect` reads through shows here.
     """

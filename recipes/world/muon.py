@@ -46,8 +46,8 @@ def _laid_out(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class MuonAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` on `in_blocks(model)`, `torch.optim.AdamW` on what else is trained.
 
-    lr: of Muon, with updates of AdamW's size (`adjust_lr_fn="match_rms_adamw"`, Liu et al., 2025). A
-    convolution (out, in, h, w) is the matrix (out, in * h * w) to it.
+    lr: of Muon, with updates of AdamW's size (`adjust_lr_fn="match_rms_adamw"`, Liu et al., 2025).
+    A convolution (out, in, h, w) is the matrix (out, in * h * w) to it.
 
     Raises:
         RuntimeError: torch is older than 2.9, which brought Muon.
@@ -76,7 +76,7 @@ class MuonAdamW(torch.optim.Optimizer):
             ),
             "adamw": torch.optim.AdamW(rest, lr=adamw_lr, betas=betas, weight_decay=weight_decay),
         }
-        # The weights themselves: a gradient scaler finds their gradients here, a schedule the rates.
+        # The weights: a gradient scaler finds their gradients here, a schedule the rates.
         groups = [{"params": self.taken, "lr": lr}, {"params": rest, "lr": adamw_lr}]
         super().__init__(groups, {})
 

@@ -1,4 +1,4 @@
-"""Run by test_other_libraries.py in a process of its own: compiled denoisers with tokens attached."""
+"""Run by test_other_libraries.py in its own process: compiled denoisers with tokens attached."""
 
 import torch
 from integrations_tiny import tiny

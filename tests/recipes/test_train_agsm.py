@@ -155,8 +155,10 @@ def test_a_negative_term_without_soft_tokens_is_refused(flow_base, tmp_path, wha
         train_agsm.main([*flags, "--neg_scale", "0.1", "--train_batch_size", "2"])
 
 
-@pytest.mark.parametrize(("flags", "chosen"), [([], "0.1"), (["--rank", "2"], "0"),
-                                               (["--full", "--neg_scale", "0.5"], "0.5")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [([], "0.1"), (["--rank", "2"], "0"), (["--full", "--neg_scale", "0.5"], "0.5")],
+)
 def test_gamma_minus_goes_by_what_is_trained_and_is_printed(
     flow_base, tmp_path, capsys, flags, chosen
 ):
