@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/study.py --config recipes/configs/demo.yaml
@@ -20,6 +20,9 @@ bench: $(SETUP)
 	$(BIN)/python recipes/bench_loss.py
 	$(BIN)/python recipes/bench_backbones.py
 
+docs: $(SETUP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -W error -m pdoc --docformat google --output-directory build/docs agsm_loss agsm_loss.integrations
+
 $(SETUP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -27,4 +30,4 @@ $(SETUP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv build
