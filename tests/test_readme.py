@@ -1,27 +1,139 @@
-"""The README's code runs, and is what it says it is."""
+"""The READMEs' code runs, their commands and links exist, and they stay short."""
 
 import ast
 import importlib
 import inspect
+import json
 import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
+import readme
+import torch
 
-from agsm_loss import AGSMRegularizer
-from agsm_loss.integrations.tokens.attach import AttachedTokens
-from agsm_loss.integrations.tokens.saved import SavedTokens
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-QUICKSTART = ROOT / "recipes" / "quickstart.py"
+ROOT = readme.ROOT
+RECIPES = ROOT / "recipes"
+QUICKSTART = RECIPES / "quickstart.py"
+every_readme = pytest.mark.parametrize("name", readme.NAMES)
 
 
-def test_the_quickstart_is_in_the_readme():
-    assert f"```python\n{QUICKSTART.read_text()}```" in README
+# What the blocks of a README call "yours" is made here: tiny pipelines of the stock classes, and
+# batches that fit them. The blocks run in order, in one namespace, in an empty folder.
+
+
+def loaded(kind, folder):
+    from diffusers import DiffusionPipeline
+    from pipelines_tiny import speaking_pipeline
+
+    saved = speaking_pipeline(kind, folder)
+    parts = json.loads((saved / "model_index.json").read_text())
+    absent = {name: None for name, part in parts.items() if part == [None, None]}
+    pipe = DiffusionPipeline.from_pretrained(saved, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, saved
+
+
+def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch):
+    pipe, _ = loaded("sd3", tmp_path / "sd3")
+    monkeypatch.chdir(tmp_path)
+    text = {"prompt_embeds": torch.randn(3, 6, 16), "pooled_prompt_embeds": torch.randn(3, 12)}
+    namespace = {
+        "pipe": pipe,
+        "scheduler": pipe.scheduler,
+        "optimizer": torch.optim.SGD(pipe.transformer.parameters(), 1e-3),
+        "batches": [(torch.randn(3, 4, 8, 8), ["a cat", "two cats", "a dog"], text)] * 2,
+    }
+    before = {n: p.detach().clone() for n, p in pipe.transformer.named_parameters()}
+    readme.run("README.md", namespace)
+    after = dict(pipe.transformer.named_parameters())
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert namespace["image"].size == (8, 8)
+
+
+@pytest.mark.filterwarnings("ignore:DDPOTrainer is deprecated")
+@pytest.mark.filterwarnings("ignore:.*_encode_prompt.* is deprecated")
+def test_the_blocks_of_the_integrations_run(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    from accelerate import PartialState
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from integrations_tiny import tiny
+    from trl import DDPOConfig, DefaultDDPOStableDiffusionPipeline
+
+    from agsm_loss.integrations.hosts.step import AGSMBatch
+
+    PartialState(cpu=True)  # trl logs before it has made its accelerator
+    pipe, saved = loaded("unet", tmp_path / "sd")
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.nn.Parameter(torch.randn(2, 4, 16)), "soft_tokens.pth")
+    torch.save(torch.nn.Embedding(100, 16), "soft_t_tokens.pth")
+
+    def encode(texts):
+        return pipe.encode_prompt(texts, "cpu", 1, False)[0]
+
+    def data(number):
+        latents, noise = torch.randn(2, 2, 4, 8, 8)
+        text = {"prompt_embeds": encode(["a cat", "two cats"])}
+        return AGSMBatch(latents, torch.tensor([9, 700]), noise, text, ["a cat", "two cats"])
+
+    captions = ["two red circles", "two blue cats"]
+    flow = PlainDenoiser(tiny("sd3", torch.float32).model.requires_grad_(True))
+    flow_text = {"prompt_embeds": torch.randn(4, 6, 16), "pooled_prompt_embeds": torch.randn(4, 12)}
+    latents, flow_noise = torch.randn(2, 4, 4, 8, 8)
+    times = torch.tensor([10.0, 200.0, 600.0, 900.0])
+    readme.run(
+        "integrations/README.md",
+        {
+            "pipe": pipe,
+            "scheduler": pipe.scheduler,
+            "optimizer": torch.optim.SGD(pipe.unet.parameters(), 1e-3),
+            "captions": captions,
+            "encode": encode,
+            "conditioning": {"prompt_embeds": encode(captions)},
+            "empty": {"prompt_embeds": encode(["", ""])},
+            "empty_prompt_embeds": encode([""]),
+            "timesteps": torch.tensor([100, 800]),
+            **dict(
+                zip(
+                    ("noisy", "target", "winner", "loser", "noise"),
+                    torch.randn(5, 2, 4, 8, 8),
+                    strict=True,
+                )
+            ),
+            "score": lambda latents, rows, timesteps: 9 * torch.randn(len(latents)),
+            "config": DDPOConfig(
+                num_epochs=1,
+                mixed_precision="no",
+                sample_num_steps=3,
+                sample_batch_size=4,
+                sample_num_batches_per_epoch=1,
+                train_batch_size=2,
+                project_kwargs={"project_dir": str(tmp_path)},
+            ),
+            "reward": lambda images, prompts, metadata: (images.mean((1, 2, 3)), {}),
+            "prompts": lambda: ("a cat", {}),
+            "pipeline": DefaultDDPOStableDiffusionPipeline(str(saved), use_lora=True),
+            "data": data,
+            "flow_denoiser": flow,
+            "flow_scheduler": FlowMatchEulerDiscreteScheduler(),
+            "flow_agsm": AGSMRegularizer(flow, EMA(flow.parameters()), AGSMLoss(neg_scale=0)),
+            "flow_noise": flow_noise,
+            "flow_conditioning": flow_text,
+            "flow_images": AGSMBatch(latents, times, flow_noise, flow_text, ["a", "b", "c", "d"]),
+            "denoise": lambda x, times: flow(x, times, flow_text, 0),
+            "rewards_of": lambda latents: latents.mean((1, 2, 3)),
+        },
+    )
+
+
+@pytest.mark.parametrize("name", readme.NAMES[2:])
+def test_the_blocks_of_the_recipes_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme.run(name, {})
 
 
 def test_the_quickstart_shows_a_falling_loss():
@@ -34,12 +146,91 @@ def test_the_quickstart_shows_a_falling_loss():
     assert losses[-1] < 0.5 * losses[0] and won[-1] > won[0]
 
 
-def test_the_commands_exist():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"^make (\w+)", README, re.MULTILINE)) <= targets
+# Commands, files and links.
 
 
-OURS = {"agsm": AGSMRegularizer, "attached": AttachedTokens, "saved": SavedTokens}
+@every_readme
+def test_the_make_targets_exist(name):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {one.split()[1] for one in readme.code(name) if one.startswith("make ")}
+    assert named <= targets
+
+
+@pytest.fixture(scope="module")
+def flags():
+    """Command -> the flags that its --help names, with underscores."""
+    code = "import sys, {0}; sys.argv[1:] = ['--help']; {0}.main()"
+    found = {}
+    for file in sorted(RECIPES.glob("*.py")):
+        if file == QUICKSTART:  # it has no options
+            continue
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(file.stem)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=RECIPES,
+        )
+        assert done.returncode == 0, done.stderr
+        found[file.name] = {flag.replace("-", "_") for flag in re.findall(FLAG, done.stdout)}
+    return found
+
+
+FLAG = r"(?<=--)[a-z][\w-]*"
+THEIRS = {"proportion_empty_prompts"}  # of the authors' scripts in the patch guide
+
+
+@every_readme
+def test_the_commands_and_their_flags_exist(name, flags):
+    everything = set().union(*flags.values()) | THEIRS
+    for one in readme.code(name):
+        command = re.match(r"(?:python |accelerate launch )?(?:recipes/)?(\w+\.py)\b", one)
+        launched = one.startswith(("python ", "accelerate launch "))
+        if launched:
+            assert command and (RECIPES / command[1]).is_file(), one
+        known = flags.get(command[1], set()) if command and "--" in one else everything
+        named = {flag.replace("-", "_") for flag in re.findall(FLAG, one)}
+        assert named <= known, (one, named - known)
+
+
+@every_readme
+def test_the_files_exist(name):
+    names = {file.name for file in (ROOT / "tests").rglob("*.py")}
+    for one in readme.code(name):
+        for config in re.findall(r"\b([a-z]\w*\.yaml)\b", one):
+            assert (RECIPES / "configs" / config).is_file(), one
+        for path in re.findall(r"\b(?:agsm_loss|integrations|recipes|tests)/[\w./]+\w", one):
+            assert (ROOT / path).exists(), one
+        assert not re.fullmatch(r"test_\w+\.py", one) or one in names
+
+
+@every_readme
+def test_the_links_lead_somewhere(name):
+    for link in re.findall(r"\[[^\]]*\]\(([^)\s]+)\)", readme.prose(name)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in readme.anchors(target.resolve().relative_to(ROOT).as_posix()), link
+
+
+# Length.
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert readme.text_of("README.md").count("\n") <= 200
+
+
+@every_readme
+def test_paragraphs_are_short(name):
+    assert [number for number, lines in readme.paragraphs(name) if len(lines) > 5] == []
+
+
+# The patch guide.
+
+OURS = {"agsm": AGSMRegularizer, "denoiser": TokenDenoiser}
 
 
 def added(hunk):
@@ -52,7 +243,7 @@ def added(hunk):
 
 @pytest.mark.parametrize("number", range(4))
 def test_the_patches_name_what_there_is(number):
-    block = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)[number]
+    block = readme.blocks("integrations/README.md", "diff")[number].text
     trees = [added(hunk) for hunk in block.split("@@\n")[1:]]
     names, checked = {}, 0
     for node in (one for tree in trees for one in tree.body if isinstance(one, ast.ImportFrom)):
@@ -67,11 +258,10 @@ def test_the_patches_name_what_there_is(number):
             kind = OURS[function.id]
             inspect.signature(kind.__call__).bind(None, *places, **keywords)
         elif isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name):
-            owner = OURS.get(function.value.id, names.get(function.value.id))
+            owner = OURS.get(function.value.id)
             if owner is None:
                 continue  # torch's, or the script's own
-            own = () if inspect.isclass(names.get(function.value.id)) else (None,)
-            inspect.signature(getattr(owner, function.attr)).bind(*own, *places, **keywords)
+            inspect.signature(getattr(owner, function.attr)).bind(None, *places, **keywords)
         else:
             continue
         checked += 1
