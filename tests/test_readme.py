@@ -232,6 +232,14 @@ def test_paragraphs_are_short(name):
     assert [number for number, lines in readme.paragraphs(name) if len(lines) > 5] == []
 
 
+@every_readme
+def test_every_table_has_a_caption_of_one_line(name):
+    paragraphs = dict(readme.paragraphs(name))
+    for line in readme.tables(name):
+        caption = paragraphs.get(line - 2, [])
+        assert len(caption) == 1 and caption[0].endswith("."), f"{name}:{line}"
+
+
 # The patch guide.
 
 OURS = {"agsm": AGSMRegularizer, "denoiser": TokenDenoiser}

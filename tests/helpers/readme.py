@@ -64,6 +64,12 @@ def paragraphs(name):
     return found
 
 
+def tables(name):
+    """Line number of each table's first row."""
+    lines = text_of(name).splitlines()
+    return [i for i, line in enumerate(lines, 1) if line.startswith("|") and not lines[i - 2]]
+
+
 def anchors(name):
     """The anchors of the headings, as GitHub names them."""
     headings = re.findall(r"^#+ (.+)$", prose(name), re.MULTILINE)
