@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 SETUP := .venv/.installed
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-fast lint bench docs clean
 
 demo: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/study.py --config recipes/configs/demo.yaml
 
 test: $(SETUP) lint
 	$(BIN)/python -m pytest
+
+test-fast: $(SETUP)
+	$(BIN)/python -m pytest -m "not slow"
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
