@@ -12,7 +12,8 @@ pytest.importorskip("pdoc")
 
 @pytest.mark.slow
 def test_make_docs_builds_every_public_module(tmp_path):
-    recipe = re.search(r"^docs:.*\n\t.*?(-m pdoc .*)$", (ROOT / "Makefile").read_text(), re.M)
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = re.search(r"^docs:.*\n\t.*?(-m pdoc .*)$", makefile, re.MULTILINE)
     command = [str(tmp_path) if one == "build/docs" else one for one in recipe[1].split()]
     done = subprocess.run(
         [sys.executable, "-W", "error", *command],
