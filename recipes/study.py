@@ -1,7 +1,7 @@
 """Compares ways of post-training one model: trains, sweeps the guidance scale, reports.
 
     python recipes/study.py --config recipes/configs/demo.yaml          the main job, `make demo`
-    python recipes/study.py --config recipes/configs/study_flow.yaml    the study of the README
+    python recipes/study.py --config recipes/configs/study_flow.yaml    AGSM on `flow`, three seeds
 
 Every method is trained from the same seeds on the world's train prompts, by `train_agsm.py` or by the
 recipe that it names (the base is not trained), gets the guidance scale at which it scores best on the
