@@ -142,6 +142,14 @@ def test_the_blocks_of_the_recipes_run(name, tmp_path, monkeypatch):
     readme.run(name, {})
 
 
+@as_users_run_it
+@pytest.mark.parametrize("model", ["flow", "epsilon"])
+def test_the_block_of_a_model_card_runs(model):
+    folder, namespace = RECIPES / "models" / model, {}
+    readme.run(f"recipes/models/{model}/README.md", namespace, {"this folder": str(folder)})
+    assert namespace["image"].size == (24, 24)
+
+
 def test_the_quickstart_shows_a_falling_loss():
     done = subprocess.run(
         [sys.executable, "-W", "error", QUICKSTART], capture_output=True, text=True, check=False

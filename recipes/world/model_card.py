@@ -23,9 +23,10 @@ diffusers classes, half precision. It is a test object for post-training methods
 good for nothing else.
 
 ```python
+import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("this folder")
+pipe = DiffusionPipeline.from_pretrained("this folder").to(torch.float32)
 image = pipe("three red circles", guidance_scale=1.5{arguments}).images[0]
 ```
 
