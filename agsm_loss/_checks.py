@@ -107,6 +107,16 @@ def check_positives(positives: Any, shape: Sequence[int]) -> None:
             )
 
 
+def check_one_positive(positives: Any) -> None:
+    """`positives` is None or (B,) column indices: a bool grid could mark several."""
+    if isinstance(positives, Tensor) and positives.dtype == torch.bool:
+        raise TypeError(
+            "positives: expected None (column 0) or integer column indices (B,), because "
+            "SoftREPA's loss has one positive an image; got a bool tensor. Where each row marks "
+            "one, pass positives.int().argmax(1); for several use AGSMLoss."
+        )
+
+
 def check_rows(positive: Tensor, mask: Tensor | None) -> None:
     """Every row has a candidate, and a matching one among its candidates."""
     if torch.compiler.is_compiling():

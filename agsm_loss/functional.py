@@ -419,6 +419,7 @@ def softrepa_loss(
     _checks.check_scale("logit_scale", logit_scale)
     _checks.check_temperature("temperature", temperature)
     _checks.check_scale("denoising_weight", denoising_weight)
+    _checks.check_one_positive(positives)
     positive, valid = candidate_masks(positives, mask, pred.shape[:2], pred.device)
     if mask is not None:
         pred = torch.where(_expand(valid, pred), pred, torch.zeros_like(pred))

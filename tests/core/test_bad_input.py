@@ -106,6 +106,10 @@ def test_softrepa():
             SoftREPALoss(**settings)
         with pytest.raises(ValueError, match=next(iter(settings))):
             AF.softrepa_loss(P, T, **settings)
+    several = torch.tensor([[True, True, False], [True, False, False]])
+    for loss in (SoftREPALoss(), AF.softrepa_loss):
+        with pytest.raises(TypeError, match=r"one positive an image; got a bool .*argmax\(1\)"):
+            loss(P, T, several)
 
 
 def test_adaptive_temperature():
