@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -16,6 +17,23 @@ RELATION_WORDS |= {"on": "under", "under": "on"}
 RELATION_WORDS |= {"in front of": "behind", "behind": "in front of", "left": "right"}
 RELATION_WORDS |= {"right": "left", "inside": "outside", "outside": "inside"}
 
+MOST_CHARACTERS = 10**7
+"""Of all edits of one caption together: a caption of a million characters has ten."""
+
+_TABLES = (
+    {word: NUMBERS[max(i - 1, 0) : i] + NUMBERS[i + 1 : i + 2] for i, word in enumerate(NUMBERS)},
+    {word: tuple(other for other in COLOUR_WORDS if other != word) for word in COLOUR_WORDS},
+    {word: (other,) for word, other in RELATION_WORDS.items()},
+)
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile(r"\b(?:" + "|".join(longest_first) + r")\b", re.IGNORECASE)
+
+
+_RULES = [(_any_of(table), table) for table in _TABLES]
+
 
 def edits(text: str) -> list[str]:
     """English captions one edit from `text`: count ±1, another colour, relation reversed.
@@ -23,23 +41,8 @@ def edits(text: str) -> list[str]:
     >>> edits("two red cats on a mat")[:3]
     ['three red cats on a mat', 'two green cats on a mat', 'two blue cats on a mat']
     """
-    changed: list[str] = []
-
-    def swap(match: re.Match[str], word: str) -> None:
-        changed.append(text[: match.start()] + word + text[match.end() :])
-
-    for match in _words(NUMBERS, text):
-        place = NUMBERS.index(match.group().lower())
-        for other in (place - 1, place + 1):
-            if 0 <= other < len(NUMBERS):
-                swap(match, NUMBERS[other])
-    for match in _words(COLOUR_WORDS, text):
-        for colour in COLOUR_WORDS:
-            if colour != match.group().lower():
-                swap(match, colour)
-    for match in _words(tuple(RELATION_WORDS), text):
-        swap(match, RELATION_WORDS[match.group().lower()])
-    return changed
+    most = MOST_CHARACTERS // max(1, len(text))
+    return [text[:start] + word + text[end:] for start, end, word in islice(_changes(text), most)]
 
 
 def edited(text: str, number: int, rng: np.random.Generator) -> list[str]:
@@ -48,7 +51,10 @@ def edited(text: str, number: int, rng: np.random.Generator) -> list[str]:
     return [every[i] for i in rng.permutation(len(every))[:number]]
 
 
-def _words(words: Sequence[str], text: str) -> list[re.Match[str]]:
-    longest_first = sorted(words, key=len, reverse=True)
-    pattern = r"\b(?:" + "|".join(map(re.escape, longest_first)) + r")\b"
-    return list(re.finditer(pattern, text, flags=re.IGNORECASE))
+def _changes(text: str) -> Iterator[tuple[int, int, str]]:
+    """(start, end, another word) of each edit."""
+    for pattern, table in _RULES:
+        for match in pattern.finditer(text):
+            # Letters like the long s match without being in the table.
+            for word in table.get(match.group().lower(), ()):
+                yield match.start(), match.end(), word

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from common.edits import edited, edits
+from common.edits import COLOUR_WORDS, edited, edits
 from common.images import TableBatches, open_table
 from common.task import Task
 from world.captions import caption, hard_negatives
@@ -76,6 +77,20 @@ def test_edits_change_one_word():
     drawn = edited("two red cats", 3, np.random.default_rng(0))
     assert len(set(drawn)) == 3 and set(drawn) <= set(edits("two red cats"))
     assert edited("two red cats", 0, np.random.default_rng(0)) == []
+
+
+def test_edits_of_a_long_caption_take_no_more_than_their_share():
+    text = "red " * 250_000  # a million characters, with 2.5 million edits
+    began = time.perf_counter()
+    changed = edits(text)
+    assert time.perf_counter() - began < 5
+    assert len(changed) == 10 and changed[0] == "green" + text[3:]
+    assert edits(text[:4] * 20) == [  # ordinary captions have all of theirs
+        "red " * i + f"{colour} " + "red " * (19 - i)
+        for i in range(20)
+        for colour in COLOUR_WORDS[1:]
+    ]
+    assert edits("ſix cats inſide") == []  # matches without regard to case, and is no word of ours
 
 
 def test_a_table_gives_every_row_once_an_epoch_on_every_process():
