@@ -10,9 +10,12 @@ where asked for, are captions one edit away from the image's own (`common.edits`
 from __future__ import annotations
 
 import logging
+import os
 import struct
-from collections.abc import Mapping, Sequence
+import tarfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +132,27 @@ class Rows:
             cell = cell["bytes"] or cell["path"]
         try:
             with Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell) as file:
-                upright = ImageOps.exif_transpose(file).convert("RGB")
+                upright = _in_eight_bits(ImageOps.exif_transpose(file), file.format).convert("RGB")
         except Image.DecompressionBombError as error:
             raise ValueError(str(error)) from error
         fitted = ImageOps.fit(upright, (self.size, self.size))
         return torch.from_numpy(to_model(np.asarray(fitted)[None]))[0]
+
+
+def _in_eight_bits(image: Any, kind: str) -> Any:
+    """Grey images of 16 bits or floats scaled to 0..255, where PIL would clip; others as is."""
+    from PIL import Image
+
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values, top = np.asarray(image), 1.0 if image.mode == "F" else 65535.0
+    known = image.mode != "I" or kind in ("PNG", "PPM")  # formats with at most 16 bits
+    if not known or not 0 <= values.min() <= values.max() <= top:
+        raise ValueError(
+            f"expected floats from 0 to 1, or integers of 8 or 16 bits, got mode {image.mode} with "
+            f"values from {values.min()} to {values.max()}, whose white is not known"
+        )
+    return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
 
 
 class TableBatches(Dataset[Batch]):
@@ -184,10 +203,13 @@ def one_text(cell: str | Sequence[str], rng: np.random.Generator) -> str:
     return cell if isinstance(cell, str) else cell[int(rng.integers(len(cell)))]
 
 
-def open_table(data: str, split: str) -> Any:
+def open_table(
+    data: str, split: str, *, columns: Collection[str] = ("image",), text: str = "caption"
+) -> Any:
     """Tables of one or more files ("shards/*.parquet"), a folder of them or of images, or a hub id.
 
-    .parquet, .jsonl, .csv, or .tar of webdataset (its columns are the files' endings: jpg, txt).
+    .parquet, .jsonl, .csv, or .tar of webdataset (its columns are the files' endings: jpg, txt;
+    only `text` and `columns` are read).
     """
     import glob
 
@@ -199,7 +221,7 @@ def open_table(data: str, split: str) -> Any:
         ".jsonl": "json",
         ".json": "json",
         ".csv": "csv",
-        ".tar": "webdataset",
+        ".tar": "tar",
     }
     if path.is_dir():
         pictures = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -210,5 +232,59 @@ def open_table(data: str, split: str) -> Any:
         files = [data] if path.exists() else sorted(glob.glob(data, recursive=True))
         if not files:
             raise FileNotFoundError(f"data: no file {data}")
+        if path.suffix == ".tar":
+            return _open_tars(files, {*columns, text}, text)
         return load_dataset(kinds[path.suffix], data_files={split: files}, split=split)
     return load_dataset(data, split=split)
+
+
+def _open_tars(files: Sequence[str], columns: Collection[str], text: str) -> Any:
+    """webdataset: a row a stem, a column an ending; those that are not asked for are left empty.
+
+    `datasets`' own reader decodes every file, so that one array beside the images can end a run.
+    """
+    from datasets import Dataset, Features, Value
+
+    with tarfile.open(files[0]) as tar:
+        endings = dict.fromkeys(_key_and_ending(member)[1] for member in islice(tar, 1000))
+    kinds = {name: "binary" if name in columns else "null" for name in endings if name}
+    kinds |= {text: "string"} if text in kinds else {}
+    return Dataset.from_generator(
+        _rows_of_tars,
+        features=Features({name: Value(kind) for name, kind in kinds.items()}),
+        # Sizes and times: the cache of rows is found by these arguments.
+        gen_kwargs={
+            "files": [(file, os.stat(file).st_size, os.stat(file).st_mtime) for file in files],
+            "kinds": kinds,
+        },
+    )
+
+
+def _rows_of_tars(
+    files: Sequence[tuple[str, int, float]], kinds: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
+    for file, *_ in files:
+        with tarfile.open(file) as tar:
+            named = ((member, *_key_and_ending(member)) for member in tar)
+            for _, group in groupby((one for one in named if one[2]), key=lambda one: one[1]):
+                row: dict[str, Any] = dict.fromkeys(kinds)
+                for member, _, ending in group:
+                    if kinds.get(ending, "null") != "null":
+                        content = tar.extractfile(member).read()
+                        row[ending] = _decoded(content) if kinds[ending] == "string" else content
+                yield row
+
+
+def _key_and_ending(member: tarfile.TarInfo) -> tuple[str, str]:
+    """("a/001", "seg.png") of a/001.seg.png; no ending: not a file of webdataset."""
+    folder, name = os.path.split(member.name)
+    stem, _, ending = name.partition(".")
+    return os.path.join(folder, stem), ending if stem and member.isfile() else ""
+
+
+def _decoded(content: bytes) -> str | None:
+    """None makes the row unreadable."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return None

@@ -19,6 +19,8 @@ from torch.utils.data import Dataset
 from common.edits import edited
 from common.images import Rows, one_text
 
+PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0", "image_w", "image_l")
+
 
 @dataclass(frozen=True)
 class PairBatch:

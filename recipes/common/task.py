@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from common.images import Batch, TableBatches, one_text, open_table
-from common.pairs import PairBatch, TablePairs
+from common.pairs import PAIR_COLUMNS, PairBatch, TablePairs
 from common.rewards import Score
 from common.sampling import read_prompts
 
@@ -39,17 +39,18 @@ class Task:
 
     def images(self, batch_size: int, hard: int, image: str = "image") -> Dataset[Batch]:
         """Captioned images, a batch a micro-step, with up to `hard` edited captions each."""
-        table = open_table(self.data, self.split)
+        table = open_table(self.data, self.split, columns=[image], text=self.text)
         return TableBatches(table, batch_size, hard, image=image, text=self.text, **self._rows())
 
     def pairs(self, batch_size: int, hard: int) -> Dataset[PairBatch]:
         """Preference pairs, a batch a micro-step, with up to `hard` edited captions each."""
-        table = open_table(self.data, self.split)
+        table = open_table(self.data, self.split, columns=PAIR_COLUMNS, text=self.text)
         return TablePairs(table, batch_size, hard, text=self.text, **self._rows())
 
     def caption_of(self) -> Callable[[int], str]:
         """A function from any number to a caption of the data."""
-        texts = open_table(self.data, self.split)[self.text]
+        table = open_table(self.data, self.split, columns=(), text=self.text)
+        texts = table[self.text]
         return lambda number: one_text(
             texts[number % len(texts)], np.random.default_rng(number % len(texts))
         )

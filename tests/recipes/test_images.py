@@ -85,11 +85,14 @@ def test_edits_of_a_long_caption_take_no_more_than_their_share():
     changed = edits(text)
     assert time.perf_counter() - began < 5
     assert len(changed) == 10 and changed[0] == "green" + text[3:]
-    assert edits(text[:4] * 20) == [  # ordinary captions have all of theirs
-        "red " * i + f"{colour} " + "red " * (19 - i)
-        for i in range(20)
-        for colour in COLOUR_WORDS[1:]
-    ]
+    assert (
+        edits(text[:4] * 20)
+        == [  # ordinary captions have all of theirs
+            "red " * i + f"{colour} " + "red " * (19 - i)
+            for i in range(20)
+            for colour in COLOUR_WORDS[1:]
+        ]
+    )
     assert edits("ſix cats inſide") == []  # matches without regard to case, and is no word of ours
 
 
@@ -175,6 +178,38 @@ def test_pictures_are_turned_as_their_exif_says():
     assert (red[:, 4:] > 0).all() and (blue[:, :4] > 0).all() and (red[:, :4] < 0).all()
 
 
+def saved_as(kind, values, dtype):
+    buffer = io.BytesIO()
+    Image.fromarray(np.asarray(values, dtype=dtype)).save(buffer, format=kind)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "top", "dtype"),
+    [("TIFF", 1, np.float32), ("TIFF", 65535, np.uint16), ("PNG", 65535, np.uint16)],
+)
+def test_grey_of_floats_and_of_16_bits_keeps_its_shades(kind, top, dtype):
+    shades = np.array([[0.0, 0.25], [0.5, 1.0]])
+    row = {"image": saved_as(kind, shades * top, dtype), "caption": "shades"}
+    pixels = TableBatches(Dataset.from_list([row]), 1, 0, seed=0, size=2)[0].pixels[0]
+    for channel in pixels:
+        np.testing.assert_allclose((channel.numpy() + 1) / 2, shades, atol=0.6 / 255)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype"),
+    [([[0, 255]], np.float32), ([[-1, 1]], np.float32), ([[0, np.nan]], np.float32),
+     ([[0, np.inf]], np.float32), ([[0, 70000]], np.int32)],
+)  # fmt: skip
+def test_shades_without_a_known_white_are_not_read(values, dtype, caplog):
+    rows = [{"image": png("red"), "caption": "a"} for _ in range(2)]
+    rows[1]["image"] = saved_as("TIFF", values, dtype)
+    batches = TableBatches(Dataset.from_list(rows), 2, 0, seed=0, size=8)
+    with caplog.at_level("WARNING"):
+        assert batches[0].image_ids == [0, 0]
+    assert "floats from 0 to 1, or integers of 8 or 16 bits, got mode" in caplog.text
+
+
 def test_a_table_is_shuffled_once_an_epoch(monkeypatch):
     """Also where a batch lies in two; and a run that starts late has the same order."""
     table = Dataset.from_list([{"image": png("red"), "caption": f"{i}"} for i in range(4)])
@@ -212,15 +247,61 @@ def test_files_and_folders_are_opened(tmp_path):
         assert set(batch.captions) <= set(data["caption"])
 
 
+def tar_of(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
 def test_webdataset_is_read(tmp_path):
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+    for shard in range(2):
+        files = {}
         for i in range(3):
-            for ending, content in (("png", png("red")["bytes"]), ("txt", f"text {i}".encode())):
-                info = tarfile.TarInfo(f"{i:03}.{ending}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    batches = Task(str(tmp_path / "*.tar"), text="txt", size=8).images(3, 0, image="png")
-    assert sorted(batches[0].captions) == ["text 0", "text 1", "text 2"]
+            files[f"{i:03}.png"] = png("red")["bytes"]
+            files[f"{i:03}.txt"] = f"text {shard} {i}".encode()
+        tar_of(tmp_path / f"shard{shard}.tar", files)
+    task = Task(str(tmp_path / "*.tar"), text="txt", size=8)
+    batches = task.images(6, 0, image="png")
+    assert sorted(batches[0].captions) == [f"text {s} {i}" for s in range(2) for i in range(3)]
+    assert (batches[0].pixels[:, 0] == 1).all() and (batches[0].pixels[:, 1:] == -1).all()
+    assert {task.caption_of()(i) for i in range(6)} == set(batches[0].captions)
+    with pytest.raises(ValueError, match=r"\['image'\] missing among \['png', 'txt'\]"):
+        task.images(6, 0)
+    # A shard that was written again is read again.
+    tar_of(tmp_path / "shard0.tar", {"0.png": png("blue")["bytes"], "0.txt": b"again"})
+    assert "again" in task.images(4, 0, image="png")[0].captions
+
+
+def test_pairs_of_webdataset_are_read(tmp_path):
+    files = {}
+    for i, label in enumerate(("1", "0", "0.5")):
+        files[f"{i}.jpg_0"], files[f"{i}.jpg_1"] = png("red")["bytes"], png("blue")["bytes"]
+        files |= {f"{i}.label_0": label.encode(), f"{i}.txt": b"text", f"{i}.npy": b"junk"}
+    tar_of(tmp_path / "shard.tar", files)
+    pairs = Task(str(tmp_path / "shard.tar"), text="txt", size=8).pairs(2, 0)
+    batch = pairs[0]
+    assert pairs.ties == 1 and batch.captions == ["text"] * 2
+    reds = {
+        row: winner[0].mean() > 0 for row, winner in zip(batch.image_ids, batch.winner, strict=True)
+    }
+    assert reds == {0: True, 1: False}
+
+
+@pytest.mark.parametrize("ending", ["npy", "json", "pth", "seg.png"])
+def test_files_beside_those_of_webdataset_are_not_read(ending, tmp_path):
+    """Nor is an undecodable caption more than a row that cannot be read."""
+    files = {"__index__": b"", "folder/._000.png": b"junk"}
+    for i in range(4):
+        files[f"./a.b/{i:03}.png"] = png("red")["bytes"]
+        files[f"./a.b/{i:03}.txt"] = b"\xff" if i == 2 else f"text {i}".encode()
+        if i:
+            files[f"./a.b/{i:03}.{ending}"] = b"junk"
+    tar_of(tmp_path / "shard.tar", files)
+    batches = Task(str(tmp_path / "*.tar"), text="txt", size=8).images(4, 0, image="png")
+    assert set(batches[0].captions) == {"text 0", "text 1", "text 3"}
+    assert batches.rows.unreadable == {2}
 
 
 def test_wrong_data_are_named(tmp_path):
