@@ -29,12 +29,15 @@ Nothing here unpickles arbitrary code. The released checkpoints of AGSM and Soft
 """
 
 import json
-import pickle
-from dataclasses import dataclass, field, fields
+import math
+import reprlib
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agsm_loss import SoftTokens
@@ -48,9 +51,9 @@ from agsm_loss.integrations.tokens.unet import UNetBackbone
 
 try:
     from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
 except ImportError as error:
     raise ImportError(
         "agsm_loss.integrations.tokens.saved needs huggingface_hub and safetensors: "
@@ -59,6 +62,26 @@ except ImportError as error:
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+_CONFIG_KINDS: dict[str, tuple[type, ...]] = {
+    "backbone": (str,),
+    "blocks": (list, NoneType),
+    "base_model": (str, NoneType),
+    "training": (dict,),
+    "tokens": (dict,),
+}
+_TOKEN_KINDS: dict[str, tuple[type, ...]] = {
+    "dim": (int,),
+    "num_tokens": (int,),
+    "num_layers": (int, NoneType),
+    "banks": (str,),
+    "time_buckets": (int, NoneType),
+    "num_train_timesteps": (int,),
+}
+_BANKS = ("dual", "shared", "positive_only")
+_DTYPES = {"BF16", "F16", "F32", "F64"}
+
+_SD3_TEXT_WIDTH = 4096
 
 _CARD = """---
 library_name: agsm-loss
@@ -146,19 +169,63 @@ class SavedTokens(ModelHubMixin):
         }
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **settings: Any) -> Any:
-        """Tokens from a folder or a hub id; `settings` as in `ModelHubMixin.from_pretrained`.
+    def from_pretrained(  # type: ignore[override]  # the base class takes settings of no use here
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> "SavedTokens":
+        """Tokens from a folder or a hub id; keywords as in `hf_hub_download`.
+
+        The config's sizes are compared with the weights' header before anything is allocated.
 
         Raises:
             FileNotFoundError: it holds no soft tokens.
-            ValueError: a damaged file, or tensors that its config doesn't announce.
+            ValueError: a damaged file, tensors that its config doesn't announce, or NaN in them.
         """
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, **settings)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: not a config of soft tokens ({error})."
-            ) from error
+        source = str(pretrained_model_name_or_path)
+
+        def fetch(name: str) -> Path:
+            if Path(source).is_dir():
+                path = Path(source) / name
+                if not path.is_file():
+                    raise FileNotFoundError(
+                        f"{source}: expected a folder of soft tokens with {CONFIG} and "
+                        f"{WEIGHTS}, found no {name}."
+                    )
+                return path
+            try:
+                return Path(
+                    hf_hub_download(
+                        source,
+                        name,
+                        revision=revision,
+                        cache_dir=cache_dir,
+                        force_download=force_download,
+                        local_files_only=local_files_only,
+                        token=token,
+                    )
+                )
+            except LocalEntryNotFoundError:
+                raise  # offline: nobody knows what the hub has
+            except EntryNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{source}: no {name}, so these are not soft tokens."
+                ) from error
+
+        config_path, weights_path = fetch(CONFIG), fetch(WEIGHTS)
+        config = _read_config(config_path)
+        return cls(
+            _read_tokens(config["tokens"], weights_path),
+            config["backbone"],
+            None if config["blocks"] is None else tuple(config["blocks"]),
+            config["base_model"],
+            config["training"],
+        )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         config = json.dumps(self.config(), indent=2)  # before any file is written
@@ -177,79 +244,81 @@ class SavedTokens(ModelHubMixin):
         )
         ModelCard(card).save(save_directory / "README.md")
 
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        **config: Any,
-    ) -> "SavedTokens":
-        # `config` is the mixin's reading of config.json, without its tokens; it is read below.
-        unknown = set(config) - {f.name for f in fields(cls)} - {"config"}
-        if unknown:
-            raise TypeError(f"from_pretrained: unknown arguments {sorted(unknown)}.")
 
-        def fetch(name: str) -> Path:
-            if Path(model_id).is_dir():
-                path = Path(model_id) / name
-                if not path.is_file():
-                    raise FileNotFoundError(
-                        f"{model_id}: expected a folder of soft tokens with {CONFIG} and "
-                        f"{WEIGHTS}, found no {name}."
-                    )
-                return path
-            try:
-                return Path(
-                    hf_hub_download(
-                        model_id,
-                        name,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        force_download=force_download,
-                        local_files_only=local_files_only,
-                        token=token,
-                    )
+def _read_config(path: Path) -> dict[str, Any]:
+    """The config, with the keys and types that `SavedTokens.config` writes."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a config of soft tokens ({_first_line(error)}).") from error
+    if not isinstance(config, dict) or "format_version" not in config:
+        raise ValueError(f"{path}: not a config of soft tokens (no format_version in it).")
+    if (version := config["format_version"]) != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: expected format_version {FORMAT_VERSION}, got {reprlib.repr(version)}. "
+            "Upgrade agsm-loss."
+        )
+    _check_kinds(f"{path}: ", config, _CONFIG_KINDS)
+    _check_kinds(f"{path}: tokens.", config["tokens"], _TOKEN_KINDS)
+    if unknown := sorted(set(config["tokens"]) - set(_TOKEN_KINDS)):
+        raise ValueError(f"{path}: tokens: unknown keys {reprlib.repr(unknown)}.")
+    if (banks := config["tokens"]["banks"]) not in _BANKS:
+        raise ValueError(f"{path}: tokens.banks: expected one of {_BANKS}, got {banks[:80]!r}.")
+    if not all(isinstance(block, str) for block in config["blocks"] or ()):
+        raise ValueError(f"{path}: blocks: expected names, got {reprlib.repr(config['blocks'])}.")
+    return config
+
+
+def _check_kinds(where: str, table: dict[str, Any], expected: dict[str, tuple[type, ...]]) -> None:
+    for key, kinds in expected.items():
+        value = table.get(key, ...)
+        # By type(), since a bool is an int.
+        if type(value) not in kinds or (type(value) is int and not 0 < value < 2**31):
+            names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+            got = "none" if value is ... else reprlib.repr(value)
+            raise ValueError(f"{where}{key}: expected {names}, got {got}.")
+
+
+def _read_tokens(config: dict[str, Any], weights_path: Path) -> SoftTokens:
+    expected = _shapes(**config)
+    try:
+        with safe_open(weights_path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: tuple(one.get_shape()) for name, one in slices.items()}
+            dtypes = {one.get_dtype() for one in slices.values()}
+            if expected != found or not dtypes <= _DTYPES:
+                raise ValueError(
+                    f"{weights_path}: expected tensors {expected} by its config, of "
+                    f"{sorted(_DTYPES)}, got {found} of {sorted(dtypes)}."
                 )
-            except EntryNotFoundError as error:
-                raise FileNotFoundError(
-                    f"{model_id}: no {name}, so these are not soft tokens."
-                ) from error
+            state = {name: file.get_tensor(name) for name in found}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{weights_path}: damaged or not safetensors ({error}). Copy or download it again."
+        ) from error
+    made = SoftTokens(**config)
+    made.load_state_dict(state)
+    for name, value in made.state_dict().items():
+        _check_finite(f"{weights_path}: {name}", value)
+    return made
 
-        return cls._read(fetch(CONFIG), fetch(WEIGHTS))
 
-    @classmethod
-    def _read(cls, config_path: Path, weights_path: Path) -> "SavedTokens":
-        try:
-            config = json.loads(config_path.read_text())
-            version = config["format_version"]
-            made = SoftTokens(**config["tokens"]) if version == FORMAT_VERSION else None
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{config_path}: not a config of soft tokens ({error!r}).") from error
-        if made is None:
-            raise ValueError(
-                f"{config_path}: expected format_version {FORMAT_VERSION}, got {version}. "
-                "Upgrade agsm-loss."
-            )
-        try:
-            state = load_file(weights_path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{weights_path}: damaged or not safetensors ({error}). Copy or download it again."
-            ) from error
-        expected = {n: tuple(v.shape) for n, v in made.state_dict().items()}
-        found = {n: tuple(v.shape) for n, v in state.items()}
-        if expected != found:
-            raise ValueError(
-                f"{weights_path}: expected tensors {expected} by its config, got {found}."
-            )
-        made.load_state_dict(state)
-        blocks = None if config["blocks"] is None else tuple(config["blocks"])
-        return cls(made, config["backbone"], blocks, config["base_model"], config["training"])
+def _shapes(
+    dim: int,
+    num_tokens: int,
+    num_layers: int | None,
+    banks: str,
+    time_buckets: int | None,
+    **_: Any,
+) -> dict[str, tuple[int, ...]]:
+    """Of the state of `SoftTokens`, from its arguments, and without making them."""
+    layers = () if num_layers is None else (num_layers,)
+    shapes = {"tokens": (2 if banks == "dual" else 1, *layers, num_tokens, dim)}
+    if banks == "positive_only":
+        shapes["frozen"] = (1, *layers, num_tokens, dim)
+    if time_buckets is not None:
+        shapes["time_tokens.weight"] = (time_buckets, math.prod(layers) * dim)
+    return shapes
 
 
 def import_agsm(tokens: str | Path, time_tokens: str | Path | None = None) -> SoftTokens:
@@ -267,17 +336,47 @@ def import_agsm(tokens: str | Path, time_tokens: str | Path | None = None) -> So
     return _assemble(base, time_tokens, banks="dual")
 
 
-def import_softrepa(tokens: str | Path, time_tokens: str | Path | None = None) -> SoftTokens:
+def import_softrepa(
+    tokens: str | Path,
+    time_tokens: str | Path | None = None,
+    *,
+    context_embedder: nn.Linear | None = None,
+) -> SoftTokens:
     """Released SoftREPA tokens: `dc_tokens.pth` (n, d) or (L, n, d), `dc_t_tokens.pth`; one bank.
 
+    Args:
+        tokens: path of the base tokens.
+        time_tokens: path of the time tokens, if there are any.
+        context_embedder: that of the SD3 transformer, for tokens of SoftREPA's present training
+            code. They are as wide as the text encoder's output; this frozen layer, applied
+            here, makes them as wide as the transformer.
+
     Raises:
-        ValueError: as `import_agsm`.
+        ValueError: as `import_agsm`; or tokens 4096 wide, without their `context_embedder`.
     """
     base = _load_tensor(tokens)
     if base.ndim not in (2, 3):
         raise ValueError(
             f"{tokens}: expected shape (n, d) or (L, n, d), got {tuple(base.shape)}. "
             "Two-bank tokens of AGSM are read by import_agsm."
+        )
+    if context_embedder is not None:
+        if base.shape[-1] != context_embedder.in_features:
+            raise ValueError(
+                f"{tokens}: expected tokens {context_embedder.in_features} wide for this "
+                f"context_embedder, got {base.shape[-1]}. Leave context_embedder out for tokens "
+                "that are as wide as the transformer."
+            )
+        weight, bias = (
+            None if p is None else p.detach().float().cpu()
+            for p in (context_embedder.weight, context_embedder.bias)
+        )
+        base = F.linear(base, weight, bias)
+    elif base.ndim == 3 and base.shape[-1] == _SD3_TEXT_WIDTH:
+        raise ValueError(
+            f"{tokens}: tokens of SoftREPA's present SD3 training, {_SD3_TEXT_WIDTH} wide, go "
+            "through the transformer's context_embedder first. Pass "
+            "context_embedder=pipe.transformer.context_embedder."
         )
     return _assemble(base.unsqueeze(0), time_tokens, banks="shared")
 
@@ -308,17 +407,44 @@ def _assemble(base: Tensor, time_path: str | Path | None, *, banks: Any) -> Soft
 
 def _load_tensor(path: str | Path) -> Tensor:
     """The tensor of a pickled parameter, tensor or nn.Embedding; nothing else is unpickled."""
-    try:
-        with torch.serialization.safe_globals([nn.Embedding]):
-            value = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"{path}: refused. Expected a tensor, parameter or torch.nn.Embedding saved by "
-            f"torch.save, and nothing else is unpickled ({reason})."
-        ) from error
-    if isinstance(value, nn.Embedding):
-        value = value.weight
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        try:
+            with torch.serialization.safe_globals([nn.Embedding]):
+                value = torch.load(file, map_location="cpu", weights_only=True)
+            if isinstance(value, nn.Embedding):
+                value = value.weight
+        except Exception as error:  # a damaged pickle can raise any
+            raise ValueError(
+                f"{path}: refused. Expected a tensor, parameter or torch.nn.Embedding saved by "
+                f"torch.save, and nothing else is unpickled ({type(error).__name__})."
+            ) from error
     if not isinstance(value, Tensor):
         raise ValueError(f"{path}: expected a tensor or nn.Embedding, got {type(value).__name__}.")
-    return value.detach().float()
+    if (
+        value.device.type != "cpu"
+        or value.layout != torch.strided
+        or not value.is_floating_point()
+        or not 0 < value.numel() * value.element_size() <= size  # a small storage can be expanded
+    ):
+        raise ValueError(
+            f"{path}: refused. Expected a floating-point tensor that is stored as a whole, got "
+            f"{value.dtype} {tuple(value.shape)} in {size} bytes."
+        )
+    value = value.detach().float()
+    _check_finite(str(path), value)
+    return value
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if not value.isfinite().all():
+        bad = int((~value.isfinite()).sum())
+        raise ValueError(
+            f"{name}: expected finite numbers, got {bad} of {value.numel()} that are NaN or "
+            "infinite. Their training diverged; take an earlier checkpoint."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -3,10 +3,13 @@
 import json
 import os
 import pickle
+from functools import partial
+from random import Random
 
 import pytest
 import torch
 from integrations_tiny import NAMES, tiny
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from agsm_loss import Bank, SoftTokens
@@ -104,6 +107,127 @@ def test_damaged_folders(tmp_path):
     untouched(made, load, FileNotFoundError, "found no model.safetensors")
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """Saved tokens of a UNet."""
+    tokens = SoftTokens(8, num_layers=2, time_buckets=3)
+    SavedTokens(tokens, "UNet2DConditionModel", ("mid",)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_sizes_are_compared_before_anything_is_allocated(folder, monkeypatch):
+    config = json.loads((folder / "config.json").read_text())
+    monkeypatch.setattr(torch, "randn", lambda shape: pytest.fail(f"{shape} were allocated"))
+    for changes in ({"num_tokens": 10**9}, {"dim": 2**31 - 1, "num_layers": 2**31 - 1}):
+        told = config | {"tokens": config["tokens"] | changes}
+        (folder / "config.json").write_text(json.dumps(told))
+        with pytest.raises(ValueError, match=r"model.safetensors: expected tensors .*got .*8\)"):
+            SavedTokens.from_pretrained(folder)
+    extra = {"tokens": config["tokens"] | {"std": 1.0}}
+    (folder / "config.json").write_text(json.dumps(config | extra))
+    with pytest.raises(ValueError, match=r"config.json: tokens: unknown keys .*'std'"):
+        SavedTokens.from_pretrained(folder)
+
+
+ODD = (None, True, 0, -1, 1.5, 1e9, 10**30, "dual", "", [], ["down", []], {}, {"a": 1})
+FINE = {
+    "backbone": ("dual", ""),
+    "blocks": (None, []),  # attaching checks the names
+    "base_model": (None, "dual", ""),
+    "training": ({}, {"a": 1}),
+    "tokens.banks": ("dual",),
+}
+
+
+@pytest.mark.unchecked_shapes
+@pytest.mark.parametrize("key", ["backbone", "blocks", "base_model", "training", "tokens",
+    "tokens.dim", "tokens.num_tokens", "tokens.num_layers", "tokens.banks", "tokens.time_buckets",
+    "tokens.num_train_timesteps"])  # fmt: skip
+def test_odd_configs_are_named(key, folder):
+    *parents, name = key.split(".")
+    good = (folder / "config.json").read_text()
+    for odd in (*ODD, ...):
+        config = json.loads(good)
+        table = config["tokens"] if parents else config
+        table[name] = odd
+        if odd is ...:
+            del table[name]
+        (folder / "config.json").write_text(json.dumps(config))
+        if any(odd == fine and type(odd) is type(fine) for fine in FINE.get(key, ())):
+            SavedTokens.from_pretrained(folder)
+        else:
+            with pytest.raises(ValueError, match=rf"{folder}.*\.(json|safetensors): "):
+                SavedTokens.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "[1, 2]", "null", "3", '"format_version"', "{}",
+    "[" * 10**5, "\ud800", '{"format_version": "1"}'])  # fmt: skip
+def test_configs_that_are_no_table_of_ours(text, folder):
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(
+        ValueError, match=r"config.json: (not a config of|expected format_version 1)"
+    ):
+        SavedTokens.from_pretrained(folder)
+
+
+def test_weights_that_are_no_finite_numbers(folder):
+    path = folder / "model.safetensors"
+    good = load_file(path)
+    for bad, text in (
+        (torch.nan, "tokens: expected finite numbers, got 1 of 128 that are NaN"),
+        (torch.inf, "tokens: expected finite numbers, got 1 of 128"),
+    ):
+        tokens = good["tokens"].clone()
+        tokens[1, 0, 2, 3] = bad
+        save_file(good | {"tokens": tokens}, path)
+        with pytest.raises(ValueError, match=rf"model.safetensors: {text}"):
+            SavedTokens.from_pretrained(folder)
+    for dtype in (torch.complex64, torch.int64, torch.bool):
+        save_file({name: value.to(dtype) for name, value in good.items()}, path)
+        with pytest.raises(ValueError, match=r"model.safetensors: expected .*'F32'.*got .* of \["):
+            SavedTokens.from_pretrained(folder)
+    save_file({name: value.half() for name, value in good.items()}, path)
+    tokens = SavedTokens.from_pretrained(folder).tokens
+    assert torch.equal(tokens.tokens, good["tokens"].half().float()) and tokens.tokens.requires_grad
+
+
+def mutated(data, rng):
+    """Cut, changed, shortened or lengthened at 1 to 8 places."""
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 2, 8])):
+        at, some = rng.randrange(len(data) + 1), rng.randbytes(rng.randrange(1, 20))
+        how = rng.randrange(4)
+        data[at : [None, at + len(some), at + len(some), at][how]] = [b"", some, b"", some][how]
+    return bytes(data)
+
+
+@pytest.mark.unchecked_shapes
+@pytest.mark.parametrize("kind", ["config", "safetensors", "pth", "legacy pth", "embedding"])
+@pytest.mark.filterwarnings("ignore:Defining your `__torch_function__`")
+def test_mutated_files_are_whole_or_a_value_error_with_their_name(kind, folder):
+    torch.save(torch.randn(2, 2, 4, 8), folder / "base.pth")
+    path, read = folder / "tokens.pth", import_agsm
+    if kind == "embedding":
+        torch.save(nn.Embedding(3, 16), path)
+        read = partial(import_agsm, folder / "base.pth")
+    elif "pth" in kind:
+        new = kind == "pth"
+        torch.save(torch.randn(2, 2, 4, 8), path, _use_new_zipfile_serialization=new)
+    else:
+        path = folder / {"config": "config.json", "safetensors": "model.safetensors"}[kind]
+        read = lambda path: SavedTokens.from_pretrained(path.parent)
+    whole, refused = path.read_bytes(), 0
+    read(path)
+    for seed in range(300):
+        path.write_bytes(mutated(whole, Random(seed)))
+        try:
+            read(path)
+        except ValueError as error:
+            assert str(path) in str(error), seed
+            refused += 1
+    assert refused > 150  # a changed number is not seen
+
+
 def test_the_wrong_model():
     made = tiny("sd3", torch.float32)
     for saved, text in (
@@ -172,3 +296,51 @@ def test_other_pickles_are_refused(tmp_path, monkeypatch):
     torch.save(nn.Embedding(100, 7), tmp_path / "t.pth")
     with pytest.raises(ValueError, match=r"embedding \(buckets, 16\).*\(100, 7\)"):
         import_agsm(path, tmp_path / "t.pth")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (torch.full((2, 4, 8), torch.nan), "expected finite numbers, got 64 of 64"),
+        (torch.zeros(2, 4, 8, dtype=torch.complex64), "expected a floating-point tensor"),
+        (torch.zeros(2, 4, 8, dtype=torch.long), "floating-point tensor"),
+        (torch.zeros(2, 4, 8).to_sparse(), "floating-point tensor"),
+        (torch.zeros(2, 4, 8, device="meta"), "floating-point tensor"),
+        (torch.zeros(2, 0, 8), r"floating-point tensor .* \(2, 0, 8\)"),
+        (torch.zeros(1).expand(2, 4, 10**6), "stored as a whole"),  # 32 MB in a file of 1 kB
+    ],
+)
+def test_odd_tensors_are_refused(value, text, tmp_path):
+    path = tmp_path / "soft_tokens.pth"
+    torch.save(value, path)
+    with pytest.raises(ValueError, match=rf"(?i)soft_tokens.pth: .*{text}"):
+        import_agsm(path)
+
+
+def test_a_missing_file_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="disk cache") as raised:
+        SavedTokens.from_pretrained("org/nothing", local_files_only=True, cache_dir=tmp_path)
+    assert "not soft tokens" not in str(raised.value)
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
+        import_agsm(tmp_path / "gone.pth")
+
+
+def test_softrepa_tokens_of_the_text_encoders_width(tmp_path):
+    """Its transformer: context_embedder(tokens) + time tokens, before the text of each block."""
+    path, time_path = tmp_path / "dc_tokens.pth", tmp_path / "dc_t_tokens.pth"
+    base, time, embedder = torch.randn(3, 4, 4096), nn.Embedding(100, 3 * 24), nn.Linear(4096, 24)
+    torch.save(nn.Parameter(base), path)
+    torch.save(time, time_path)
+    for given in ((path,), (path, time_path)):
+        with pytest.raises(
+            ValueError, match=r"dc_tokens\.pth: .*4096 wide, go through.*Pass context_"
+        ):
+            import_softrepa(*given)
+    tokens = import_softrepa(path, time_path, context_embedder=embedder)
+    own = tokens(torch.tensor([427]))[0]
+    for layer, part in enumerate(time(torch.tensor(42)).chunk(3)):
+        torch.testing.assert_close(own[layer], embedder(base[layer]) + part)
+    with pytest.raises(
+        ValueError, match="expected tokens 16 wide for this context_embedder, got 4096"
+    ):
+        import_softrepa(path, time_path, context_embedder=nn.Linear(16, 24))
