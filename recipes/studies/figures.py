@@ -45,17 +45,20 @@ def curves(plan: Plan, path: Path) -> None:
             steps = sorted(by_step)
             values = [by_step[step] for step in steps]
             middle = [np.mean(v) for v in values]
-            (drawn,) = axis.plot(steps, middle, marker=".", label=name)
+            (drawn,) = axis.plot(steps, middle, marker=".", label=_plain(name))
             least, most = [min(v) for v in values], [max(v) for v in values]
             axis.fill_between(steps, least, most, alpha=0.15, color=drawn.get_color())
-        axis.set(title=title, xlabel="optimizer step")
+        axis.set(title=_plain(title), xlabel="optimizer step")
         axis.grid(alpha=0.3)
     if plan.frontier:
         axis = axes[number - 1]
         for name in plan.methods:
             points = frontier(plan, name)
-            axis.plot([x for _, x, _ in points], [y for _, _, y in points], "o-", label=name)
-        axis.set(title=f"validation: overall, against {plan.frontier}", xlabel=plan.frontier)
+            axis.plot(
+                [x for _, x, _ in points], [y for _, _, y in points], "o-", label=_plain(name)
+            )
+        shown = _plain(plan.frontier)
+        axis.set(title=f"validation: overall, against {shown}", xlabel=shown)
         axis.grid(alpha=0.3)
     if axes[0].dataLim.y0 > 0:  # a policy gradient's loss has either sign
         axes[0].set_yscale("log")
@@ -96,6 +99,11 @@ def frontier(plan: Plan, method: str) -> list[tuple[int, float, float]]:
                 since = []
     means = {step: np.mean(pairs, axis=0) for step, pairs in sorted(points.items())}
     return [(step, float(x), float(y)) for step, (x, y) in means.items()]
+
+
+def _plain(text: str) -> str:
+    """Without matplotlib's formulas."""
+    return text.replace("$", r"\$")
 
 
 def _score(line: Mapping[str, Any], name: str, key: str | None = None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from world.scene import TAGS
 
 BASE = "base"
 RECIPE, AFTER = "recipe", "after"
+SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def read_plan(file: Path, output_dir: str | None = None) -> Plan:
     missing = sorted({"model", "output_dir", "methods"} - set(values))
     if missing:
         raise ValueError(f"{file}: {missing} missing")
+    _check_names(file, [BASE, *values.get("references", {}), *values["methods"]])
     for name, options in values["methods"].items():
         known = [one.name for one in fields(recipe_of(f"{file}: {name}", options).Options)]
         _refuse_unknown(f"{file}: {name}", options, [*known, RECIPE, AFTER])
@@ -84,8 +87,6 @@ def read_plan(file: Path, output_dir: str | None = None) -> Plan:
         raise ValueError(
             f"{file}: categories: expected counting and others of {TAGS}, got {categories}"
         )
-    if BASE in values["methods"] or BASE in values.get("references", {}):
-        raise ValueError(f"{file}: {BASE!r} is the name of the untrained model")
     return Plan(**{**values, "output_dir": output_dir or values["output_dir"]})
 
 
@@ -102,6 +103,30 @@ def recipe_of(where: str, options: dict[str, Any]) -> Any:
     if not issubclass(module.Options, PipelineOptions):
         raise ValueError(f"{where}: {RECIPE}: {name} does not train on a given pipeline")
     return module
+
+
+def _check_names(file: Path, names: list[Any]) -> None:
+    """Each is a folder of its own, and can be given to `--only`."""
+    owners: dict[str, str] = {}
+    for name in names:
+        if (
+            not isinstance(name, str)
+            or not re.fullmatch(r"[^/\\\0-\x1f]+", name)
+            or name.strip() in ("", ".", "..")
+            or name.startswith("-")
+        ):
+            raise ValueError(
+                f"{file}: expected a method's name that can name a folder (text without / and \\, "
+                f"not '.' or '..', not starting with '-'), got {name!r}. Rename the method."
+            )
+        folder = _folder_name(name).casefold()
+        if folder in owners:
+            told = f"; {BASE!r} is the name of the untrained model" if folder == BASE else ""
+            raise ValueError(
+                f"{file}: {owners[folder]!r} and {name!r} would share one folder{told}. "
+                "Rename a method."
+            )
+        owners[folder] = name
 
 
 def _check_order(file: Path, values: dict[str, Any]) -> None:
@@ -131,14 +156,67 @@ def _refuse_unknown(where: str, values: Collection[str], known: list[str]) -> No
         raise ValueError(f"{where}: unknown keys {unknown}; expected keys among {known}")
 
 
+def _folder_name(method: str) -> str:
+    return method.replace(" ", "_")
+
+
 def folder_of(plan: Plan, method: str, seed: int) -> Path:
-    return Path(plan.output_dir) / "runs" / method.replace(" ", "_") / f"seed_{seed}"
+    return Path(plan.output_dir) / "runs" / _folder_name(method) / f"seed_{seed}"
 
 
 def jobs_of(plan: Plan) -> list[tuple[str, int]]:
     """Seed by seed, so that a study that was stopped has whole seeds."""
     methods = [BASE, *plan.references, *plan.methods]
     return [(method, seed) for seed in plan.seeds for method in methods]
+
+
+# What says which runs there are, where they are kept and how they are shown, and not what one does.
+_NOT_OF_A_RUN = {"methods", "common", "references", "seeds", "output_dir", "baselines"}
+_NOT_OF_A_RUN |= {"title", "panels", "frontier"}
+
+
+def settings_of(plan: Plan, method: str) -> dict[str, Any]:
+    """What the result of a method's runs depends on beside the seed, as JSON gives it back."""
+    names = [one.name for one in fields(Plan) if one.name not in _NOT_OF_A_RUN]
+    settings = {name: getattr(plan, name) for name in names}
+    if method in plan.references:
+        settings["model"] = plan.references[method]
+    if method in plan.methods:
+        options = {**plan.common, **plan.methods[method]}
+        settings |= {f"options.{name}": value for name, value in options.items()}
+        if AFTER in options:
+            before = {**plan.common, **plan.methods[options[AFTER]]}
+            settings |= {f"{AFTER}.{name}": value for name, value in before.items()}
+    else:
+        del settings["pairs"]
+    return dict(json.loads(json.dumps(settings, default=str)))
+
+
+def check_settings(plan: Plan, jobs: Collection[tuple[str, int]]) -> None:
+    """No run in the plan's output was begun with other settings than the plan has now."""
+    lines, folders = [], []
+    for method, seed in jobs:
+        folder, now = folder_of(plan, method, seed), settings_of(plan, method)
+        if (folder / SETTINGS).exists():
+            kept = json.loads((folder / SETTINGS).read_text())
+            changed = [
+                f"{name}: {kept.get(name)} in the run, {now.get(name)} in the plan"
+                for name in sorted({*kept, *now})
+                if kept.get(name) != now.get(name)
+            ]
+        else:
+            begun = (folder / "result.json").exists() or (folder / "train").exists()
+            changed = [f"no {SETTINGS} tells its settings"] if begun else []
+        if changed:
+            lines.append(f"  {method}, seed {seed}: {'; '.join(changed)}")
+            folders.append(str(folder))
+    if lines:
+        raise ValueError(
+            "expected runs with the plan's settings, got others:\n"
+            + "\n".join(lines)
+            + "\nName another --output_dir, or delete what should be done again: "
+            + " ".join(folders)
+        )
 
 
 def log_of(plan: Plan, method: str, seed: int) -> list[dict[str, Any]]:

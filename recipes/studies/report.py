@@ -80,7 +80,7 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         else f"All at guidance scale (CFG) {plan.guidance_scales[0]:g}."
     )
     lines = [
-        f"# {plan.title}",
+        f"# {_plain(plan.title)}",
         "",
         (
             f"Model: `{plan.model}`. Seeds {plan.seeds}, {plan.per_category} held-out prompts a category, "
@@ -102,7 +102,7 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         cells.append(_cell([result["heldout"] for result in group], "overall"))
         for tag in plan.categories:
             cells.append(_cell([r["heldout"]["categories"][tag] for r in group], "score"))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_plain(name)} | " + " | ".join(cells) + " |")
     lines += ["", *_by_guidance(plan, by_method), *_preferences(plan, by_method)]
     lines += _differences(plan, by_method)
     lines += [*_mistakes(by_method), "", *_cleanness(plan, by_method)]
@@ -164,7 +164,7 @@ def _by_guidance(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> l
             overall = np.mean([one["overall"] for one in swept])
             counting = np.mean([one["categories"]["counting"]["score"] for one in swept])
             cells.append(f"{overall:.3f}, {counting:.3f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_plain(name)} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
@@ -186,7 +186,7 @@ def _preferences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> l
     ]
     for name in plan.methods:
         mean, half = spread([one["implicit_accuracy"] for one in by_method[name]])
-        lines.append(f"| {name} | {_told(mean, half)} |")
+        lines.append(f"| {_plain(name)} | {_told(mean, half)} |")
     return [*lines, ""]
 
 
@@ -202,8 +202,9 @@ def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> l
     counting = np.tile([row["tag"] == "counting" for row in asked], len(plan.seeds))
     lines = []
     for baseline in (BASE, *plan.baselines):
+        other = "the base" if baseline == BASE else _plain(baseline)
         lines += [
-            f"## Against {'the base' if baseline == BASE else baseline}, on the same prompts and noise",
+            f"## Against {other}, on the same prompts and noise",
             "",
             (
                 "Mean of the differences ± half of its 95 % interval over prompts (clusters of images; "
@@ -221,7 +222,8 @@ def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> l
             mean, half = paired(right[name][counting], right[baseline][counting], prompts[counting])
             ratio = right[name][counting].mean() / max(right[baseline][counting].mean(), 1e-9)
             lines.append(
-                f"| {name} | {all_mean:+.3f} ± {all_half:.3f} | {mean:+.3f} ± {half:.3f} | {ratio:.2f} |"
+                f"| {_plain(name)} | {all_mean:+.3f} ± {all_half:.3f} | "
+                f"{mean:+.3f} ± {half:.3f} | {ratio:.2f} |"
             )
         lines.append("")
     return lines
@@ -240,7 +242,7 @@ def _mistakes(by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
             f"{np.mean([one[key] for one in counting]):.3f}"
             for key in ("over", "under", "count_error")
         ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_plain(name)} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -259,7 +261,7 @@ def _cleanness(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> lis
     ]
     for name, group in by_method.items():
         errors = [palette_error(images_of(plan, name, r["seed"])).mean() for r in group]
-        lines.append(f"| {name} | {_told(*spread(errors), digits=2)} |")
+        lines.append(f"| {_plain(name)} | {_told(*spread(errors), digits=2)} |")
     return [*lines, ""]
 
 
@@ -268,7 +270,7 @@ def _final_metrics(plan: Plan) -> list[str]:
     if not plan.panels:
         return []
     lines = [
-        "| at the end of training | " + " | ".join(plan.panels) + " |",
+        "| at the end of training | " + " | ".join(map(_plain, plan.panels)) + " |",
         "| --- |" + " --- |" * len(plan.panels),
     ]
     for name in plan.methods:
@@ -278,15 +280,16 @@ def _final_metrics(plan: Plan) -> list[str]:
             last = [[line[metric] for line in log if metric in line][-1:] for log in logs]
             values = [value for one in last for value in one]
             cells.append(_told(*spread(values)) if values else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_plain(name)} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
 
 def _frontier_table(plan: Plan) -> list[str]:
     if not plan.frontier:
         return []
+    shown = _plain(plan.frontier)
     lines = [
-        f"Validation score (overall) beside {plan.frontier}, its mean since the validation before:",
+        f"Validation score (overall) beside {shown}, its mean since the validation before:",
         "",
     ]
     by_method = {name: frontier(plan, name) for name in plan.methods}
@@ -295,12 +298,17 @@ def _frontier_table(plan: Plan) -> list[str]:
     lines += ["| --- |" + " --- |" * len(steps)]
     for name, points in by_method.items():
         at = {step: f"{y:.3f} at {x:.3f}" for step, x, y in points}
-        lines.append(f"| {name} | " + " | ".join(at.get(step, "") for step in steps) + " |")
+        lines.append(f"| {_plain(name)} | " + " | ".join(at.get(step, "") for step in steps) + " |")
     return [*lines, ""]
 
 
+def _plain(text: str) -> str:
+    """For Markdown's text and table cells: no HTML, no other column, no other line."""
+    return " ".join(text.split()).replace("<", "&lt;").replace("|", "&#124;")
+
+
 def _html(title: str, text: str) -> str:
-    body = MarkdownIt().enable("table").render(text)
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     style = (
         "body{font:15px/1.5 sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}"
         "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .6em}"

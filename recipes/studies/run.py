@@ -18,7 +18,17 @@ from common.options import flags
 from common.pipeline import TextToImage
 from common.sampling import sample
 from studies.accuracy import implicit_accuracy
-from studies.plan import AFTER, RECIPE, Plan, folder_of, jobs_of, recipe_of
+from studies.plan import (
+    AFTER,
+    RECIPE,
+    SETTINGS,
+    Plan,
+    check_settings,
+    folder_of,
+    jobs_of,
+    recipe_of,
+    settings_of,
+)
 from world.models import pipeline_arguments
 from world.summary import summarize_with_intervals
 from world.verdicts import verdicts
@@ -28,8 +38,7 @@ STUDY = Path(__file__).parents[1] / "study.py"
 
 def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
     """Trains, sweeps and scores one method with one seed; the result is also saved."""
-    folder = folder_of(plan, method, seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = begin(plan, method, seed)
     source, extras, seconds = Path(plan.references.get(method, plan.model)), ("", ""), 0.0
     options: dict[str, Any] = {}
     if method in plan.methods:
@@ -90,16 +99,31 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         base = TextToImage.load(plan.model, torch.float32, arguments=pipeline_arguments)
         found = implicit_accuracy(model, base, plan.pairs, fold="heldout", seed=seed, **shares)
         result["implicit_accuracy"] = found
-    part = folder / "result.part"
-    part.write_text(json.dumps(result) + "\n")
-    part.rename(folder / "result.json")
+    _write(folder / "result.json", result)
     return result
+
+
+def begin(plan: Plan, method: str, seed: int) -> Path:
+    """The run's folder, with the settings that its result will be of."""
+    check_settings(plan, [(method, seed)])
+    folder = folder_of(plan, method, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / SETTINGS, settings_of(plan, method))
+    return folder
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    """The file is whole or not there."""
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content) + "\n")
+    part.rename(file)
 
 
 def run_all(config: Path, plan: Plan, jobs: int) -> None:
     """Every (method, seed) that has no result yet, `jobs` of them side by side."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    check_settings(plan, jobs_of(plan))
     todo = [one for one in jobs_of(plan) if not (folder_of(plan, *one) / "result.json").exists()]
     started: dict[tuple[str, int], Future[None]] = {}
 

@@ -1,7 +1,9 @@
 """A study: plans, what a run leaves behind, going on, intervals, the report."""
 
+import html
 import json
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -173,6 +175,15 @@ def _in_process(command):
         ({"methods": {"AGSM": {"lrate": 1}}}, "AGSM: unknown keys .'lrate'"),
         ({"common": {"lrate": 1}}, "common"),
         ({"methods": {"base": {}}}, "untrained"),
+        ({"methods": {"A": {}}, "references": {"Base": "m"}}, "untrained"),
+        ({"methods": {"A": {}}, "references": {"A": "m"}}, "'A' and 'A' would share one folder"),
+        ({"methods": {"A b": {}, "A_b": {}}}, "'A b' and 'A_b' would share one folder"),
+        ({"methods": {"agsm": {}, "AGSM": {}}}, "share one folder"),
+        *(
+            ({"methods": {name: {}}}, "name that can name a folder .* got")
+            for name in ("../../x", "/x", "a/b", "a\\b", "..", ".", "", " ", "a\nb", "a\0", "-x", 3)
+        ),
+        ({"references": {"../x": "m"}}, "name that can name a folder"),
         ({"methods": {"D": {"recipe": "train_foo"}}}, "D: recipe: expected one of"),
         ({"methods": {"D": {"recipe": "train_base"}}}, "does not train on a given pipeline"),
         ({"methods": {"D": {"beta": 5.0}}}, "D: unknown keys .'beta'"),
@@ -190,6 +201,96 @@ def test_a_wrong_plan_is_named(tmp_path, changes, named):
     (tmp_path / "short.yaml").write_text("model: m\n")
     with pytest.raises(ValueError, match="methods"):
         read_plan(tmp_path / "short.yaml")
+
+
+def test_a_changed_plan_does_not_take_over_old_results(tmp_path):
+    dpo = {"recipe": "train_dpo", "full": True, "num_tokens": 0, "learning_rate": 0.1}
+    methods = {"DPO": dpo, "then": {"after": "DPO"}, "AGSM": {"learning_rate": 0.01}}
+
+    def changed(**changes):
+        run.check_settings(plan := read_plan(plan_file(tmp_path, "m", **changes)), jobs_of(plan))
+
+    plan = read_plan(plan_file(tmp_path, "m", methods=methods, references={"R": "r"}))
+    run.check_settings(plan, jobs_of(plan))  # nothing is done yet
+    for method, seed in jobs_of(plan):
+        run.begin(plan, method, seed)
+    kept = {"methods": methods, "references": {"R": "r"}}
+    changed(**kept)
+    changed(**kept, title="T", seeds=[0, 1, 2], panels={"loss": "loss"}, baselines=["DPO"])
+    changed(methods={"AGSM": {"learning_rate": 0.01}, "new": {}})
+    changed(**kept, pairs=0)
+
+    def told(*lines, **changes):
+        with pytest.raises(ValueError) as raised:
+            changed(**kept | changes)
+        text = str(raised.value)
+        assert "Name another --output_dir, or delete" in text
+        assert text.count("seed 0: ") == len(lines), text
+        assert all(f"  {line}" in text for line in lines), text
+        assert str(folder_of(plan, lines[0].split(",")[0], 0)) in text
+
+    told(
+        "AGSM, seed 0: options.learning_rate: 0.01 in the run, 0.02 in the plan",
+        methods=methods | {"AGSM": {"learning_rate": 0.02}},
+    )
+    told(
+        "DPO, seed 0: options.learning_rate: 0.1 in the run, 0.2",
+        "then, seed 0: after.learning_rate: 0.1 in the run, 0.2",
+        methods=methods | {"DPO": dpo | {"learning_rate": 0.2}},
+    )
+    told("R, seed 0: model: r in the run, q in the plan", references={"R": "q"})
+    told("DPO, seed 0: pairs", "then, seed 0: pairs", "AGSM, seed 0: pairs", pairs=5)
+    names = ("base", "R", "DPO", "then", "AGSM")
+    told(*(f"{name}, seed 0: per_category: 2 in the run, 3" for name in names), per_category=3)
+    for left in ("result.json", "train"):  # of a study that kept no settings
+        folder = folder_of(plan, "AGSM", 0)
+        (folder / "settings.json").unlink(missing_ok=True)
+        (folder / left).mkdir()
+        told("AGSM, seed 0: no settings.json")
+        (folder / left).rmdir()
+
+
+def test_a_study_refuses_before_it_runs_anything(tmp_path, monkeypatch):
+    file = plan_file(tmp_path, "m")
+    plan = read_plan(file)
+    (folder_of(plan, "AGSM", 1) / "train").mkdir(parents=True)
+    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: pytest.fail("a run was begun"))
+    for more in ([], ["--only", "AGSM", "--seed", "1"]):
+        with pytest.raises(ValueError, match=r"AGSM, seed 1: no settings\.json"):
+            study.main(["--config", str(file), *more])
+
+
+@pytest.mark.parametrize(
+    "name", ["<b>x</b>", "a | b", "<script>alert(1)</script>", "a $ b $\\foo$"]
+)
+def test_titles_and_names_are_text_in_every_report(name, tmp_path, monkeypatch):
+    plan = Plan(
+        "<i>m</i>", str(tmp_path), {name: {}}, per_category=1, guidance_scales=[1.0],
+        categories=["counting"],
+        title=f"{name}\n# two", baselines=[name], panels={name: "loss"}, frontier="reward",
+    )  # fmt: skip
+    score = {"overall": 0.5, "score": 0.5, "low": 0.4, "high": 0.6}
+    counting = score | {"over": 0.5, "under": 0.0, "count_error": 0.5}
+    result = {"cfg": 1.0, "heldout": score | {"categories": {"counting": counting}}, "correct": [1]}
+    results = [{"method": method, "seed": 0, **result} for method in ("base", name)]
+    log = [{"step": 1, "loss": 1.0, "reward": 1.0}, {"step": 1, "scores": score | {"categories": {
+        "counting": counting}}}]  # fmt: skip
+    for module in (report, figures):
+        monkeypatch.setattr(module, "log_of", lambda *_: log)
+    monkeypatch.setattr(report, "images_of", lambda *_: np.zeros((1, 8, 8, 3), np.uint8))
+    text = report.markdown(plan, results, tmp_path / "plan.yaml", 0.0)
+    page = report._html(plan.title, text)
+    body = page.split("<body>")[1]
+    assert "<script" not in page and "<b>" not in body and "<i>" not in body
+    assert body.count("<h1>") == 1 and html.escape(name) in body
+    tables = [part.split("</table>")[0] for part in body.split("<table>")[1:]]
+    assert sum(html.escape(name) in table for table in tables) == 6
+    assert all(
+        len(line.split("|")) == len(head.split("|"))
+        for head, line in pairwise(text.splitlines())
+        if head.startswith("|") and line.startswith("|")
+    )
+    figures.curves(plan, tmp_path / "curves.png")
 
 
 def test_shipped_plans_are_read(recipes):
