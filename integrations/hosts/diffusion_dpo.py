@@ -1,13 +1,31 @@
-"""Diffusion-DPO (arXiv 2311.12908), alone or with AGSM in its step.
+"""Diffusion-DPO (arXiv 2311.12908), alone or with AGSM as a term.
 
-    step = DiffusionDPO(denoiser, scheduler, reference=lambda: adapters_off(unet), agsm=agsm)
-    loss, metrics = step(winner, loser, conditioning, timesteps, noise, captions=captions)
-    loss.backward(); optimizer.step(); step.update_ema()
+Trains on pairs of images of one caption, of which people preferred the winner to the loser. AGSM
+runs on the winner under its own caption, at the host's x_t, t and target, and uses the host's own
+prediction. The negatives are the batch's other captions, or edited ones.
 
-AGSM (`AGSMRegularizer`, whose `weight` is λ) runs on the winner under its own caption, at the
-host's x_t, t and target, and takes the host's own prediction. The negatives are the batch's other
-captions, or edited ones. The winner's term trains all that the host trains; the negatives train the
-soft tokens (`negatives_train`), and nothing else trains ψ⁻.
+All of the model is trained here; its reference is a copy of how it began:
+
+>>> import torch
+>>> from diffusers import DDPMScheduler
+>>> from torch import nn
+>>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+>>> from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
+>>> layer = nn.Linear(4 + 3, 4)
+>>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
+...     return layer(torch.cat([noisy, text], dim=1))
+>>> start = EMA(layer.parameters(), decay=1.0)
+>>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0), weight=1000)
+>>> step = DiffusionDPO(denoiser, DDPMScheduler(), reference=start.applied, agsm=agsm)
+>>> winner, loser, noise = torch.randn(3, 2, 4)
+>>> text, timesteps = torch.randn(2, 3), torch.tensor([10, 900])
+>>> loss, metrics = step(winner, loser, text, timesteps, noise, captions=["a dog", "a cat"])
+>>> loss.backward()  # then optimizer.step() and
+>>> step.update_ema()
+>>> metrics["dpo/loss"]  # log 2: the model is still its reference
+tensor(0.6931)
+
+For a LoRA on a diffusers model, `reference=lambda: adapters_off(unet)` (of `step`).
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -25,7 +43,7 @@ from agsm_loss.integrations.denoisers import no_grad_pass
 from agsm_loss.integrations.hosts.step import (
     AGSMBatch,
     Host,
-    agsm_on,
+    added,
     bank_of,
     first_rows_twice,
 )
@@ -35,14 +53,16 @@ LossType = Literal["sigmoid", "hinge", "ipo"]
 
 
 class PreferenceTerms(NamedTuple):
-    """What `diffusion_dpo_loss` makes of B pairs; all but `loss` are detached.
+    """The result of `diffusion_dpo_loss` for B pairs; all but `loss` are detached.
+
+    With m and f the mean squared errors of the model and of the reference, on winner w and loser l:
 
     Attributes:
-        loss: mean over the pairs.
-        margin: half of how much more the model prefers the winner than the reference does,
-            ½((m_l − m_w) − (f_l − f_w)), with m and f the mean squared errors of both.
-        accuracy: "implicit accuracy", the share of pairs with a positive margin.
-        error: the model's mean squared error over winners and losers.
+        loss: mean over the pairs, a scalar.
+        margin: d = ½((m_l − m_w) − (f_l − f_w)), (B,): above 0 where the model prefers the winner
+            more than the reference does.
+        accuracy: "implicit accuracy", the share of pairs with a margin above 0, a scalar.
+        error: the mean of m over winners and losers, a scalar.
     """
 
     loss: Float[Tensor, ""]
@@ -58,21 +78,28 @@ def diffusion_dpo_loss(
     beta: float = 5000.0,
     loss_type: LossType = "sigmoid",
 ) -> PreferenceTerms:
-    """Eq. 14 of arXiv 2311.12908, and its siblings, on B pairs (N = 2B).
+    """Diffusion-DPO's loss on B pairs (N = 2B): eq. 14 of arXiv 2311.12908, and two others.
 
-    With the margin d of `PreferenceTerms`: sigmoid −log σ(βd), the published one; hinge
-    max(0, 1 − βd); IPO (arXiv 2310.12036) (d − 1/(2β))².
+    With the margin d of `PreferenceTerms`, the mean over the pairs of: sigmoid −log σ(βd), the
+    published loss; hinge max(0, 1 − βd); IPO (arXiv 2310.12036) (d − 1/(2β))².
+
+    >>> target = torch.zeros(2, 4)
+    >>> pred = torch.stack([torch.full((4,), 0.1), torch.full((4,), 0.3)])  # winner, loser
+    >>> ref_pred = torch.full((2, 4), 0.2)
+    >>> loss, margin, accuracy, error = diffusion_dpo_loss(pred, ref_pred, target, beta=10)
+    >>> margin, loss
+    (tensor([0.0400]), tensor(0.5130))
 
     Args:
-        pred: the model's predictions, of the B winners and then of their B losers; a pair shares
-            its noise and timestep.
-        ref_pred: the reference's; no gradient reaches it.
-        target: regression targets in the same parametrisation.
+        pred: the model's predictions (2B, *D), the B winners first, then their B losers. A pair
+            shares its noise and timestep.
+        ref_pred: the reference's predictions (2B, *D); no gradient reaches them.
+        target: regression targets (2B, *D) in the same parametrisation.
         beta: β > 0; published: 5000 for SD1.5 and SDXL.
         loss_type: "sigmoid", "hinge" or "ipo".
 
     Raises:
-        ValueError: shapes that differ, an odd number of rows, β not positive, unknown loss type.
+        ValueError: shapes that differ, an odd number of rows, β not above 0, unknown loss type.
     """
     if not pred.shape == ref_pred.shape == target.shape or pred.ndim < 2 or len(pred) % 2:
         raise ValueError(
@@ -97,20 +124,22 @@ def diffusion_dpo_loss(
 
 
 class DiffusionDPO(Host):
-    """A batch of preference pairs -> loss and metrics.
+    """Diffusion-DPO's training step: a batch of preference pairs to loss and metrics.
 
     Args:
-        denoiser: the student, e.g. `TokenDenoiser`. Its host predictions use ψ⁺, as at inference.
-        scheduler: the training scheduler; tells how to noise and what is predicted.
-        reference: makes a context in which the denoiser is the reference: `adapters_off` for a LoRA
-            (no second model), `EMA(parameters, decay=1.0).applied` for full fine-tuning (a copy of
-            what is trained), `contextlib.nullcontext` where tokens alone are trained.
-        reference_bank: the tokens of the reference; ψ⁺ where the model was given with its tokens.
+        denoiser: the model in training, e.g. `TokenDenoiser`. DPO's predictions use ψ⁺, as sampling
+            does.
+        scheduler: the training scheduler, for the noise levels and what is predicted.
+        reference: returns a context in which the denoiser is the reference: `adapters_off` for a
+            LoRA (no second model), `EMA(parameters, decay=1.0).applied` for full fine-tuning (a
+            copy of what is trained), `contextlib.nullcontext` where tokens alone are trained.
+        reference_bank: the reference's tokens: none, or ψ⁺ where the model began with its tokens.
         beta, loss_type: of `diffusion_dpo_loss`.
-        agsm: AGSM in its step; its own `weight` is λ (number or schedule). None, or λ = 0: the host
-            alone, bit for bit. A batch in which no winner has another's caption to compete with
-            (one pair) is an error, or, where its candidates allow it (`InBatch(allow_empty=True)`),
-            gets the denoising error of the winner.
+        agsm: the regularizer on the same denoiser; its `weight` is λ, a number or a schedule. None,
+            or λ = 0: DPO alone, bit for bit. With soft tokens and γ⁻ > 0 the winner's own caption
+            trains everything that DPO trains, and the negatives train the soft tokens only
+            (`negatives_train`). A batch of one pair has no negatives, which is an error; with
+            `InBatch(allow_empty=True)` AGSM is then the winner's denoising error.
     """
 
     def __init__(
@@ -124,9 +153,7 @@ class DiffusionDPO(Host):
         loss_type: LossType = "sigmoid",
         agsm: AGSMRegularizer | None = None,
     ) -> None:
-        super().__init__(agsm)
-        self.denoiser = denoiser
-        self.scheduler = scheduler
+        super().__init__(denoiser, scheduler, agsm)
         self.reference = reference
         self.reference_bank = reference_bank
         self.beta = beta
@@ -148,12 +175,19 @@ class DiffusionDPO(Host):
         """One step on B pairs.
 
         Args:
-            winner, loser: latents x_0.
-            conditioning: encoded captions, one row a caption; the first B are the pairs' own. More
-                than B with `hard_negatives`, or `Candidates` as captions: the rows are the pool's.
-            timesteps, noise: t (B,) and ε, shared by both of a pair.
-            captions, hard_negatives, image_ids: as AGSM takes them; not read without AGSM.
-            image_conditioning: what belongs to the image (SDXL's time ids), B rows.
+            winner, loser: clean latents x_0, (B, *D) each.
+            conditioning: the encoded captions: a tensor, or dicts, lists and tuples of tensors,
+                with one row a caption. The first B are the pairs' own; those of `hard_negatives`
+                follow, image by image.
+            timesteps: t (B,) of each pair, as the scheduler counts them.
+            noise: ε (B, *D) of each pair.
+            captions, hard_negatives, image_ids: as `AGSMRegularizer` takes them; not read without
+                AGSM.
+            image_conditioning: what belongs to the image (SDXL's time ids): tensors with B rows.
+
+        Returns:
+            The loss, a scalar, and metrics: dpo/loss, dpo/margin (the mean), dpo/accuracy and
+            dpo/error of `PreferenceTerms`; agsm/... of the regularizer.
         """
         both, twice = torch.cat([winner, loser]), torch.cat([noise, noise])
         doubled = torch.cat([timesteps, timesteps])
@@ -181,9 +215,14 @@ class DiffusionDPO(Host):
         agsm_batch: AGSMBatch | None = None,
         **agsm: Any,
     ) -> StepOutput:
-        """The step after noising: x_t and targets (2B, *D), the winners first.
+        """The step on pairs that are noised already.
 
-        agsm_batch: what AGSM trains on, with its own noise, in place of these winners.
+        Args:
+            noisy, target: x_t and regression targets (2B, *D), the winners first.
+            timesteps: t (B,).
+            conditioning, image_conditioning: as in a call.
+            agsm_batch: images for AGSM, with their own noise, in place of the winners.
+            agsm: captions, hard_negatives and image_ids of the winners.
         """
         batch = len(timesteps)
         doubled = torch.cat([timesteps, timesteps])
@@ -194,25 +233,24 @@ class DiffusionDPO(Host):
             ref_pred = self.denoiser(*inputs, bank_of(self.reference_bank, 2 * batch), **images)
         pred = self.denoiser(*inputs, bank_of(Bank.POSITIVE, 2 * batch), **images)
         terms = diffusion_dpo_loss(pred, ref_pred, target, self.beta, self.loss_type)
-        loss = terms.loss
-        metrics = {
-            "dpo/loss": loss.detach(),
-            "dpo/margin": terms.margin.mean(),
-            "dpo/accuracy": terms.accuracy,
-            "dpo/error": terms.error,
-        }
-        if self.agsm is not None:
-            if agsm_batch is not None:
-                term = agsm_on(agsm_batch, self.agsm, self.scheduler)
-            else:
-                term = self.agsm(
-                    noisy[:batch],
-                    timesteps,
-                    target[:batch],
-                    conditioning,
-                    pred=pred[:batch],
-                    image_conditioning=image,
-                    **agsm,
-                )
-            loss, metrics = loss + term.loss, metrics | term.metrics
-        return StepOutput(loss, metrics)
+        host = StepOutput(
+            terms.loss,
+            {
+                "dpo/loss": terms.loss.detach(),
+                "dpo/margin": terms.margin.mean(),
+                "dpo/accuracy": terms.accuracy,
+                "dpo/error": terms.error,
+            },
+        )
+        if self.agsm is None or agsm_batch is not None:
+            return self._with_agsm(host, agsm_batch)
+        term = self.agsm(
+            noisy[:batch],
+            timesteps,
+            target[:batch],
+            conditioning,
+            pred=pred[:batch],
+            image_conditioning=image,
+            **agsm,
+        )
+        return added(host, term)

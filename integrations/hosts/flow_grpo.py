@@ -1,12 +1,39 @@
-"""Flow-GRPO (arXiv 2505.05470): reward-driven training of flow-matching models, alone or with AGSM.
+"""Flow-GRPO (arXiv 2505.05470) for flow-matching models, alone or with AGSM as a term.
 
-    trajectory = sample_sde(denoise, scheduler, noise, num_steps=10)     # no gradient
-    advantages = group_advantages(reward(trajectory.last), group)
-    loss, metrics = step(trajectory, advantages, conditioning, agsm_batch=agsm_batch)
-    loss.backward(); optimizer.step(); step.update_ema()
+Reward-driven training: images of each prompt are sampled as a group, and steps of their rollouts
+become likelier where their reward is above the group's mean. A flow's sampler is an ODE and has no
+likelihoods; the SDE with the same marginals has.
 
-A flow's sampler is an ODE and has no likelihoods; the SDE with the same marginals has. AGSM needs
-of such a loop what `trl_ddpo` names: the loss, a call after the optimizer's step, and clean images.
+>>> import torch
+>>> from diffusers import FlowMatchEulerDiscreteScheduler
+>>> from torch import nn
+>>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank
+>>> from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO, group_advantages, sample_sde
+>>> from agsm_loss.integrations.hosts.step import AGSMBatch
+>>> layer = nn.Linear(4 + 3, 4)
+>>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
+...     return layer(torch.cat([noisy, text], dim=1))
+>>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0))
+>>> scheduler = FlowMatchEulerDiscreteScheduler()
+>>> step = FlowGRPO(denoiser, scheduler, agsm=agsm)
+
+A rollout of two images of one prompt, without gradient; the reward is yours:
+
+>>> text = torch.randn(1, 3).expand(2, 3)
+>>> trajectory = sample_sde(
+...     lambda x, t: denoiser(x, t, text, Bank.POSITIVE), scheduler, torch.randn(2, 4), num_steps=4
+... )
+>>> advantages = group_advantages(trajectory.last.mean(1), group=2)
+
+A step on it, with captioned images for AGSM:
+
+>>> images = AGSMBatch(
+...     torch.randn(2, 4), torch.tensor([100.0, 900.0]), torch.randn(2, 4),
+...     torch.randn(2, 3), ["a dog", "a cat"],
+... )
+>>> loss, metrics = step(trajectory, advantages, text, agsm_batch=images)
+>>> loss.backward()  # then optimizer.step() and
+>>> step.update_ema()
 """
 
 from collections.abc import Callable, Mapping
@@ -17,16 +44,15 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from agsm_loss import AGSMRegularizer, Bank, Denoiser, StepOutput
 from agsm_loss.integrations.denoisers import no_grad_pass
 from agsm_loss.integrations.hosts.step import (
     AGSMBatch,
     Host,
-    agsm_on,
     bank_of,
     mean_log_prob,
+    take_rows,
 )
 from agsm_loss.integrations.noise import prediction_type
 
@@ -36,8 +62,9 @@ class Trajectory(NamedTuple):
 
     Attributes:
         states: x at each noise level, (T + 1, B, *D); the last is x_0.
-        sigmas: σ of each, (T + 1,), from 1 to 0.
-        log_probs: of each step under the model that sampled (T, B); nan for the last step.
+        sigmas: σ of each level, (T + 1,), from 1 to 0.
+        log_probs: of each step under the model that sampled, (T, B), averaged over an image's
+            dimensions (`mean_log_prob`); nan for the last step, which has no noise.
     """
 
     states: Float[Tensor, "T1 B *D"]
@@ -63,13 +90,21 @@ def sde_gaussian(
     arXiv 2505.05470, eq. 9 and 12. With s = a√(σ/(1 − σ)) and d = σ' − σ < 0 the mean is
     x + (v + s²/(2σ)·(x + (1 − σ)v))d, and the standard deviation s√−d. At a = 0 it is Euler's step.
 
-    Args:
-        pred: v = ε − x_0.
-        sigma, following: σ and the smaller σ' of the next state.
-        noise_level: a; published: 0.7.
-        largest: σ in s is held below it, since s has no bound at σ = 1.
+    >>> x, v = torch.ones(1, 4), torch.full((1, 4), 0.5)
+    >>> sde_gaussian(v, x, torch.tensor([0.8]), torch.tensor([0.6]), noise_level=0.0)
+    (tensor([[0.9000, 0.9000, 0.9000, 0.9000]]), tensor([[0.]]))
+    >>> mean, std = sde_gaussian(v, x, torch.tensor([0.8]), torch.tensor([0.6]))
+    >>> std  # 0.7 √(0.8/0.2) √0.2
+    tensor([[0.6261]])
 
-    Both are float32 at least: bfloat16 would round the step and its log-probability away.
+    Args:
+        pred: v = ε − x_0 at x, (N, *D).
+        x: states (N, *D).
+        sigma, following: σ and the smaller σ' of the next state, (N,) each, in 0..1.
+        noise_level: a ≥ 0; published: 0.7.
+        largest: an upper bound of the σ in s, since s goes to infinity at σ = 1.
+
+    Computed in float32 at least: bfloat16 would round the step and its log-probability away.
     """
     shape = (-1,) + (1,) * (x.ndim - 1)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -91,18 +126,21 @@ def sample_sde(
     mu: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Trajectory:
-    """A rollout of the SDE; its last step is Euler's, so that the picture is without noise.
+    """A rollout of the SDE. Its last step is Euler's, so that the images are without noise.
 
     Args:
-        denoise: x (B, *D), timesteps (B,) -> v.
-        scheduler: a flow-matching scheduler, for its σ's.
-        mu: the shift of a scheduler with dynamic shifting; by default as in Flux's pipeline, by the
-            number of 2x2 patches.
-        generator: CPU generator of all draws.
+        denoise: x (B, *D) and timesteps (B,) in 0..1000 to the prediction v (B, *D).
+        scheduler: a flow-matching scheduler, for its σ. Its `set_timesteps` is called.
+        noise: x at σ = 1, (B, *D).
+        num_steps: T ≥ 2; published: 10 in training.
+        noise_level: a > 0 of `sde_gaussian`.
+        mu: the shift, for a scheduler with dynamic shifting. Default: that of Flux's pipeline, by
+            the number of 2×2 patches of the latents.
+        generator: CPU generator of all draws; default: torch's own.
 
     Raises:
-        ValueError: another scheduler, fewer than two steps, a noise level not above 0, or mu for a
-            fixed shift.
+        ValueError: another kind of scheduler, fewer than two steps, a noise level not above 0, or
+            mu for a scheduler with a fixed shift.
     """
     if prediction_type(scheduler) != "flow" or num_steps < 2 or not noise_level > 0:
         raise ValueError(
@@ -143,7 +181,18 @@ def _set_timesteps(scheduler: Any, number: int, noise: Tensor, mu: float | None)
 
 
 def group_advantages(rewards: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]:
-    """Rewards of each `group` images of one prompt, in consecutive rows, standardised (GRPO)."""
+    """(r − mean)/(std + 1e-6) of each reward r, within its group (GRPO, arXiv 2402.03300).
+
+    >>> group_advantages(torch.tensor([1.0, 3.0, 10.0, 10.0]), group=2)
+    tensor([-1.0000,  1.0000,  0.0000,  0.0000])
+
+    Args:
+        rewards: one an image (B,), larger is better.
+        group: images of one prompt, in consecutive rows; 2 at least.
+
+    Raises:
+        ValueError: groups of fewer than 2, or rewards that are not whole groups.
+    """
     if group < 2 or rewards.ndim != 1 or len(rewards) % group:
         raise ValueError(
             f"expected groups of 2 at least and rewards (B,) in whole groups, got {group} and "
@@ -157,20 +206,34 @@ def group_advantages(rewards: Float[Tensor, " B"], group: int) -> Float[Tensor, 
 def clipped_policy_loss(
     log_prob: Float[Tensor, " N"], old: Float[Tensor, " N"], advantages: Tensor, clip: float
 ) -> Float[Tensor, ""]:
-    """PPO's: the mean of max(−A·r, −A·clip(r, 1 − clip, 1 + clip)), r = p/p_old."""
+    """PPO's loss (arXiv 1707.06347, eq. 7): the mean of max(−A·r, −A·clip(r, 1 − clip, 1 + clip)).
+
+    >>> log_prob = torch.tensor([0.0, 0.5], requires_grad=True)
+    >>> clipped_policy_loss(log_prob, torch.zeros(2), torch.ones(2), clip=0.1).backward()
+    >>> log_prob.grad  # the second ratio is clipped
+    tensor([-0.5000,  0.0000])
+
+    Args:
+        log_prob: log p of each step under the model (N,).
+        old: log p under the model that sampled (N,); r = p/p_old.
+        advantages: A of each step's image (N,).
+        clip: ratios further than this from 1, in the direction of A, have no gradient.
+    """
     ratio = (log_prob - old).exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
 
 
 class FlowGRPO(Host):
-    """A trajectory and its advantages -> loss and metrics.
+    """Flow-GRPO's training step: a trajectory and its advantages to loss and metrics.
 
     Args:
-        denoiser, agsm: as of `DiffusionDPO`.
-        scheduler: the flow-matching scheduler.
-        noise_level: of the rollout.
-        clip: of the likelihood ratios.
-        autocast: around the forward passes.
+        denoiser: the model in training, e.g. `TokenDenoiser`. Its predictions use ψ⁺.
+        scheduler: the rollout's.
+        noise_level: a of the rollout.
+        clip: of `clipped_policy_loss`.
+        agsm: the regularizer on the same denoiser; its `weight` is λ. None, or λ = 0: Flow-GRPO
+            alone, bit for bit.
+        autocast: returns a context for the forward passes, e.g. `accelerator.autocast`.
     """
 
     def __init__(
@@ -183,9 +246,7 @@ class FlowGRPO(Host):
         agsm: AGSMRegularizer | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        super().__init__(agsm)
-        self.denoiser = denoiser
-        self.scheduler = scheduler
+        super().__init__(denoiser, scheduler, agsm)
         self.noise_level = noise_level
         self.clip = clip
         self.autocast = autocast
@@ -200,13 +261,25 @@ class FlowGRPO(Host):
         image_conditioning: Mapping[str, Tensor] | None = None,
         agsm_batch: AGSMBatch | None = None,
     ) -> StepOutput:
-        """The loss over these steps of the trajectory, by default all but the last.
+        """One step on some steps of a trajectory of B images.
 
-        conditioning, image_conditioning: a row an image. agsm_batch: what AGSM trains on; needed
-        where `agsm` was given.
+        Args:
+            trajectory: of `sample_sde`.
+            advantages: of each image (B,) (`group_advantages`).
+            conditioning: the encoded prompts: a tensor, or dicts, lists and tuples of tensors, with
+                a row an image.
+            steps: which of the T steps (n,), in 0..T-2; default: all of these.
+            image_conditioning: what belongs to the image (Flux's guidance): tensors with B rows.
+            agsm_batch: images for AGSM; required with `agsm`.
+
+        Returns:
+            The loss, a scalar, and metrics: grpo/loss, grpo/approx_kl (half the mean squared
+            change of the log-probability since sampling); agsm/... of the regularizer.
+
+        Raises:
+            ValueError: a step outside 0..T-2, AGSM without images, or images without AGSM.
         """
-        if (agsm_batch is None) != (self.agsm is None):
-            raise ValueError("agsm_batch: expected it with agsm, and only then.")
+        self._check_batch(agsm_batch)
         number, batch = len(trajectory.log_probs), len(advantages)
         steps = torch.arange(number - 1) if steps is None else steps.cpu()
         if not len(steps) or int(steps.min()) < 0 or int(steps.max()) >= number - 1:
@@ -218,8 +291,7 @@ class FlowGRPO(Host):
         at = steps.repeat_interleave(batch)
         x, following = trajectory.states[at, rows], trajectory.states[at + 1, rows]
         sigma, below = trajectory.sigmas[at], trajectory.sigmas[at + 1]
-        text = tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, conditioning)
-        image = {name: value[rows] for name, value in (image_conditioning or {}).items()}
+        text, image = take_rows(conditioning, rows), take_rows(dict(image_conditioning or {}), rows)
         times = sigma * self.scheduler.config.num_train_timesteps
         with self.autocast():
             pred = self.denoiser(x, times, text, bank_of(Bank.POSITIVE, len(x)), **image)
@@ -228,8 +300,5 @@ class FlowGRPO(Host):
         loss = clipped_policy_loss(log_prob, old, advantages.to(log_prob)[rows], self.clip)
         gap = (log_prob - old).detach()
         metrics = {"grpo/loss": loss.detach(), "grpo/approx_kl": 0.5 * gap.square().mean()}
-        if self.agsm is not None and agsm_batch is not None:
-            with self.autocast():
-                term = agsm_on(agsm_batch, self.agsm, self.scheduler)
-            loss, metrics = loss + term.loss, metrics | term.metrics
-        return StepOutput(loss, metrics)
+        with self.autocast():
+            return self._with_agsm(StepOutput(loss, metrics), agsm_batch)

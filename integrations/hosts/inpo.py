@@ -1,14 +1,31 @@
-"""InPO (arXiv 2503.18454): Diffusion-DPO at noise that DDIM inversion finds, alone or with AGSM.
+"""InPO (arXiv 2503.18454): Diffusion-DPO at noise found by DDIM inversion, alone or with AGSM.
 
-    step = InPO(denoiser, scheduler, reference=lambda: adapters_off(unet), agsm=agsm)
-    loss, metrics = step(winner, loser, conditioning, timestep, captions=captions)
+The model in training inverts each image to x_t, without gradient. The noise that x_t then implies
+is the regression target. For ε- and v-prediction.
 
-Each image is carried to x_t by the model being trained, without gradient, and the noise that x_t
-then implies is the target. AGSM runs on the winner there, as in `DiffusionDPO`, or on images at
-Gaussian noise (`agsm_batch`). For ε- and v-prediction.
+AGSM gets images at Gaussian noise (`agsm_batch`), or the winners at their inverted noise:
 
-The authors' script stops at the last of its ten levels below t and calls that x_t, so that at small
-t almost no noise is implied; here a last step goes from that level to t itself.
+>>> import torch
+>>> from diffusers import DDPMScheduler
+>>> from torch import nn
+>>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+>>> from agsm_loss.integrations.hosts.inpo import InPO
+>>> from agsm_loss.integrations.hosts.step import AGSMBatch
+>>> layer = nn.Linear(4 + 3, 4)
+>>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
+...     return layer(torch.cat([noisy, text], dim=1))
+>>> start = EMA(layer.parameters(), decay=1.0)
+>>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0), weight=1000)
+>>> step = InPO(denoiser, DDPMScheduler(), reference=start.applied, agsm=agsm)
+>>> winner, loser, noise = torch.randn(3, 2, 4)
+>>> text = torch.randn(2, 3)
+>>> images = AGSMBatch(winner, torch.tensor([10, 900]), noise, text, ["a dog", "a cat"])
+>>> loss, metrics = step(winner, loser, text, 601, agsm_batch=images)
+>>> loss.backward()  # then optimizer.step() and
+>>> step.update_ema()
+
+The authors' script takes the last of its ten levels below t for x_t, so that at small t almost no
+noise is implied. Here one more step goes from that level to t itself.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -43,21 +60,30 @@ def ddim_invert(
 ) -> Float[Tensor, "N *D"]:
     """x_t of every image by DDIM (arXiv 2010.02502, eq. 12) run backwards.
 
-    From the clean image over the levels 0, N/num_steps, 2N/num_steps, … below t, to t. Between
-    levels s < s' the predicted x_0 and ε are kept: x_s' = √ᾱ' x_0 + √(1 − ᾱ') ε.
+    It goes from the clean image over the levels 0, T/num_steps, 2T/num_steps, … below t, to t,
+    where T is the schedule's length. From level s to s' > s the predicted x_0 and ε are kept:
+    x_s' = √ᾱ' x_0 + √(1 − ᾱ') ε.
+
+    >>> from diffusers import DDPMScheduler
+    >>> from agsm_loss.integrations.noise import add_noise
+    >>> x_0, always = torch.randn(2, 4), torch.randn(2, 4)
+    >>> x_t = ddim_invert(lambda x, t: always, DDPMScheduler(), x_0, 250)
+    >>> expected = add_noise(DDPMScheduler(), x_0, always, torch.tensor([250, 250]))
+    >>> torch.allclose(x_t, expected, atol=1e-5)
+    True
 
     Args:
-        denoise: x (N, *D) and timesteps (N,) -> the model's prediction. It is asked at s', as
-            diffusers' `DDIMInverseScheduler` asks.
+        denoise: x (N, *D) and timesteps (N,) to the model's prediction (N, *D). The timestep is s',
+            as in diffusers' `DDIMInverseScheduler`.
         scheduler: a DDPM-like scheduler, for ᾱ and the prediction type.
-        x_0: latents.
+        x_0: clean latents (N, *D).
         timestep: t, a training timestep.
         num_steps: levels of the whole schedule; published: 10.
-        eta: η, so many of DDIM's σ are added as noise after each step; published: 0.1.
-        generator: of that noise, on the CPU.
+        eta: η ≥ 0. After each step noise of η times DDIM's σ is added; published: 0.1.
+        generator: CPU generator of that noise; default: torch's own.
 
     Raises:
-        ValueError: another kind of prediction, t outside the schedule, no level.
+        ValueError: x_0-prediction or a flow, t outside the schedule, num_steps outside 1..T.
     """
     total = int(scheduler.config.num_train_timesteps)
     kind = prediction_type(scheduler)
@@ -76,7 +102,7 @@ def ddim_invert(
     with no_grad_pass():
         for level in levels:
             times = torch.full((len(x),), level, device=x.device)
-            # The model is asked at the level to come; x is still at the one before.
+            # The model gets the next level's timestep; x is still at the level before.
             pred = denoise(x, times)
             clean, noise = clean_and_noise(scheduler, x, pred, before)
             alpha, sigma = noise_levels(scheduler, times, x)
@@ -91,17 +117,30 @@ def ddim_invert(
 def implied_noise(
     scheduler: Any, x_0: Float[Tensor, "N *D"], x_t: Float[Tensor, "N *D"], timesteps: Tensor
 ) -> Float[Tensor, "N *D"]:
-    """The ε with which x_0 becomes x_t: (x_t − √ᾱ x_0)/√(1 − ᾱ)."""
+    """The ε with which x_0 becomes x_t: (x_t − √ᾱ x_0)/√(1 − ᾱ).
+
+    >>> from diffusers import DDPMScheduler
+    >>> from agsm_loss.integrations.noise import add_noise
+    >>> x_0, noise, timesteps = torch.randn(2, 4), torch.randn(2, 4), torch.tensor([100, 900])
+    >>> x_t = add_noise(DDPMScheduler(), x_0, noise, timesteps)
+    >>> found = implied_noise(DDPMScheduler(), x_0, x_t, timesteps)
+    >>> torch.allclose(found, noise, atol=1e-5)
+    True
+
+    Args:
+        scheduler: for ᾱ.
+        x_0, x_t: clean and noised latents (N, *D).
+        timesteps: t of each (N,).
+    """
     alpha, sigma = noise_levels(scheduler, timesteps, x_0)
     return (x_t - alpha * x_0) / sigma
 
 
 class InPO(DiffusionDPO):
-    """A batch of preference pairs -> loss and metrics.
+    """InPO's training step: a batch of preference pairs to loss and metrics.
 
     Args: those of `DiffusionDPO`, and
-        num_steps, eta: of `ddim_invert`.
-        generator: CPU generator of its noise; default: torch's own.
+        num_steps, eta, generator: of `ddim_invert`.
     """
 
     def __init__(
@@ -130,12 +169,15 @@ class InPO(DiffusionDPO):
         image_conditioning: Mapping[str, Any] | None = None,
         agsm_batch: AGSMBatch | None = None,
     ) -> StepOutput:
-        """One step on B pairs at one t, as published; the rest as in `DiffusionDPO`.
+        """One step on B pairs at one t, as published.
 
-        agsm_batch: AGSM's images with Gaussian noise, e.g. the winners at timesteps of their own,
-            in place of the winners at their inverted noise. It costs a further pass. Inverted noise
-            is not what sampling starts from: a model that a large λ teaches to find it samples
-            worse.
+        Args:
+            winner, loser, conditioning, image_conditioning: as in `DiffusionDPO`.
+            timestep: t of all pairs, a training timestep.
+            captions, hard_negatives, image_ids: for AGSM on the winners at their inverted noise.
+            agsm_batch: images for AGSM at Gaussian noise instead, e.g. the winners at timesteps of
+                their own. This costs one more prediction. Prefer it: sampling starts from Gaussian
+                noise, and a model trained with a large λ at inverted noise samples worse.
 
         Raises:
             ValueError: captions, hard_negatives or image_ids with `agsm_batch`, which has its own.

@@ -1,18 +1,44 @@
-"""SPO, Step-by-step Preference Optimization (arXiv 2406.04314), alone or with AGSM in its step.
+"""SPO, Step-by-step Preference Optimization (arXiv 2406.04314), alone or with AGSM as a term.
 
-    pairs = sample_pairs(denoise, scheduler, noise, score)          # on-policy, no gradient
-    loss, metrics = step(pairs, conditioning, unconditional, agsm_batch=agsm_batch)
-    loss.backward(); optimizer.step(); step.update_ema()
+A DDIM step with η > 0 draws from a Gaussian. At a state x_t of a rollout, several x_{t−1} are drawn
+and a preference model scores them. The best and the worst are a pair, and the loss compares their
+likelihoods with the reference's.
 
-A DDIM step with η > 0 is a Gaussian. At a state x_t several x_{t−1} are drawn, a preference model
-scores them, and the best and the worst become a pair whose likelihoods are compared with the
-reference's.
+>>> import torch
+>>> from diffusers import DDIMScheduler
+>>> from torch import nn
+>>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+>>> from agsm_loss.integrations.hosts.spo import SPO, classifier_free_guidance, sample_pairs
+>>> from agsm_loss.integrations.hosts.step import AGSMBatch
+>>> layer = nn.Linear(4 + 3, 4)
+>>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
+...     return layer(torch.cat([noisy, text], dim=1))
+>>> start = EMA(layer.parameters(), decay=1.0)
+>>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0))
+>>> scheduler = DDIMScheduler(steps_offset=1)
+>>> step = SPO(denoiser, scheduler, reference=start.applied, agsm=agsm)
 
-There is no clean image with a known noise in it for AGSM, so it is given its own (`AGSMBatch`):
-latents of a captioned data set, where the prompts' pictures are what the model should learn; or
-the rollout's last states, where there is no such set, re-noised. AGSM learns whatever it is shown
-as a match, so take the best of them (`best_rows`, by the preference model's scores of the final
-pictures); the captions of the others may still compete.
+A rollout, without gradient; the score is a preference model's:
+
+>>> text, empty = torch.randn(2, 3), torch.zeros(2, 3)
+>>> denoise = classifier_free_guidance(denoiser, text, empty, guidance_scale=5.0)
+>>> def score(clean, rows, timesteps):
+...     return 9 * clean.mean(1)
+>>> rollout = sample_pairs(denoise, scheduler, torch.randn(2, 4), score, num_steps=10)
+
+A step on its pairs. SPO has no clean images with noise, so AGSM gets images of its own:
+
+>>> images = AGSMBatch(
+...     rollout.last, torch.tensor([10, 900]), torch.randn(2, 4), text, ["a dog", "a cat"]
+... )
+>>> loss, metrics = step(rollout.pairs, text, empty, agsm_batch=images)
+>>> loss.backward()  # then optimizer.step() and
+>>> step.update_ema()
+
+Take those images from a captioned data set, where its images show what prompts should give. Where
+there is none, take the rollout's last states, as here. AGSM treats every image as a match of its
+caption, so keep only the best (`best_rows`, by the preference model's scores of the last states).
+The captions of the other images may still be negatives.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,9 +57,10 @@ from agsm_loss.integrations.denoisers import no_grad_pass
 from agsm_loss.integrations.hosts.step import (
     AGSMBatch,
     Host,
-    agsm_on,
     bank_of,
+    first_rows_twice,
     mean_log_prob,
+    take_rows,
 )
 from agsm_loss.integrations.noise import clean_and_noise, ddim_sigma, noise_levels, prediction_type
 
@@ -43,9 +70,9 @@ class StatePairs(NamedTuple):
 
     Attributes:
         noisy: x_t (M, *D).
-        winner, loser: x_{t−1} (M, *D).
-        timesteps, previous: t and t−1 on the sampling schedule (M,).
-        rows: which image each is of, i.e. its row of the conditioning (M,).
+        winner, loser: the better and the worse x_{t−1} (M, *D) each.
+        timesteps, previous: training timesteps of x_t and x_{t−1} (M,) each.
+        rows: the image of each pair (M,), as its row of the conditioning.
     """
 
     noisy: Float[Tensor, "M *D"]
@@ -57,7 +84,12 @@ class StatePairs(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """`pairs` of the whole rollout; `last` (B, *D): x_0 of the state that was gone on from."""
+    """A rollout of B images.
+
+    Attributes:
+        pairs: those of all its steps.
+        last: x_0 at its end, (B, *D).
+    """
 
     pairs: StatePairs
     last: Float[Tensor, "B *D"]
@@ -74,6 +106,20 @@ def ddim_gaussian(
     """Mean (N, *D) and standard deviation (N, 1, …) of the next state x_{t−1}.
 
     arXiv 2010.02502, eq. 12 and 16.
+
+    >>> from diffusers import DDIMScheduler
+    >>> x_t, pred = torch.randn(2, 4), torch.randn(2, 4)
+    >>> timesteps, previous = torch.tensor([901, 451]), torch.tensor([801, 351])
+    >>> mean, std = ddim_gaussian(DDIMScheduler(), pred, x_t, timesteps, previous)
+    >>> mean.shape, std.shape
+    (torch.Size([2, 4]), torch.Size([2, 1]))
+
+    Args:
+        scheduler: a DDPM-like scheduler, for ᾱ and the prediction type.
+        pred: the prediction at x_t (N, *D).
+        x_t: states (N, *D).
+        timesteps, previous: training timesteps of x_t and of x_{t−1}, (N,) each.
+        eta: η ≥ 0, the noise as a multiple of DDPM's.
     """
     alpha_0, sigma_0 = noise_levels(scheduler, previous, x_t)
     std = eta * ddim_sigma(scheduler, timesteps, previous, x_t)
@@ -87,13 +133,25 @@ def spo_loss(
     beta: float = 10.0,
     clip: float = 0.1,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " M"]]:
-    """The mean of −log σ(β(log r_w − log r_l)), and β(log r_w − log r_l) of each pair.
+    """SPO's loss on M pairs: the mean of −log σ(d), and d of each pair.
 
-    r = clip(p_θ/p_ref, 1 − clip, 1 + clip): outside of the range a pair has no gradient.
+    d = β(log r_w − log r_l) with r = clip(p/p_ref, 1 − clip, 1 + clip), of winner w and loser l
+    (arXiv 2406.04314). A ratio outside of that range has no gradient.
+
+    >>> ref_log_prob = torch.zeros(2), torch.zeros(2)
+    >>> loss, inside = spo_loss((torch.tensor([0.01, 0.5]), torch.zeros(2)), ref_log_prob)
+    >>> inside  # the second ratio is clipped: 10 log 1.1
+    tensor([0.1000, 0.9531])
 
     Args:
-        log_prob, ref_log_prob: of winner and loser, (M,) each, under model and reference.
-        beta: β; published: 10. clip: published: 0.1.
+        log_prob: log p of the winners and of the losers under the model, (M,) each
+            (`mean_log_prob`).
+        ref_log_prob: the same under the reference; no gradient reaches it.
+        beta: β > 0; published: 10.
+        clip: in (0, 1); published: 0.1.
+
+    Raises:
+        ValueError: beta or clip out of range.
     """
     if not 0 < clip < 1 or not beta > 0:
         raise ValueError(f"expected beta > 0 and clip in (0, 1), got {beta} and {clip}.")
@@ -108,9 +166,16 @@ def spo_loss(
 def choose_pairs(
     scores: Float[Tensor, "B k"], threshold: float = 0.3
 ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"], Bool[Tensor, " B"]]:
-    """Best, worst, and whether softmax([best, worst]) differs by more than the threshold.
+    """Columns of the best and the worst of k candidates, and whether they are far enough apart.
 
-    The published threshold, 0.3, is for scores on the scale of PickScore's logits.
+    They are where the two entries of softmax([best, worst]) differ by more than the threshold.
+
+    >>> choose_pairs(torch.tensor([[0.0, 2.0, 1.0], [0.1, 0.2, 0.1]]))
+    (tensor([1, 1]), tensor([0, 0]), tensor([ True, False]))
+
+    Args:
+        scores: of each image's candidates (B, k), larger is better.
+        threshold: in [0, 1]; published: 0.3, for scores on the scale of PickScore's logits.
     """
     best, worst = scores.argmax(1), scores.argmin(1)
     ends = torch.stack([scores.amax(1), scores.amin(1)], 1).softmax(1)
@@ -131,21 +196,26 @@ def sample_pairs(
     eta: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Rollout:
-    """A DDIM rollout that collects pairs on its way.
+    """A DDIM rollout of B images that collects pairs at its steps. No gradient.
 
     Args:
-        denoise: x (N, *D), timesteps (N,), rows (N,) -> the (guided) prediction; `rows` says
-            which image each sample is of.
-        scheduler: a DDIM scheduler, for its spacing of the timesteps and ᾱ.
-        noise: x_T.
-        score: the preference model: predicted x_0 (N, *D), rows (N,), timesteps (N,) -> (N,),
-            larger is better. The timesteps are those of the noisy states that were denoised.
-        num_steps, first_step, num_candidates, threshold, eta: published: 20 steps, from step 4 on 2
-            to 4 candidates, 0.3, η = 1.
-        generator: CPU generator of all draws.
+        denoise: x (N, *D), timesteps (N,) and rows (N,) to the prediction (N, *D), usually guided
+            (`classifier_free_guidance`). `rows` holds the image of each sample, in 0..B-1.
+        scheduler: a DDIM scheduler, for its spacing of the timesteps and ᾱ. Its `set_timesteps` is
+            called.
+        noise: x_T (B, *D).
+        score: the preference model: predicted x_0 (N, *D), rows (N,) and timesteps (N,) to scores
+            (N,), larger is better. The timesteps are those of the states that were denoised.
+        num_steps: DDIM steps; published: 20.
+        num_candidates: states drawn at each step; published: 2 to 4.
+        first_step: pairs are collected from this step on; published: 4.
+        threshold: of `choose_pairs`; published: 0.3.
+        eta: η > 0; published: 1.
+        generator: CPU generator of all draws; default: torch's own.
 
     Raises:
-        ValueError: a flow-matching scheduler, η not positive, or fewer than two candidates.
+        ValueError: a flow-matching scheduler, η not above 0, fewer than two candidates, or scores
+            of another shape.
     """
     if prediction_type(scheduler) == "flow" or not eta > 0 or num_candidates < 2:
         raise ValueError(
@@ -200,21 +270,28 @@ def classifier_free_guidance(
     bank: Bank = Bank.POSITIVE,
     image_conditioning: Mapping[str, Tensor] | None = None,
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """`denoise` with classifier-free guidance, both branches in one call and with the same bank.
+    """A `denoise` for `sample_pairs`, with both branches in one call of the denoiser.
 
-    conditioning, unconditional: trees of tensors with a row an image; `image_conditioning` too.
+    It returns u + s(c − u), with the predictions c for the prompt and u for the empty prompt, and
+    the scale s.
+
+    Args:
+        denoiser: as `AGSMRegularizer` calls it (`agsm_loss.Denoiser`).
+        conditioning, unconditional: the encoded prompts and empty prompts: tensors, or dicts, lists
+            and tuples of them, with a row an image.
+        guidance_scale: s; 1 for no guidance.
+        bank: the soft tokens of both branches.
+        image_conditioning: what belongs to the image (SDXL's time ids): tensors with a row an
+            image.
     """
     image = dict(image_conditioning or {})
 
     def denoise(x: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
-        def take(tree: Any) -> Any:
-            return tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, tree)
-
         def both(one: Any, other: Any) -> Any:
             return torch.cat([one, other]) if isinstance(one, Tensor) else one
 
-        text = tree_map(both, take(unconditional), take(conditioning))
-        images = {name: torch.cat([value[rows]] * 2) for name, value in image.items()}
+        text = tree_map(both, take_rows(unconditional, rows), take_rows(conditioning, rows))
+        images = first_rows_twice(take_rows(image, rows), len(rows))
         pred = denoiser(
             torch.cat([x, x]),
             torch.cat([timesteps, timesteps]),
@@ -229,13 +306,16 @@ def classifier_free_guidance(
 
 
 class SPO(Host):
-    """Pairs of states -> loss and metrics.
+    """SPO's training step: pairs of states to loss and metrics.
 
     Args:
-        denoiser, scheduler, reference, reference_bank, agsm: as of `DiffusionDPO`.
+        denoiser, reference, reference_bank: as in `DiffusionDPO`.
+        scheduler: the rollout's.
         beta, clip: of `spo_loss`.
         eta: η of the rollout.
-        guidance_scale: of the rollout, and of both models here; published: 5.
+        guidance_scale: that of the rollout, here for the model and for the reference; published: 5.
+        agsm: the regularizer on the same denoiser; its `weight` is λ. None, or λ = 0: SPO alone,
+            bit for bit.
     """
 
     def __init__(
@@ -251,9 +331,7 @@ class SPO(Host):
         guidance_scale: float = 5.0,
         agsm: AGSMRegularizer | None = None,
     ) -> None:
-        super().__init__(agsm)
-        self.denoiser = denoiser
-        self.scheduler = scheduler
+        super().__init__(denoiser, scheduler, agsm)
         self.reference = reference
         self.reference_bank = reference_bank
         self.beta = beta
@@ -270,19 +348,26 @@ class SPO(Host):
         image_conditioning: Mapping[str, Tensor] | None = None,
         agsm_batch: AGSMBatch | None = None,
     ) -> StepOutput:
-        """One step. Without a pair (nothing passed the threshold) SPO's loss is a constant 0.
+        """One step on M pairs. Without a pair (M = 0) SPO's loss is a constant 0.
 
-        Where DDP's processes find pairs for themselves, one without any and without AGSM has run
-        nothing with a gradient, and the others wait for it: call the model once (`train_spo.py`).
+        In DDP every process has pairs of its own. One that has no pair and no AGSM makes no
+        gradient, and the others would wait for it: run the model once there, with weight 0.
 
         Args:
             pairs: of `sample_pairs`.
-            conditioning, unconditional: the rollout's encoded prompts and empty prompts, a row an
-                image, which `pairs.rows` points into; `image_conditioning` too.
-            agsm_batch: what AGSM trains on; needed where `agsm` was given.
+            conditioning, unconditional, image_conditioning: those of the rollout, a row an image;
+                `pairs.rows` says which.
+            agsm_batch: images for AGSM; required with `agsm`.
+
+        Returns:
+            The loss, a scalar, and metrics: spo/pairs (M), spo/loss, spo/accuracy (the share of
+            pairs with d > 0) and spo/margin (the mean of d), with d of `spo_loss`; agsm/... of the
+            regularizer.
+
+        Raises:
+            ValueError: AGSM without images, or images without AGSM.
         """
-        if (agsm_batch is None) != (self.agsm is None):
-            raise ValueError("agsm_batch: expected it with agsm, and only then.")
+        self._check_batch(agsm_batch)
         loss, metrics = pairs.noisy.new_zeros((), dtype=torch.float32), {}
         metrics["spo/pairs"] = torch.tensor(float(len(pairs.noisy)))
         if len(pairs.noisy):
@@ -302,10 +387,7 @@ class SPO(Host):
             metrics["spo/loss"] = loss.detach()
             metrics["spo/accuracy"] = (inside.detach() > 0).float().mean()
             metrics["spo/margin"] = inside.detach().mean()
-        if self.agsm is not None and agsm_batch is not None:
-            term = agsm_on(agsm_batch, self.agsm, self.scheduler)
-            loss, metrics = loss + term.loss, metrics | term.metrics
-        return StepOutput(loss, metrics)
+        return self._with_agsm(StepOutput(loss, metrics), agsm_batch)
 
     def _log_probs(
         self, denoise: Callable[[Tensor, Tensor, Tensor], Tensor], pairs: StatePairs

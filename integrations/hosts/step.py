@@ -1,4 +1,28 @@
-"""What the hosts' steps share: their output, their reference model, and AGSM's state."""
+"""What the hosts share. A *host* is the training step of another method, to which AGSM is added.
+
+Every host is a `Host`: call it for a `StepOutput` (loss and metrics), and call its `update_ema()`
+after each optimizer step. A host with clean images and their noise gives AGSM those; the others
+take an `AGSMBatch`:
+
+>>> import torch
+>>> from diffusers import DDPMScheduler
+>>> from torch import nn
+>>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+>>> from agsm_loss.integrations.hosts.step import AGSMBatch, agsm_on, best_rows
+>>> layer = nn.Linear(4 + 3, 4)
+>>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
+...     return layer(torch.cat([noisy, text], dim=1))
+>>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0))
+>>> latents, noise, text = torch.randn(2, 4), torch.randn(2, 4), torch.randn(2, 3)
+>>> batch = AGSMBatch(latents, torch.tensor([10, 900]), noise, text, ["a dog", "a cat"])
+>>> loss, metrics = agsm_on(batch, agsm, DDPMScheduler())
+>>> loss.backward()
+
+Of generated images, AGSM takes those with the best rewards:
+
+>>> best_rows(torch.tensor([0.1, 0.9, 0.4, 0.7]), share=0.5)
+tensor([1, 3])
+"""
 
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -10,20 +34,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from agsm_loss import AGSMRegularizer, Bank, Candidates, StepOutput
+from agsm_loss import AGSMRegularizer, Bank, Candidates, Denoiser, StepOutput
 from agsm_loss.integrations.noise import add_noise, regression_target
 from agsm_loss.integrations.tokens.attach import unwrap
 
 
 class AGSMBatch(NamedTuple):
-    """What AGSM trains on in a host that has no clean image with a known noise of its own.
+    """B captioned images for AGSM, in a host that has no clean images with noise of its own.
 
     Attributes:
-        latents: clean, (B, *D).
-        timesteps: to which they are noised, (B,).
-        noise: (B, *D).
-        conditioning: a row a caption; `captions`, `hard_negatives`, `image_ids` and
-            `image_conditioning` as `AGSMRegularizer` takes them.
+        latents: clean latents x_0 (B, *D).
+        timesteps: t of each image (B,), as the scheduler counts them.
+        noise: ε of each image (B, *D), drawn from N(0, 1).
+        conditioning: the encoded captions, one row each, then those of `hard_negatives`.
+        captions, hard_negatives, image_ids, image_conditioning: as `AGSMRegularizer` takes them.
     """
 
     latents: Tensor
@@ -37,7 +61,16 @@ class AGSMBatch(NamedTuple):
 
 
 def agsm_on(batch: AGSMBatch, agsm: AGSMRegularizer, scheduler: Any) -> StepOutput:
-    """λ·L and metrics of AGSM on these images, noised as they say."""
+    """λ·L and metrics of AGSM on these images, noised at their timesteps.
+
+    Args:
+        batch: B images with captions.
+        agsm: the regularizer; its `weight` is λ.
+        scheduler: the training scheduler, for the noise levels and what is predicted.
+
+    Raises:
+        ValueError, TypeError: those of `AGSMRegularizer`.
+    """
     return agsm(
         add_noise(scheduler, batch.latents, batch.noise, batch.timesteps),
         batch.timesteps,
@@ -55,6 +88,10 @@ def best_rows(scores: Float[Tensor, " B"], share: float = 0.5) -> Int[Tensor, " 
 
     A score that is not a number is the worst. Of equal scores the earlier row is taken.
 
+    Args:
+        scores: one an image (B,), larger is better.
+        share: of the images to take, in (0, 1].
+
     Raises:
         ValueError: no score, or a share that is not in (0, 1].
     """
@@ -69,7 +106,19 @@ def best_rows(scores: Float[Tensor, " B"], share: float = 0.5) -> Int[Tensor, " 
 
 
 def mean_log_prob(x: Float[Tensor, "N *D"], mean: Tensor, std: Tensor) -> Float[Tensor, " N"]:
-    """log N(x; mean, std²), averaged over each sample's dimensions, as in SPO and DDPO."""
+    """log N(x; mean, std²) of each sample, averaged over its dimensions, as in SPO and DDPO.
+
+    >>> x = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
+    >>> mean_log_prob(x, mean=torch.zeros(2, 2), std=torch.ones(2, 1))
+    tensor([-0.9189, -1.9189])
+
+    Args:
+        x: samples (N, *D).
+        mean: (N, *D).
+        std: any shape that broadcasts to (N, *D), e.g. (N, 1, 1, 1).
+
+    Computed in float32 at least.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     mean, std, x = mean.to(dtype), std.to(dtype), x.to(dtype)
     log_prob = torch.distributions.Normal(mean, std.expand_as(mean), validate_args=False)
@@ -77,28 +126,74 @@ def mean_log_prob(x: Float[Tensor, "N *D"], mean: Tensor, std: Tensor) -> Float[
 
 
 class Host:
-    """A step that may have AGSM in it."""
+    """A training step of another method, alone or with AGSM as a term.
 
-    def __init__(self, agsm: AGSMRegularizer | None) -> None:
+    Subclasses compute the method's loss in `__call__`.
+
+    Args:
+        denoiser: the model in training (`agsm_loss.Denoiser`), e.g. `TokenDenoiser`.
+        scheduler: its diffusers scheduler, for the noise levels and what is predicted.
+        agsm: the regularizer on the same denoiser; its `weight` is λ. None, or λ = 0: the method
+            alone, bit for bit.
+    """
+
+    def __init__(self, denoiser: Denoiser, scheduler: Any, agsm: AGSMRegularizer | None) -> None:
+        self.denoiser = denoiser
+        self.scheduler = scheduler
         self.agsm = agsm
 
     def update_ema(self) -> None:
-        """After each optimizer step: AGSM's EMA and schedule move on."""
+        """After each `optimizer.step()`: moves AGSM's EMA and schedule."""
         if self.agsm is not None:
             self.agsm.update_ema()
 
     def state_dict(self) -> dict[str, Any]:
-        """AGSM's state; for `accelerator.register_for_checkpointing`."""
+        """AGSM's state, empty without AGSM; for `accelerator.register_for_checkpointing`."""
         return {} if self.agsm is None else self.agsm.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.agsm is not None:
             self.agsm.load_state_dict(state)
 
+    def _check_batch(self, agsm_batch: AGSMBatch | None) -> None:
+        """ValueError for AGSM without images, or images without AGSM."""
+        if (agsm_batch is None) != (self.agsm is None):
+            given, missing = ("agsm", "none") if agsm_batch is None else ("no agsm", "one")
+            raise ValueError(
+                f"agsm_batch: expected it with agsm, and only then, got {missing} and {given}. "
+                "Pass the images that AGSM trains on in each call of a step made with agsm=."
+            )
+
+    def _with_agsm(self, host: StepOutput, agsm_batch: AGSMBatch | None) -> StepOutput:
+        """The method's output, with AGSM's on these images added where there is one."""
+        if self.agsm is None or agsm_batch is None:
+            return host
+        return added(host, agsm_on(agsm_batch, self.agsm, self.scheduler))
+
+
+def added(host: StepOutput, term: StepOutput) -> StepOutput:
+    """The sum of the losses, with the metrics of both."""
+    return StepOutput(host.loss + term.loss, host.metrics | term.metrics)
+
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """A LoRA's base model: peft's adapters are off inside, on after. Also through DDP and compile.
+    """A LoRA's base model: peft's adapters are off inside, and on again after.
+
+    `requires_grad` is after as it was before. Works through DDP and torch.compile.
+
+    >>> from peft import LoraConfig, inject_adapter_in_model
+    >>> model = inject_adapter_in_model(
+    ...     LoraConfig(target_modules=["0"], init_lora_weights=False), nn.Sequential(nn.Linear(4, 4))
+    ... )
+    >>> x = torch.randn(1, 4)
+    >>> with adapters_off(model):
+    ...     base = model(x)
+    >>> torch.equal(base, model[0].base_layer(x)), torch.equal(base, model(x))
+    (True, False)
+
+    Args:
+        model: with peft adapters, bare or wrapped.
 
     Raises:
         ValueError: the model has no adapters, so it would be its own reference.
@@ -125,13 +220,34 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(trained)
 
 
-def bank_of(bank: Bank, number: int) -> Tensor:
-    """The same bank for `number` samples."""
+def bank_of(bank: Bank, number: int) -> Int[Tensor, " N"]:
+    """The same bank for each of `number` samples, on the CPU.
+
+    >>> from agsm_loss import Bank
+    >>> bank_of(Bank.NEGATIVE, 3)
+    tensor([1, 1, 1])
+    """
     return torch.full((number,), int(bank))
 
 
+def take_rows(tree: Any, rows: Tensor) -> Any:
+    """These rows of every tensor in dicts, lists and tuples; other leaves as they are.
+
+    >>> take_rows({"prompt_embeds": torch.tensor([[1.0], [2.0]])}, torch.tensor([1, 0, 1]))
+    {'prompt_embeds': tensor([[2.],
+            [1.],
+            [2.]])}
+    """
+    return tree_map(lambda leaf: leaf[rows] if isinstance(leaf, Tensor) else leaf, tree)
+
+
 def first_rows_twice(tree: Any, batch: int) -> Any:
-    """The first `batch` rows of every tensor, for winners and for losers."""
+    """The first `batch` rows of every tensor, for the winners and again for the losers.
+
+    >>> first_rows_twice({"prompt_embeds": torch.tensor([[1.0], [2.0], [3.0]])}, 1)
+    {'prompt_embeds': tensor([[1.],
+            [1.]])}
+    """
     return tree_map(
         lambda leaf: torch.cat([leaf[:batch]] * 2) if isinstance(leaf, Tensor) else leaf, tree
     )
