@@ -15,7 +15,7 @@ All of the model is trained here; its reference is a copy of how it began:
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
 >>> start = EMA(layer.parameters(), decay=1.0)
->>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0), weight=1000)
+>>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0), weight=1000.0)
 >>> step = DiffusionDPO(denoiser, DDPMScheduler(), reference=start.applied, agsm=agsm)
 >>> winner, loser, noise = torch.randn(3, 2, 4)
 >>> text, timesteps = torch.randn(2, 3), torch.tensor([10, 900])
@@ -86,7 +86,7 @@ def diffusion_dpo_loss(
     >>> target = torch.zeros(2, 4)
     >>> pred = torch.stack([torch.full((4,), 0.1), torch.full((4,), 0.3)])  # winner, loser
     >>> ref_pred = torch.full((2, 4), 0.2)
-    >>> loss, margin, accuracy, error = diffusion_dpo_loss(pred, ref_pred, target, beta=10)
+    >>> loss, margin, accuracy, error = diffusion_dpo_loss(pred, ref_pred, target, beta=10.0)
     >>> margin, loss
     (tensor([0.0400]), tensor(0.5130))
 

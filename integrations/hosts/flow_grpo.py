@@ -217,7 +217,7 @@ def clipped_policy_loss(
         log_prob: log p of each step under the model (N,).
         old: log p under the model that sampled (N,); r = p/p_old.
         advantages: A of each step's image (N,).
-        clip: ratios further than this from 1, in the direction of A, have no gradient.
+        clip: a ratio above 1 + clip (A > 0) or below 1 − clip (A < 0) has no gradient.
     """
     ratio = (log_prob - old).exp()
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)).mean()

@@ -15,7 +15,7 @@ AGSM gets images at Gaussian noise (`agsm_batch`), or the winners at their inver
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
 >>> start = EMA(layer.parameters(), decay=1.0)
->>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0), weight=1000)
+>>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0), weight=1000.0)
 >>> step = InPO(denoiser, DDPMScheduler(), reference=start.applied, agsm=agsm)
 >>> winner, loser, noise = torch.randn(3, 2, 4)
 >>> text = torch.randn(2, 3)

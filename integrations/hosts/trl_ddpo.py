@@ -1,22 +1,43 @@
 """DDPO (arXiv 2305.13301) by trl's own trainer, with AGSM as a second loss.
 
-    trainer = AGSMDDPOTrainer(
-        config, reward, prompts, pipeline,                        # trl's own arguments
-        agsm=lambda denoiser, parameters: AGSMRegularizer(
-            denoiser, EMA(parameters, decay=0.999), AGSMLoss(neg_scale=0), weight=1.0
-        ),
-        batches=my_pairs,                                         # or best=0.25: the run's own
-    )
-    trainer.train()
+trl has DDPO up to version 0.23. AGSM needs little of a reward-driven loop: the loss, to which
+`agsm_on(batch, agsm, scheduler)` of `step` is added; a call of `agsm.update_ema()` after each
+`optimizer.step()`; and clean images with captions.
 
-trl shipped DDPO up to 0.23. AGSM needs little of any reward-driven loop: the loss, to which
-`agsm_on(batch, agsm, scheduler)` is added; `agsm.update_ema()` after `optimizer.step()`; and clean
-images with captions, from data or from the loop's own samples.
+>>> import itertools
+>>> from accelerate import PartialState
+>>> from diffusers import StableDiffusionPipeline
+>>> from peft import LoraConfig
+>>> from trl import DDPOConfig
+>>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+>>> from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
+>>> _ = PartialState(cpu=True)  # trl's pipeline logs before accelerate's state exists
+>>> pipe = StableDiffusionPipeline.from_pretrained("recipes/models/epsilon")  # yours
+>>> _ = pipe.unet.requires_grad_(False)
+>>> pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"]))
+>>> config = DDPOConfig(
+...     num_epochs=1, sample_num_steps=2, sample_batch_size=2, sample_num_batches_per_epoch=1,
+...     train_batch_size=2, train_gradient_accumulation_steps=1, mixed_precision="no",
+... )
+>>> captions = itertools.cycle(["two red circles", "a blue square"])
+>>> def prompt():  # a prompt and its metadata
+...     return next(captions), {}
+>>> def reward(images, prompts, metadata):  # images (B, 3, H, W) in [0, 1]
+...     return images[:, 0].mean((1, 2)), {}
+>>> def regularizer(denoiser, parameters):
+...     return AGSMRegularizer(denoiser, EMA(parameters), AGSMLoss(neg_scale=0), weight=1.0)
+>>> trainer = AGSMDDPOTrainer(
+...     config, reward, prompt, LoadedPipeline(pipe), agsm=regularizer, best=1.0, batch_size=2
+... )
+>>> trainer.train()
+>>> trainer.agsm.step  # optimizer steps
+1
 
-AGSM's images. From a captioned data set (`batches`) where its pictures are what prompts should
-give: they hold the model to its prompts whatever the reward does. From the run's own best-rewarded
-samples (`best`) where there is no such set, and the reward itself judges alignment: AGSM then takes
-the reward's favourites for true matches of their prompts, and so repeats a reward's mistakes.
+AGSM's images come from a captioned data set (`batches`), where its images show what prompts should
+give; AGSM then keeps the model close to its prompts whatever the reward asks for. Where there is no
+such set and the reward itself judges alignment, they are the run's own samples with the best
+rewards (`best`). AGSM treats those as true matches of their prompts, and so repeats the reward's
+mistakes.
 """
 
 from collections.abc import Callable
@@ -33,12 +54,13 @@ from torch import Tensor, nn
 
 from agsm_loss import AGSMRegularizer
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
-from agsm_loss.integrations.hosts.best_samples import BestSamples, Progress, check_schedule
+from agsm_loss.integrations.hosts.ddpo_parts import BestSamples, Progress, check_schedule
 from agsm_loss.integrations.hosts.step import AGSMBatch, agsm_on
 from agsm_loss.integrations.tokens.attach import AttachedTokens
 
 
 def _check_trl() -> None:
+    """ImportError where trl is missing, or is a version without DDPO."""
     try:
         found = version("trl")
     except PackageNotFoundError:
@@ -58,33 +80,38 @@ WEIGHTS, COMPLETE = "trained.safetensors", "complete"
 
 
 class AGSMDDPOTrainer(DDPOTrainer):
-    """trl's `DDPOTrainer` with λ·AGSM in the loss of its training steps.
+    """trl's `DDPOTrainer` with λ·AGSM added to the loss of its training steps.
 
-    Without `agsm`, or where its weight is 0, the parameters become what trl's trainer makes of
-    them, bit for bit. Beyond AGSM it differs from trl's in three places, all of them outside a
-    single run's steps. Checkpoints hold just what is trained, and a resumed run goes on at the
-    epoch, step and averages where it stopped. On several processes gradients are averaged over them
-    (trl's trainer calls the UNet without its DDP wrapper, so that each process trains a model of
-    its own). A sampling schedule whose last step has no noise is refused (its log-probability is
-    not finite).
+    Without `agsm`, or where its weight is 0, the trained parameters are those of trl's trainer, bit
+    for bit. Beyond AGSM it differs in three ways:
+
+    - A checkpoint holds only what is trained, and a resumed run continues at the epoch, step and
+      averages where it stopped.
+    - On several processes the gradients are averaged. trl's trainer calls the UNet without its DDP
+      wrapper, so that each process trains a model of its own.
+    - A sampling schedule whose last step has no noise is an error: its log-probability is not
+      finite.
 
     Args:
         config, reward_function, prompt_function, sd_pipeline, image_samples_hook: trl's.
-        agsm: the module to call and the trained parameters -> the regularizer, made when trl has
-            put its LoRA in. What is trained is trl's LoRA or UNet, and the tokens.
-        batches: number of the micro-step -> what AGSM trains on there (`AGSMBatch`). A function of
-            the number, so that a resumed run sees what an uninterrupted one sees.
-        best: without `batches`: the share of each epoch's samples, best reward first, that AGSM
-            trains on, noised again at uniform timesteps.
-        batch_size: images of these a micro-step; their prompts compete, so 2 at least.
-        every: run AGSM in one of so many micro-steps, `every` times as heavy: the same gradient in
-            expectation for less time. Must divide the micro-steps of an optimizer step
-            (`train_gradient_accumulation_steps` times the trained timesteps).
-        attached: soft tokens on `sd_pipeline.unet`; they are trained together with what trl trains.
+        agsm: a function of the denoiser and the list of trained parameters that returns the
+            regularizer. It is called after trl has added its LoRA. Trained are trl's LoRA or UNet,
+            and the tokens.
+        batches: a function of the micro-step's number, counted over the whole run, that returns the
+            `AGSMBatch` of that micro-step. A resumed run gets the numbers of an uninterrupted one.
+        best: without `batches`: the share of each epoch's samples, best rewards first, that AGSM
+            trains on, noised at uniform timesteps. In (0, 1].
+        batch_size: images of these a micro-step. Their prompts are each other's negatives, so 2 at
+            least.
+        every: run AGSM in one of so many micro-steps, with so many times the weight: the same
+            gradient in expectation, for less time. A divisor of the micro-steps of an optimizer
+            step (`train_gradient_accumulation_steps` times the trained timesteps).
+        attached: soft tokens attached to `sd_pipeline.unet`, trained together with trl's part.
 
     Raises:
-        ImportError: (at import) trl is missing, or has no DDPO.
-        ValueError: arguments that do not go together, or a schedule whose last step has no noise.
+        ImportError: (when this module is imported) trl is missing, or has no DDPO.
+        ValueError: best, batch_size or every out of range, or a schedule whose last step has no
+            noise.
     """
 
     def __init__(
@@ -107,14 +134,14 @@ class AGSMDDPOTrainer(DDPOTrainer):
                 "expected best in (0, 1], batch_size of 2 at least and every of 1 at least, got "
                 f"{best}, {batch_size} and {every}."
             )
-        check_schedule(sd_pipeline.scheduler, config)
+        check_schedule(sd_pipeline.scheduler, config.sample_num_steps, config.sample_eta)
         self.attached = attached
         self.agsm: AGSMRegularizer | None = None
         self.batches = batches
         self.every = every
         self._metrics: dict[str, list[Tensor]] = {}
         self._progress = Progress(self)
-        self._epoch = self.global_step = self._micro_step = 0
+        self.epoch = self.global_step = self.micro_step = 0
         self._save_freq = config.save_freq
         config = replace(config, save_freq=2**62)  # saving is done here
         super().__init__(config, reward_function, prompt_function, sd_pipeline, image_samples_hook)
@@ -138,35 +165,46 @@ class AGSMDDPOTrainer(DDPOTrainer):
         self._progress.restore()
 
     def step(self, epoch: int, global_step: int) -> int:
-        """trl's: an epoch of sampling, scoring and training. Returns the next global step."""
-        self._epoch, self.global_step = epoch, global_step
+        """An epoch of sampling, scoring and training, as trl's.
+
+        Args:
+            epoch: its number, from 0.
+            global_step: optimizer steps so far.
+
+        Returns:
+            Optimizer steps after it.
+        """
+        self.epoch, self.global_step = epoch, global_step
         done = int(super().step(epoch, global_step))
         if epoch != 0 and epoch % self._save_freq == 0:
             self.save_checkpoint()
         return done
 
     def save_checkpoint(self) -> None:
-        """A checkpoint between two epochs; to be called on every process.
+        """Saves a checkpoint. Call it between two epochs, on every process.
 
-        trl's `save_freq` comes to this too: trl itself saves on the first process alone, while the
-        others wait for something else.
+        trl's `save_freq` calls it too. (trl's own trainer saves on the first process alone, while
+        the others wait for another exchange.)
         """
         self.accelerator.save_state()
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:  # a run can be killed while it writes one
+        if self.accelerator.is_main_process:  # marks it as whole: a run can be killed while saving
             folder = Path(self.accelerator.project_dir) / "checkpoints"
             (folder / f"checkpoint_{self.accelerator.save_iteration - 1}" / COMPLETE).touch()
 
     def train(self, epochs: int | None = None) -> None:
-        """All epochs, from where a resumed run stopped."""
+        """All epochs; a resumed run continues where it stopped.
+
+        epochs: the number of the last epoch plus 1; default: the config's `num_epochs`.
+        """
         step = self.global_step
         for epoch in range(self.first_epoch, self.config.num_epochs if epochs is None else epochs):
             step = self.step(epoch, step)
 
     def calculate_loss(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """trl's loss of one micro-step (scalar), with λ·AGSM in it; its KL and clipped share."""
+        """trl's loss of one micro-step plus λ·AGSM, its approximate KL and clipped share: scalars."""
         loss, kl, clipped = super().calculate_loss(*args, **kwargs)
-        number, self._micro_step = self._micro_step, self._micro_step + 1
+        number, self.micro_step = self.micro_step, self.micro_step + 1
         if self.agsm is None or number % self.every or not self.agsm.weight(self.agsm.step):
             return loss, kl, clipped
         batch = self._own.batch(number) if self.batches is None else self.batches(number)
@@ -177,7 +215,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
         return loss + self.every * term.loss, kl, clipped
 
     def compute_rewards(self, prompt_image_pairs: Any, is_async: bool = False) -> Any:
-        """trl's; AGSM's own samples are chosen by them."""
+        """trl's rewards. They choose the samples that AGSM trains on, where there are no batches."""
         rewards, metadata = super().compute_rewards(prompt_image_pairs, is_async)
         if self.agsm is not None and self.batches is None:
             self._own.choose(torch.cat([reward.flatten() for reward in rewards]))
@@ -206,7 +244,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
         return optimizer
 
     def _after_step(self, *_: Any) -> None:
-        """Behind each step that the optimizer takes (none where fp16 overflowed)."""
+        """Runs after each step that the optimizer takes; not where fp16 overflowed."""
         if self.agsm is None:
             return
         self.agsm.update_ema()
@@ -222,7 +260,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
         self.global_step += 1
 
     def _trained(self) -> dict[str, nn.Parameter]:
-        """Every trained parameter by name, the tokens' behind those of the UNet."""
+        """Every trained parameter by name: the UNet's, then the tokens'."""
         unet = self.accelerator.unwrap_model(self.sd_pipeline.unet)
         named = dict(unet.named_parameters())
         if self.attached is not None:
@@ -230,7 +268,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
         return {name: p for name, p in named.items() if p.requires_grad}
 
     def _exchange_gradients(self) -> None:
-        """Gradients become the processes' mean in the last micro-step of an optimizer step."""
+        """Averages the gradients over the processes in an optimizer step's last micro-step."""
         import torch.distributed as dist
         from accelerate.utils import broadcast
 
@@ -263,14 +301,15 @@ class AGSMDDPOTrainer(DDPOTrainer):
 
 
 class LoadedPipeline(DefaultDDPOStableDiffusionPipeline):
-    """For the trainer: a Stable Diffusion pipeline that is loaded, with its adapters and tokens.
+    """A loaded Stable Diffusion pipeline for the trainer, with its adapters and tokens.
 
-    trl's own class loads one from a folder and puts a LoRA of rank 4 on it.
+    trl's own class loads a pipeline from a folder and adds a LoRA of rank 4.
 
     Args:
-        pipe: what is to be trained of its UNet has `requires_grad`; its scheduler becomes DDIM's,
-            and its safety checker is dropped, as with trl.
-        full: all of the UNet is trained (trl then runs it in autocast).
+        pipe: parameters of its UNet that have `requires_grad` are trained. As in trl, its VAE and
+            text encoder are frozen, its scheduler is replaced by DDIM's, and its safety checker is
+            removed.
+        full: the whole UNet is trained; trl then runs it in autocast.
     """
 
     def __init__(self, pipe: StableDiffusionPipeline, *, full: bool = False) -> None:
@@ -278,11 +317,13 @@ class LoadedPipeline(DefaultDDPOStableDiffusionPipeline):
         self.use_lora = not full
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         pipe.safety_checker = None
+        for frozen in (pipe.vae, pipe.text_encoder):
+            frozen.requires_grad_(False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """trl's sampling. Without guidance only the prompts' embeddings are run.
+        """trl's sampling; without guidance only the prompts' embeddings are run.
 
-        diffusers' `_encode_prompt` puts the negative ones before them even then.
+        diffusers' `_encode_prompt` puts the negative prompts' before them even without guidance.
         """
         if kwargs.get("guidance_scale", 7.5) > 1 or kwargs.get("prompt_embeds") is None:
             return super().__call__(*args, **kwargs)
@@ -293,8 +334,9 @@ class LoadedPipeline(DefaultDDPOStableDiffusionPipeline):
             del self.sd_pipeline._encode_prompt
 
     def get_trainable_layers(self) -> nn.Module:
+        """The UNet, with its trained parameters in float32: fp16's gradients can't be unscaled."""
         for parameter in self.sd_pipeline.unet.parameters():
-            if parameter.requires_grad:  # fp16's gradients could not be unscaled
+            if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         unet: nn.Module = self.sd_pipeline.unet
         return unet

@@ -8,6 +8,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+from pathlib import Path
 
 import pytest
 
@@ -30,8 +31,11 @@ def imported(name):
         pytest.skip(str(error))
 
 
+@pytest.mark.filterwarnings("ignore:DDPOTrainer is deprecated")
+@pytest.mark.filterwarnings("ignore:.*_encode_prompt.* is deprecated")  # called by trl
 @pytest.mark.parametrize("name", MODULES)
-def test_the_examples_of(name):
+def test_the_examples_of(name, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])  # an example loads a pipeline of the repository
     module = imported(name)
     written = inspect.getsource(module).count(">>> ")
     ran = doctest.testmod(module)
@@ -40,9 +44,7 @@ def test_the_examples_of(name):
         f"{module.__name__}: expected to run its {written} lines of examples, ran {ran.attempted}. "
         "doctest did not find the others: put them into the docstring of the module or of a class."
     )
-    assert written or name.startswith("hosts."), (
-        f"{module.__name__}: expected an example, got none."
-    )
+    assert written, f"{module.__name__}: expected an example, got none."
 
 
 def test_every_module_is_listed():

@@ -1,5 +1,7 @@
 """trl's DDPOTrainer with AGSM in its loss: λ = 0, the term, accumulation, own samples, resume."""
 
+import importlib.metadata
+import runpy
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch
 from agsm_loss.integrations.hosts import trl_ddpo
+from agsm_loss.integrations.hosts.ddpo_parts import BestSamples
 from agsm_loss.integrations.hosts.step import AGSMBatch, agsm_on
 from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
@@ -215,8 +218,13 @@ def test_its_own_samples_are_those_with_the_best_rewards(folder, tmp_path, monke
 @pytest.mark.parametrize("own", [True, False])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(own, folder, tmp_path):
     def run(place, epochs, **changed):
-        pipe = pipeline(folder)
-        given = {} if own else {"batches": batches}
+        pipe, numbers = pipeline(folder), []
+
+        def noted(number):
+            numbers.append(number)
+            return batches(number)
+
+        given = {} if own else {"batches": noted}
         trainer = AGSMDDPOTrainer(
             config(place, num_epochs=epochs, save_freq=1, per_prompt_stat_tracking=True,
                    per_prompt_stat_tracking_min_count=2, **changed),
@@ -224,28 +232,32 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(own, folder, tmp_path):
             attached=soft_tokens(pipe), batch_size=4, **given,
         )  # fmt: skip
         trainer.train()
-        return trainer
+        return trainer, numbers
 
-    whole = run(tmp_path / "whole", 4)
+    whole, asked_of_whole = run(tmp_path / "whole", 4)
     run(tmp_path / "cut", 3)
-    resumed = run(tmp_path / "cut", 4, resume_from=str(tmp_path / "cut" / "checkpoints"))
+    resumed, asked_of_resumed = run(
+        tmp_path / "cut", 4, resume_from=str(tmp_path / "cut" / "checkpoints")
+    )
     assert resumed.first_epoch == 3
     for one, other in zip(whole.trainable_layers, resumed.trainable_layers, strict=True):
         assert torch.equal(one, other)
     for one, other in zip(whole.agsm.ema.shadow, resumed.agsm.ema.shadow, strict=True):
         assert torch.equal(one, other)
-    assert (resumed.global_step, resumed._micro_step) == (whole.global_step, whole._micro_step)
-    assert whole.global_step == 4 and resumed.agsm.step == 4
+    assert resumed.global_step == whole.global_step == 4 and resumed.agsm.step == 4
+    if not own:
+        assert asked_of_whole == list(range(4 * ACCUMULATED))
+        assert asked_of_resumed == asked_of_whole[3 * ACCUMULATED :]
 
 
 def test_a_missing_or_newer_trl_is_named_with_the_extra(monkeypatch):
     def absent(name):
-        raise trl_ddpo.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
     for found in (lambda name: "0.24.1", lambda name: "0.19.0", absent):
-        monkeypatch.setattr(trl_ddpo, "version", found)
+        monkeypatch.setattr(importlib.metadata, "version", found)
         with pytest.raises(ImportError, match=r"agsm-loss\[trl\]"):
-            trl_ddpo._check_trl()
+            runpy.run_path(trl_ddpo.__file__)  # imported once more
 
 
 def test_arguments_that_cannot_work_are_refused(folder, tmp_path):
@@ -276,8 +288,6 @@ def test_processes_train_one_model(folder, monkeypatch):
 
 
 def test_own_samples_are_noised_by_seed_rank_and_micro_step():
-    from agsm_loss.integrations.hosts.best_samples import BestSamples
-
     def drawn(seed, rank, number):
         own = BestSamples(1.0, 4, seed, rank)
         own.latents, own.embeds = torch.zeros(4, 1, 2, 2), torch.zeros(4, 1)

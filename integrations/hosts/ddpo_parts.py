@@ -1,4 +1,21 @@
-"""What `trl_ddpo` adds to trl's trainer and needs nothing of trl for."""
+"""The parts of `trl_ddpo` that run without trl: a check, a checkpoint's state, the best samples.
+
+>>> from diffusers import DDIMScheduler
+>>> from agsm_loss.integrations.hosts.ddpo_parts import BestSamples, check_schedule
+>>> scheduler = DDIMScheduler(steps_offset=1)
+>>> check_schedule(scheduler, num_steps=10, eta=1.0)
+
+AGSM trains on those of an epoch's samples that have the best rewards:
+
+>>> import torch
+>>> samples = [{"next_latents": torch.randn(4, 10, 4, 8, 8), "prompt_embeds": torch.randn(4, 6, 16)}]
+>>> prompts = ["a dog", "a cat", "two dogs", "a red cube"]
+>>> best = BestSamples(share=0.5, batch_size=2, seed=0)
+>>> best.offer(samples, [(None, prompts, None)], scheduler)
+>>> best.choose(torch.tensor([0.1, 0.9, 0.4, 0.7]))
+>>> sorted(best.batch(0).captions)
+['a cat', 'a red cube']
+"""
 
 from collections import deque
 from typing import Any
@@ -11,18 +28,32 @@ from agsm_loss import draws
 from agsm_loss.integrations.hosts.step import AGSMBatch, best_rows
 
 
-def check_schedule(scheduler: Any, config: Any) -> None:
-    scheduler.set_timesteps(config.sample_num_steps)
-    if config.sample_eta <= 0 or int(scheduler.timesteps[-1]) == 0:
+def check_schedule(scheduler: Any, num_steps: int, eta: float) -> None:
+    """Checks that every sampling step has noise, and so a log-probability.
+
+    Args:
+        scheduler: the pipeline's, a DDIM scheduler. Its `set_timesteps` is called.
+        num_steps: sampling steps.
+        eta: η of DDIM.
+
+    Raises:
+        ValueError: η not above 0, or a last timestep of 0.
+    """
+    scheduler.set_timesteps(num_steps)
+    if eta <= 0 or int(scheduler.timesteps[-1]) == 0:
         raise ValueError(
             "expected sample_eta above 0 and a schedule that ends above timestep 0, got "
-            f"{config.sample_eta} and timesteps {scheduler.timesteps.tolist()}: a step without "
-            "noise has no log-probability. Set the scheduler's steps_offset to 1."
+            f"{eta} and timesteps {scheduler.timesteps.tolist()}: a step without noise has no "
+            "log-probability. Set the scheduler's steps_offset to 1."
         )
 
 
 class Progress:
-    """What a checkpoint holds in addition to weights and optimizer."""
+    """What a checkpoint holds in addition to weights and optimizer; made for `trainer`.
+
+    That is epoch, steps, AGSM's state and the rewards kept for each prompt. trl loads a checkpoint
+    before the regularizer exists, so the state is kept until `restore()`.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -33,17 +64,22 @@ class Progress:
         tracker = getattr(trainer, "stat_tracker", None)
         rewards = {} if tracker is None else tracker.stats
         return {
-            "epoch": trainer._epoch + 1,
+            "epoch": trainer.epoch + 1,
             "global_step": trainer.global_step,
-            "micro_step": trainer._micro_step,
+            "micro_step": trainer.micro_step,
             "agsm": None if trainer.agsm is None else trainer.agsm.state_dict(),
             "rewards": {str(name): torch.tensor(np.array(kept)) for name, kept in rewards.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.loaded = state  # trl loads before there is a regularizer
+        self.loaded = state
 
     def restore(self) -> None:
+        """Puts the loaded state into the trainer; nothing where none was loaded.
+
+        Raises:
+            ValueError: AGSM in the checkpoint or in the trainer, but not in both.
+        """
         state, trainer = self.loaded, self.trainer
         if state is None:
             return
@@ -63,11 +99,18 @@ class Progress:
             }
         trainer.first_epoch = int(state["epoch"])
         trainer.global_step = int(state["global_step"])
-        trainer._micro_step = int(state["micro_step"])
+        trainer.micro_step = int(state["micro_step"])
 
 
 class BestSamples:
-    """The epoch's samples with the best rewards, as what AGSM trains on."""
+    """The samples of an epoch that have the best rewards, for AGSM to train on.
+
+    Args:
+        share: of the epoch's samples to keep, in (0, 1]; at least `batch_size` are kept, where
+            there are so many.
+        batch_size: images a batch, at the most.
+        seed, rank: each batch draws from these and its number.
+    """
 
     def __init__(self, share: float, batch_size: int, seed: int, rank: int = 0) -> None:
         self.share, self.batch_size, self.seed, self.rank = share, batch_size, seed, rank
@@ -76,21 +119,28 @@ class BestSamples:
         self.steps = 1000
 
     def offer(self, samples: list[dict[str, Tensor]], pairs: list[Any], scheduler: Any) -> None:
-        """Samples as trl keeps them: latents (B, T, *D) and prompts, batch by batch."""
+        """The epoch's N samples, before they have rewards.
+
+        Args:
+            samples: trl's, a dict a batch: "next_latents" (B, T, *D), of which the last of T is
+                clean, and "prompt_embeds" (B, S, d).
+            pairs: trl's, a batch each: images, prompts, metadata.
+            scheduler: for the number of training timesteps.
+        """
         self.latents = torch.cat([one["next_latents"][:, -1] for one in samples])
         self.embeds = torch.cat([one["prompt_embeds"] for one in samples])
         self.prompts = [prompt for _, prompts, _ in pairs for prompt in prompts]
         self.steps = scheduler.config.num_train_timesteps
 
     def choose(self, rewards: Tensor) -> None:
-        """rewards (N,) of what was offered."""
+        """Keeps the best of them, by their rewards (N,)."""
         share = max(self.share, min(1.0, self.batch_size / len(rewards)))
         kept = best_rows(rewards.float(), share).to(self.latents.device)
         self.latents, self.embeds = self.latents[kept], self.embeds[kept]
         self.prompts = [self.prompts[int(i)] for i in kept]
 
     def batch(self, number: int) -> AGSMBatch:
-        """A micro-step's draw of them."""
+        """The batch of micro-step `number`: some of the best, noised at uniform timesteps."""
         generator = draws(self.seed, self.rank, number)
         rows = torch.randperm(len(self.latents), generator=generator)[: self.batch_size]
         latents = self.latents[rows.to(self.latents.device)]
