@@ -25,7 +25,7 @@ from common.settings import HostOptions, ImageOptions, PipelineOptions, hard_per
 
 if TYPE_CHECKING:
     from agsm_loss.integrations.hosts.step import AGSMBatch
-    from common.task import Task
+    from common.task import Captions, Task
     from common.trained import TrainedPipeline
 
 
@@ -261,13 +261,10 @@ def prompts_of(options: Options, task: Task) -> Callable[[], tuple[str, dict[str
 
     if options.sampling_prompts:
         lines = Path(options.sampling_prompts).read_text().splitlines()
-        texts = [line.strip() for line in lines if line.strip()]
-
-        def caption_of(number: int) -> str:
-            return texts[number % len(texts)]
+        texts: Captions | list[str] = [line.strip() for line in lines if line.strip()]
     else:
-        caption_of = task.caption_of()
-    return lambda: (caption_of(int(torch.randint(2**31, ()))), {})
+        texts = task.captions()
+    return lambda: (texts[int(torch.randint(len(texts), ()))], {})
 
 
 def data_batches(

@@ -17,6 +17,20 @@ from common.sampling import read_prompts
 
 
 @dataclass(frozen=True)
+class Captions:
+    """`number` captions, each made when it is asked for: `captions[0]` to `captions[number - 1]`."""
+
+    number: int
+    make: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, row: int) -> str:
+        return self.make(row)
+
+
+@dataclass(frozen=True)
 class Task:
     """A table of captioned images or preference pairs, and prompts to look at.
 
@@ -47,13 +61,10 @@ class Task:
         table = open_table(self.data, self.split, columns=PAIR_COLUMNS, text=self.text)
         return TablePairs(table, batch_size, hard, text=self.text, **self._rows())
 
-    def caption_of(self) -> Callable[[int], str]:
-        """A function from any number to a caption of the data."""
-        table = open_table(self.data, self.split, columns=(), text=self.text)
-        texts = table[self.text]
-        return lambda number: one_text(
-            texts[number % len(texts)], np.random.default_rng(number % len(texts))
-        )
+    def captions(self) -> Captions:
+        """The data's captions; of a row with several, always the same one."""
+        texts = open_table(self.data, self.split, columns=(), text=self.text)[self.text]
+        return Captions(len(texts), lambda row: one_text(texts[row], np.random.default_rng(row)))
 
     def validation(self) -> list[dict[str, Any]]:
         """A row with a prompt each; none where nothing is validated."""

@@ -5,7 +5,7 @@ task = open_task(options, accelerator)      the world, or the table that --data 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from common.images import Batch
 from common.pairs import PairBatch
 from common.sampling import read_prompts as read_file
-from common.task import Task
+from common.task import Captions, Task
 from world.captions import caption
 from world.data import WorldBatches, WorldPairs
 from world.models import pipeline_arguments
@@ -44,8 +44,11 @@ class World(Task):
     def pairs(self, batch_size: int, hard: int) -> Dataset[PairBatch]:
         return WorldPairs(batch_size, hard, seed=self.seed, rank=self.rank)
 
-    def caption_of(self) -> Callable[[int], str]:
-        return lambda number: caption(draw_spec(np.random.default_rng(number), "train"))
+    def captions(self) -> Captions:
+        """One for each seed of a scene, 2**31 of them."""
+        return Captions(
+            2**31, lambda seed: caption(draw_spec(np.random.default_rng(seed), "train"))
+        )
 
     def validation(self) -> list[dict[str, Any]]:
         return super().validation() if self.prompts else rows("validation", self.per_category)

@@ -1,12 +1,20 @@
 """train_ddpo.py and train_flow_grpo.py: resume, log, either kind of image, rewards, refusals."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset as Table
 from recipe_runs import killing, log, trained
 
 import train_ddpo
 import train_flow_grpo
 from common import rewards
+from common.task import Task
+from world.captions import caption
+from world.prompts import draw_spec
+from world.task import World
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:DDPOTrainer is deprecated"),
@@ -115,3 +123,25 @@ def test_rewards_of_hand_made_pictures():
     sizes = rewards.load("jpeg_incompressibility")(pictures, prompts)
     assert sizes[2] > 1.5 * sizes[0] and sizes[0] > 0.3
     assert torch.equal(rewards.load("jpeg_compressibility")(pictures, prompts), -sizes)
+
+
+def test_a_prompt_is_one_draw_of_its_row_or_of_its_scene(tmp_path):
+    """From a file or a table uniformly; from the world by the seed of a scene."""
+    lines = ["a red circle", "two blue squares", "a cat"]
+    (tmp_path / "prompts.txt").write_text("\n\n".join(lines))
+    Table.from_dict({"caption": lines}).to_parquet(tmp_path / "table.parquet")
+    table = Task(str(tmp_path / "table.parquet"))
+
+    def scene(seed):
+        return caption(draw_spec(np.random.default_rng(seed), "train"))
+
+    for file, task, number, text in (
+        (str(tmp_path / "prompts.txt"), table, 3, lines.__getitem__),
+        ("", table, 3, lines.__getitem__),
+        ("", World("world"), 2**31, scene),
+    ):
+        torch.manual_seed(4)
+        expected = [(text(int(torch.randint(number, ()))), {}) for _ in range(8)]
+        torch.manual_seed(4)
+        draw = train_ddpo.prompts_of(SimpleNamespace(sampling_prompts=file), task)
+        assert [draw() for _ in range(8)] == expected
