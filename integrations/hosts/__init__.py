@@ -1,1 +1,4 @@
-"""Training steps that AGSM can be part of: a file for each method, `step` for what they share."""
+"""Training steps of other methods, with AGSM as a term.
+
+A file for each method; `step` holds what they share, `ddpo_parts` what `trl_ddpo` needs without trl.
+"""
