@@ -139,7 +139,8 @@ def implied_noise(
 class InPO(DiffusionDPO):
     """InPO's training step: a batch of preference pairs to loss and metrics.
 
-    Args: those of `DiffusionDPO`, and
+    Args:
+        args, kwargs: those of `DiffusionDPO`.
         num_steps, eta, generator: of `ddim_invert`.
     """
 
