@@ -27,6 +27,8 @@ class Captions:
         return self.number
 
     def __getitem__(self, row: int) -> str:
+        if not 0 <= row < self.number:
+            raise IndexError(f"expected a number in 0..{self.number - 1}, got {row}.")
         return self.make(row)
 
 
