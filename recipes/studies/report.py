@@ -30,7 +30,7 @@ def write(plan: Plan, config: Path, *, seconds: float) -> Path:
     pictures(plan, output / "images.png")
     text = markdown(plan, results, config, seconds)
     (output / "report.md").write_text(text)
-    (output / "report.html").write_text(_html(plan.title, text))
+    (output / "report.html").write_text(html_page(plan.title, text))
     return output / "report.md"
 
 
@@ -117,7 +117,7 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         ),
         "",
         *_final_metrics(plan),
-        *_frontier_table(plan),
+        *frontier_table(plan),
         "## Pictures",
         "",
         (
@@ -284,7 +284,7 @@ def _final_metrics(plan: Plan) -> list[str]:
     return [*lines, ""]
 
 
-def _frontier_table(plan: Plan) -> list[str]:
+def frontier_table(plan: Plan) -> list[str]:
     if not plan.frontier:
         return []
     shown = _plain(plan.frontier)
@@ -307,7 +307,7 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).replace("<", "&lt;").replace("|", "&#124;")
 
 
-def _html(title: str, text: str) -> str:
+def html_page(title: str, text: str) -> str:
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     style = (
         "body{font:15px/1.5 sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}"

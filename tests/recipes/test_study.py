@@ -279,7 +279,7 @@ def test_titles_and_names_are_text_in_every_report(name, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "log_of", lambda *_: log)
     monkeypatch.setattr(report, "images_of", lambda *_: np.zeros((1, 8, 8, 3), np.uint8))
     text = report.markdown(plan, results, tmp_path / "plan.yaml", 0.0)
-    page = report._html(plan.title, text)
+    page = report.html_page(plan.title, text)
     body = page.split("<body>")[1]
     assert "<script" not in page and "<b>" not in body and "<i>" not in body
     assert body.count("<h1>") == 1 and html.escape(name) in body
@@ -371,4 +371,4 @@ def test_a_frontier_sets_scores_beside_what_was_logged_before_them(tmp_path):
         ]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert figures.frontier(plan, "A") == [(2, 2.5, 0.5), (3, 7.5, 0.3)]
-    assert "| A | 0.500 at 2.500 | 0.300 at 7.500 |" in report._frontier_table(plan)
+    assert "| A | 0.500 at 2.500 | 0.300 at 7.500 |" in report.frontier_table(plan)

@@ -1,5 +1,6 @@
 """The soft-token recipe: objectives, resume, other data, two processes, what it refuses."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -232,8 +233,14 @@ def test_prompts_are_encoded_once_and_the_cache_is_bounded(flow_base, monkeypatc
     one = sum(value.nbytes for value in kept.values())
     model = TextToImage(model.pipe, cached_bytes=2 * one)
     asked = []
-    encode = model._encode
-    monkeypatch.setattr(model, "_encode", lambda prompts: asked.append(prompts) or encode(prompts))
+    encode = model.pipe.encode_prompt
+
+    def counted(prompt, prompt_2, prompt_3, device, **settings):  # the names that a pipeline has
+        asked.append(prompt)
+        return encode(prompt, prompt_2, prompt_3, device, **settings)
+
+    counted.__signature__ = inspect.signature(encode)
+    monkeypatch.setattr(model.pipe, "encode_prompt", counted)
     several, one_more = ["two red circles", *["a square"] * 7], ["a circle"] * 8
     first = model.encode_prompts(["two red circles", "a square", "two red circles"])
     assert asked == [several]  # eight a pass, whatever is asked
