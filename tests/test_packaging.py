@@ -40,6 +40,7 @@ def test_the_light_import_test_can_fail():
     assert imported_by("import agsm_loss, accelerate") == "accelerate"
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_named():
     code = (
         "import sys; sys.modules['safetensors'] = None; import agsm_loss.integrations.tokens.saved"

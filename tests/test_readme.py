@@ -150,6 +150,7 @@ def test_the_block_of_a_model_card_runs(model):
     assert namespace["image"].size == (24, 24)
 
 
+@pytest.mark.slow
 def test_the_quickstart_shows_a_falling_loss():
     done = subprocess.run(
         [sys.executable, "-W", "error", QUICKSTART], capture_output=True, text=True, check=False

@@ -70,6 +70,7 @@ def test_one_step_of_the_proof_for_any_weights(num, pos_scale, neg_scale, seed):
     assert total(after) <= total(ema_pred) * (1 + 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("neg_scale", [0.1, 1.0])
 def test_stays_in_a_ball_for_thousands_of_steps(neg_scale):
@@ -100,6 +101,7 @@ def test_runs_away_outside():
         assert path.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.unchecked_shapes
 def test_softrepa_has_no_fixed_point():
     """The same free predictions under SoftREPA: the negative's error has one direction, up."""

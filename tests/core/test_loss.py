@@ -209,6 +209,7 @@ def test_gradcheck_and_double_backward():
     )
 
 
+@pytest.mark.slow
 def test_compiles_without_a_graph_break():
     """In a fresh process, because executed shape annotations cannot be traced."""
     script = Path(__file__).parents[1] / "helpers" / "compile_check.py"

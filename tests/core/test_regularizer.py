@@ -313,6 +313,7 @@ def test_a_subset_of_the_negatives_is_unbiased(size):
     assert max(found) - min(found) > 1e-3
 
 
+@pytest.mark.slow
 def test_drawn_subsets_are_uniform_and_of_the_asked_size():
     weight = nn.Parameter(torch.ones(()))
     trained = torch.zeros(2, 4)
@@ -492,6 +493,7 @@ def test_one_autocast_around_it_all_changes_nothing(reuse):
     close(seen[True], seen[False])
 
 
+@pytest.mark.slow
 def test_two_ranks():
     """Each has draws of its own, also after resuming; none waits; their gradients agree."""
     ranks = run_ranks(workers.regularizer)

@@ -96,6 +96,7 @@ def test_an_overflow_does_not_last(bad):
     assert temperature(torch.full_like(good, bad)) == first and temperature.updates == 1
 
 
+@pytest.mark.slow
 def test_ranks_agree():
     values = run_ranks(workers.adaptive_temperature)
     assert values[0] == values[1] == pytest.approx(float(AdaptiveTemperature()(errors_of(0))))

@@ -64,6 +64,7 @@ def test_attention_slicing_and_processors():
     attached.detach()
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager():
     """In a fresh process, because executed shape annotations cannot be traced."""
     script = Path(__file__).parents[1] / "helpers" / "compile_backbones_check.py"
@@ -72,6 +73,7 @@ def test_compiled_equals_eager():
     assert done.stdout.split() == ["unet", "sd3", "flux", "qwen", "sana"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_ranks_of_ddp_equal_one_process(checkpointing):
     """Two forwards of other banks before one backward, on each half of the batch."""

@@ -215,6 +215,7 @@ def test_its_own_samples_are_those_with_the_best_rewards(folder, tmp_path, monke
     assert not torch.equal(seen[0].noise, seen[1].noise)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(own, folder, tmp_path):
     def run(place, epochs, **changed):
@@ -277,6 +278,7 @@ def test_arguments_that_cannot_work_are_refused(folder, tmp_path):
         make(pipe)
 
 
+@pytest.mark.slow
 def test_processes_train_one_model(folder, monkeypatch):
     monkeypatch.setenv("PIPELINE", str(folder))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))

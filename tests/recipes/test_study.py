@@ -72,6 +72,7 @@ def test_a_study_from_plan_to_report(flow_base, tmp_path, monkeypatch):
         study.main(["--config", str(file), "--jobs", "2"])
 
 
+@pytest.mark.slow
 def test_methods_of_other_recipes_and_after_one_another(flow_base, tmp_path, monkeypatch):
     dpo = {"recipe": "train_dpo", "rank": 1, "num_tokens": 0, "learning_rate": 0.05, "beta": 50.0}
     file = plan_file(

@@ -184,6 +184,7 @@ def test_the_negatives_train_the_tokens_alone(flow_base, tmp_path, flags):
         trained("checkpointed", "--gradient_checkpointing", "--neg_scale", "0.1")
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_tokens_on_other_batches(flow_base, tmp_path, recipes):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc-per-node", "2", str(recipes / "train_agsm.py"), "--model", str(flow_base),

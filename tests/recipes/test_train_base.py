@@ -30,6 +30,7 @@ def weights(folder):
     return {f"{file.parent.name}.{k}": v for file in files for k, v in load_file(file).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["flow", "epsilon"])
 def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"

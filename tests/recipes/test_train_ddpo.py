@@ -33,6 +33,7 @@ def train(recipe, model, folder, *flags):
     return trained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", ["data", "best"])
 def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path, monkeypatch):
     negatives = {"data": "mixed", "best": "in_batch"}[images]

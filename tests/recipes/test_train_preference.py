@@ -33,6 +33,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["dpo", "inpo"])
 def test_a_killed_run_resumes_to_the_same_weights(recipe, epsilon_base, tmp_path, monkeypatch):
     flags = ["--rank", "2", "--agsm_weight", "0.5", "--candidates", "mixed", "--entropy", "0.7"]
@@ -66,6 +67,7 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, epsilon_base, tmp_path
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_inpo_gives_agsm_noise_of_its_own(epsilon_base, tmp_path):
     flags = ["--rank", "2", "--agsm_weight", "0.5"]
     train("inpo", epsilon_base, tmp_path / "inverted", *flags)
@@ -76,6 +78,7 @@ def test_inpo_gives_agsm_noise_of_its_own(epsilon_base, tmp_path):
     assert one["agsm/loss"] != pytest.approx(other["agsm/loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["dpo", "inpo"])
 def test_the_host_alone_draws_what_it_draws_beside_agsm(recipe, epsilon_base, tmp_path):
     host = train(recipe, epsilon_base, tmp_path / "host", "--rank", "2")

@@ -32,6 +32,7 @@ def varied(pixels, prompts):
     return 100 * pixels.mean((1, 2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [["data"], ["rollout"], ["data", "--agsm_batch", "5"]])
 def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(task, "detector", varied)
@@ -51,6 +52,7 @@ def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(task, "detector", varied)
     train(epsilon_base, tmp_path / "host")
@@ -59,6 +61,7 @@ def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_pa
     assert host[0]["spo/loss"] == both[0]["spo/loss"] and "agsm/loss" not in host[0]
 
 
+@pytest.mark.slow
 def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(task, "detector", varied)
     seen, made = [], TrainedPipeline.agsm_batch

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 FEW = ["--validation_per_category", "1", "--validation_inference_steps", "1", "--no_validate_first",
@@ -32,6 +33,7 @@ def launch(model, folder, recipe, found, flags):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_spo_where_one_process_or_none_finds_a_pair(epsilon_base, tmp_path):
     log = launch(
         epsilon_base, tmp_path, "train_spo", "b1nb", [*LOOP, "--max_train_steps", "4", *SPO]
@@ -41,6 +43,7 @@ def test_spo_where_one_process_or_none_finds_a_pair(epsilon_base, tmp_path):
     assert log[0]["grad_norm"] > 0 and log[1]["grad_norm"] > 0 and log[2]["grad_norm"] == 0
 
 
+@pytest.mark.slow
 def test_dpo_with_agsm(flow_base, tmp_path):
     flags = [*LOOP, "--max_train_steps", "2", "--agsm_weight", "1", "--beta", "50",
              "--chunk_size", "3"]  # fmt: skip
@@ -48,6 +51,7 @@ def test_dpo_with_agsm(flow_base, tmp_path):
     assert all(line["grad_norm"] > 0 and line["agsm/loss"] > 0 for line in log)
 
 
+@pytest.mark.slow
 def test_ddpo_with_agsm(epsilon_base, tmp_path):
     flags = ["--num_epochs", "2", "--validation_epochs", "9", "--reward", "redness",
              "--sample_batch_size", "4", "--sample_num_batches_per_epoch", "1",
