@@ -1,9 +1,10 @@
 """Every spec of the world, their three folds, and seeded streams of scenes.
 
-The folds (`train`, `validation`, `heldout`) are disjoint sets of prompts: each category's specs
-are enumerated, shuffled with `FOLD_SEED`, and dealt 60/20/20. `single_object` has only three
-prompts and `two_object` only six, so all folds share them. Tune on `validation`, report on
-`heldout`. The base models draw on `ALL` prompts; post-training can keep to `train`.
+The folds (`train`, `validation`, `heldout`) are disjoint sets of prompts, except in two categories:
+`single_object` has three prompts and `two_object` six, so all folds share them. The specs of every
+other category are enumerated, shuffled with `FOLD_SEED`, and dealt 60/20/20. Choose options on
+`validation`, report `heldout`. The base models draw on `ALL` prompts; post-training can keep to
+`train`.
 """
 
 from __future__ import annotations
