@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from common.options import option, parse
 from common.settings import ImageOptions, PipelineLoopOptions, hard_per_image
+from common.stop import command
 
 if TYPE_CHECKING:
     import torch
@@ -118,4 +119,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from common.options import option, parse
 from common.settings import LoopOptions, WorldValidationOptions
+from common.stop import command
 
 if TYPE_CHECKING:
     import torch
@@ -199,6 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     from diffusers.training_utils import EMAModel
 
     from agsm_loss import draws
+    from common.log import lines_of
     from common.loop import Hooks, start, train
     from world.model_card import write_card
     from world.models import LATENT_SCALE
@@ -241,11 +243,10 @@ def main(arguments: list[str] | None = None) -> None:
         ema.copy_to(bare.parameters())
         folder = Path(options.output_dir) / "pipeline"
         _save(bare, folder)
-        lines = (folder.parent / "log.jsonl").read_text().splitlines()
         write_card(
             folder,
             vars(options),
-            [json.loads(line) for line in lines],
+            [json.loads(line) for line in lines_of(folder.parent / "log.jsonl")],
             shlex.join(["python", "recipes/train_base.py", *given]),
             sum(parameter.numel() for parameter in bare.parameters()),
         )
@@ -263,6 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
             lambda: ema.step(bare.parameters()),
             (ema,),
             options.validate_first,
+            lambda item: {"captions": item[1]},
         ),
     )
 
@@ -274,8 +276,10 @@ def _save(model: Any, folder: Path) -> None:
     import torch
 
     saved = copy.deepcopy(model).to(torch.float16, memory_format=torch.contiguous_format)
+    if not all(bool(value.isfinite().all()) for value in saved.parameters()):
+        raise FloatingPointError("weights: expected numbers within float16's range. None is saved.")
     saved.pipeline().to(torch.float16).save_pretrained(folder)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -22,6 +22,7 @@ from accelerate.tracking import GeneralTracker
 
 from common.options import option, parse
 from common.settings import HostOptions, ImageOptions, PipelineOptions, hard_per_image
+from common.stop import command
 
 if TYPE_CHECKING:
     from agsm_loss.integrations.hosts.step import AGSMBatch
@@ -96,11 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
-    from tqdm.auto import tqdm
 
-    from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
-    from agsm_loss.schedule import as_schedule, linear_warmup
-    from common.loop import last_checkpoint, truncate_log
+    from common.checkpoints import opened
     from common.trained import TrainedPipeline
     from world.task import open_task
 
@@ -113,7 +111,6 @@ def main(arguments: list[str] | None = None) -> None:
         )
     # trl's parts log before they have made their own state.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    output = Path(options.output_dir)
     torch.manual_seed(options.seed)
     task = open_task(options, state)
     trained = TrainedPipeline.load(options, state.device, task)
@@ -122,43 +119,31 @@ def main(arguments: list[str] | None = None) -> None:
             f"model: expected a StableDiffusionPipeline, got {type(trained.model.pipe).__name__}: trl's "
             "DDPO knows no other. For flow models see recipes/train_flow_grpo.py."
         )
-    resumed = last_checkpoint(options, state)
-    log = output / "log.jsonl"
-    if state.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "options.json").write_text(json.dumps(vars(options), indent=1) + "\n")
-    tracker = JsonLines(log, extra_tracker(options) if state.is_main_process else None)
-    schedule = as_schedule(options.agsm_weight)
-    if options.agsm_warmup_steps:
-        schedule = linear_warmup(schedule, options.agsm_warmup_steps)
-    own: dict[str, Any] = {}
-    if options.agsm_weight:
-        own["agsm"] = lambda denoiser, parameters: trained.agsm(options.agsm_batch, schedule)
-        if options.agsm_images == "data":
-            own["batches"] = data_batches(options, trained, state)
-    pipeline = LoadedPipeline(trained.model.pipe, full=options.full)
+    with opened(options, state) as found:
+        train(options, state, trained, found)
+
+
+def train(options: Options, state: Any, trained: TrainedPipeline, found: Any) -> None:
+    """The epochs from the checkpoint on that was found, if one was, and the result."""
+    from tqdm.auto import tqdm
+
+    from common.checkpoints import last_whole, save
+    from common.stop import Stop, continued_by
+
+    output = Path(options.output_dir)
+    first = 0 if found is None else found.step
+    tracker = JsonLines(output / "log.jsonl")
+    if state.is_main_process and options.report_to:
+        tracker.extra = extra_tracker(options, first)
+        tracker.repeat(first)
     due = {"sheet": False}
 
     def show(data: Any, step: int, _: Any) -> None:
         if due["sheet"]:
             samples_sheet(data, output / "sheets" / f"samples_{step:06d}.png")
 
-    trainer = AGSMDDPOTrainer(
-        trl_config(options, tracker, resumed),
-        trl_reward(options, state.device, task),
-        prompts_of(options, task),
-        pipeline,
-        show if state.is_main_process else None,  # trl's call asks for a tracker: only there
-        attached=None if trained.tokens is None else trained.tokens.attached,
-        best=options.agsm_best,
-        batch_size=options.agsm_batch,
-        every=options.agsm_every,
-        **own,
-    )
-    pipeline.set_progress_bar_config(disable=None, leave=False, desc="sampling")
+    trainer = make_trainer(options, state, trained, tracker, found, show)
     step = trainer.global_step
-    if state.is_main_process:
-        truncate_log(log, step)
     main_process = trainer.accelerator.is_main_process
 
     def validate() -> None:
@@ -168,23 +153,75 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.validate_first and step == 0:
         validate()
-    done = range(trainer.first_epoch, options.num_epochs)
+    epochs = range(trainer.first_epoch, options.num_epochs)
     bar = tqdm(
-        done, initial=trainer.first_epoch, total=options.num_epochs, disable=not main_process
+        epochs, initial=trainer.first_epoch, total=options.num_epochs, disable=not main_process
     )
-    for epoch in bar:
-        last = epoch + 1 == options.num_epochs
-        due["sheet"] = last or (epoch + 1) % options.validation_epochs == 0
-        step = trainer.step(epoch, step)
-        bar.set_postfix({name: f"{value:.3f}" for name, value in tracker.shown().items()})
-        if due["sheet"]:
-            validate()
-        if last or (epoch + 1) % options.checkpointing_epochs == 0:
-            tracker.flush()
-            trainer.save_checkpoint()
+    ending = "the run ends after this epoch, with a checkpoint" if main_process else ""
+    with Stop(ending).watching() as stop:
+        for epoch in bar:
+            last = epoch + 1 == options.num_epochs
+            due["sheet"] = last or (epoch + 1) % options.validation_epochs == 0
+            try:
+                step = trainer.step(epoch, step)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} {last_whole(output)}") from None
+            bar.set_postfix({name: f"{value:.3f}" for name, value in tracker.shown().items()})
+            if due["sheet"]:
+                validate()
+            if stop.signal is not None:
+                trainer.accelerator.set_trigger()
+            stopped = trainer.accelerator.check_trigger() and not last
+            if last or stopped or (epoch + 1) % options.checkpointing_epochs == 0:
+                tracker.flush()
+                saved = save(trainer.accelerator, output, step, trained.parameters)
+            if stopped:
+                bar.close()
+                trainer.accelerator.end_training()
+                if main_process:
+                    print(f"Stopped after epoch {epoch + 1}, saved as {saved}. To continue: "
+                          f"{continued_by(options)}")  # fmt: skip
+                raise stop.exit()
     if main_process:
         trained.save()
     trainer.accelerator.end_training()
+
+
+def make_trainer(
+    options: Options,
+    state: Any,
+    trained: TrainedPipeline,
+    tracker: JsonLines,
+    found: Any,
+    show: Callable[..., None],
+) -> Any:
+    """trl's trainer with AGSM in it, where the checkpoint has left it."""
+    from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
+    from agsm_loss.schedule import as_schedule, linear_warmup
+
+    schedule = as_schedule(options.agsm_weight)
+    if options.agsm_warmup_steps:
+        schedule = linear_warmup(schedule, options.agsm_warmup_steps)
+    own: dict[str, Any] = {}
+    if options.agsm_weight:
+        own["agsm"] = lambda denoiser, parameters: trained.agsm(options.agsm_batch, schedule)
+        if options.agsm_images == "data":
+            own["batches"] = data_batches(options, trained, state)
+    pipeline = LoadedPipeline(trained.model.pipe, full=options.full)
+    trainer = AGSMDDPOTrainer(
+        trl_config(options, tracker, None if found is None else found.folder),
+        trl_reward(options, state.device, trained.task),
+        prompts_of(options, trained.task),
+        pipeline,
+        show if state.is_main_process else None,  # trl's call asks for a tracker: only there
+        attached=None if trained.tokens is None else trained.tokens.attached,
+        best=options.agsm_best,
+        batch_size=options.agsm_batch,
+        every=options.agsm_every,
+        **own,
+    )
+    pipeline.set_progress_bar_config(disable=None, leave=False, desc="sampling")
+    return trainer
 
 
 def samples_sheet(data: Any, path: Path, most: int = 32) -> None:
@@ -212,15 +249,11 @@ def trl_config(options: Options, tracker: GeneralTracker, resumed: Path | None) 
         seed=options.seed,
         log_with=[tracker],
         tracker_project_name="agsm-loss",
-        project_kwargs={
-            "project_dir": options.output_dir,
-            "automatic_checkpoint_naming": True,
-            "total_limit": 2,
-        },
+        project_kwargs={"project_dir": options.output_dir},
         num_epochs=options.num_epochs,
         save_freq=2**31,  # the recipe says when
         mixed_precision=options.mixed_precision,
-        resume_from="" if resumed is None else str(resumed.parent),
+        resume_from="" if resumed is None else str(resumed),
         sample_num_steps=options.num_inference_steps,
         sample_eta=options.eta,
         sample_guidance_scale=options.guidance_scale,
@@ -285,21 +318,20 @@ def data_batches(
     return agsm_batch
 
 
-def extra_tracker(options: Options) -> GeneralTracker | None:
-    """The tracker that was asked for beside log.jsonl."""
+def extra_tracker(options: Options, first: int) -> GeneralTracker:
+    """The tracker that was asked for beside log.jsonl, for steps from the first on."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
 
-    from common.loop import missing_tracker
+    from common.log import missing_tracker, tracker_settings
 
-    if not options.report_to:
-        return None
     if options.report_to not in LOGGER_TYPE_TO_CLASS or not filter_trackers(
         [options.report_to], options.output_dir
     ):
         raise missing_tracker(options.report_to)
     kind: Any = LOGGER_TYPE_TO_CLASS[options.report_to]
     where = {"logging_dir": options.output_dir} if kind.requires_logging_directory else {}
-    tracker: GeneralTracker = kind("agsm-loss", **where)
+    settings = tracker_settings(options.report_to, first)
+    tracker: GeneralTracker = kind("agsm-loss", **where, **settings)
     if hasattr(tracker, "start"):  # newer accelerate's
         tracker.start()
     tracker.store_init_configuration(vars(options))
@@ -309,17 +341,17 @@ def extra_tracker(options: Options) -> GeneralTracker | None:
 class JsonLines(GeneralTracker):
     """accelerate's tracker to log.jsonl: a line for all that is logged at a step.
 
-    extra: another tracker, which is given the same scalars (trl logs tensors, arrays and a nested config,
-    which not all trackers take).
+    extra: another tracker, which is given the same scalars (trl logs tensors, arrays and a nested
+    config, which not all trackers take).
     """
 
     name = "jsonl"
     requires_logging_directory = False
 
-    def __init__(self, file: Path, extra: GeneralTracker | None = None) -> None:
+    def __init__(self, file: Path) -> None:
         super().__init__()
         self.file = file
-        self.extra = extra
+        self.extra: GeneralTracker | None = None
         self.step = 0
         self.line: dict[str, Any] = {}
         self.last: dict[str, float] = {}
@@ -344,16 +376,24 @@ class JsonLines(GeneralTracker):
 
     def write(self, values: Mapping[str, Any], step: int) -> None:
         """A line of its own."""
-        from common.loop import append_line, flat
+        from common.log import append_line, flat
 
         self.flush()
         append_line(self.file, {"step": step, **values})
         if self.extra is not None:
             self.extra.log(flat(values), step=step)
 
+    def repeat(self, first: int) -> None:
+        """Gives the other tracker what the log has of that step: a resumed one drops the step."""
+        from common.log import flat, lines_of
+
+        for line in map(json.loads, lines_of(self.file)):
+            if self.extra is not None and line["step"] >= first:
+                self.extra.log(flat({**line, "step": None}), step=line["step"])
+
     def flush(self) -> None:
         """What has been logged so far is written."""
-        from common.loop import append_line
+        from common.log import append_line
 
         if self.line:
             append_line(self.file, {"step": self.step, **self.line})
@@ -372,4 +412,4 @@ class JsonLines(GeneralTracker):
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -16,6 +16,7 @@ from typing import Any
 
 from common.options import parse
 from common.settings import PreferenceOptions
+from common.stop import command
 
 
 @dataclass(frozen=True)
@@ -50,4 +51,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

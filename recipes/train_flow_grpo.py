@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.options import option, parse
 from common.settings import OnPolicyOptions
+from common.stop import command
 
 if TYPE_CHECKING:
     from common.images import Batch
@@ -107,4 +108,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

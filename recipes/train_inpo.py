@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from common.options import option, parse
 from common.settings import PreferenceOptions
+from common.stop import command
 
 
 @dataclass(frozen=True)
@@ -71,4 +72,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

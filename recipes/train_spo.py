@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from common.options import option, parse
 from common.settings import OnPolicyOptions
+from common.stop import command
 
 if TYPE_CHECKING:
     from common.images import Batch
@@ -176,4 +177,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

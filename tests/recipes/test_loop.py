@@ -1,82 +1,13 @@
 """The loop: rate, accumulation, checkpoints of trainable parameters, resume, what stops it."""
 
-import json
-from dataclasses import replace
-
 import pytest
 import torch
+from loop_runs import Model, Numbers, entries, killed_at, options, resumed, run, same
+from safetensors.torch import load_file
 from torch import nn
 
-from agsm_loss import draws
-from common import loop
+from common import checkpoints, log, loop
 from common.settings import LoopOptions
-
-
-class Numbers(torch.utils.data.Dataset):
-    def __getitem__(self, index):
-        return torch.randn(4, 3, generator=draws("numbers", index))
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.frozen = nn.Linear(3, 3).requires_grad_(False)
-        self.layer = nn.Linear(3, 1)
-
-    def forward(self, x):
-        return self.layer(self.frozen(x))
-
-
-class Counter:
-    def __init__(self):
-        self.steps = 0
-
-    def state_dict(self):
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state):
-        self.steps = state["steps"]
-
-
-def run(options, *, loss=None, dies_at=None):
-    """Trains the model; returns it and what the hooks counted."""
-    accelerator = loop.start(options)
-    bare = Model()
-    optimizer = torch.optim.AdamW(
-        [p for p in bare.parameters() if p.requires_grad], lr=options.learning_rate
-    )
-    model, optimizer = accelerator.prepare(bare, optimizer)
-    counter = Counter()
-
-    def error(batch, index):
-        if index == dies_at:
-            raise KeyboardInterrupt
-        return model(batch).square().mean(), {"index": torch.tensor(float(index))}
-
-    def update_ema():
-        counter.steps += 1
-
-    hooks = loop.Hooks(
-        loss or error, lambda step: {"at": step}, lambda: None, update_ema, (counter,), True
-    )
-    loop.train(options, accelerator, model, optimizer, Numbers(), hooks)
-    return bare, counter
-
-
-def options(folder, **changes):
-    defaults = LoopOptions(
-        output_dir=str(folder),
-        max_train_steps=6,
-        logging_steps=2,
-        validation_steps=4,
-        checkpointing_steps=2,
-    )
-    return replace(defaults, **changes)
-
-
-def entries(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
 def test_resume_gives_the_run_that_was_not_stopped(tmp_path):
@@ -87,13 +18,11 @@ def test_resume_gives_the_run_that_was_not_stopped(tmp_path):
 
     cut = options(tmp_path / "cut", gradient_accumulation_steps=2, lr_decay_steps=3)
     with pytest.raises(KeyboardInterrupt):
-        run(cut, dies_at=9)  # in step 5; step 4's checkpoint is the second
+        run(cut, at=killed_at(9))  # in step 5; step 4's checkpoint is the second
     # As if it had been killed while it wrote that one.
     (tmp_path / "cut" / "checkpoints" / "checkpoint_1" / "complete").unlink()
-    resumed, counted = run(replace(cut, resume_from_checkpoint="latest"))
-    assert counted.steps == 6
-    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other)
+    after, counted = run(resumed(cut))
+    assert counted.steps == 6 and same(whole, after)
     assert entries(tmp_path / "cut") == entries(tmp_path / "whole")
 
 
@@ -107,11 +36,10 @@ def test_the_log_tells_steps_scores_and_means(tmp_path):
 
 def test_only_trainable_parameters_are_saved(tmp_path):
     run(options(tmp_path))
-    saved = sorted((tmp_path / "checkpoints").glob("checkpoint_*"), key=loop._number)
-    assert len(saved) == 2  # the two latest
-    from safetensors.torch import load_file
-
-    assert set(load_file(saved[-1] / f"0_{loop.WEIGHTS}")) == {"layer.weight", "layer.bias"}
+    saved = sorted((tmp_path / "checkpoints").iterdir())
+    assert [one.name for one in saved] == ["checkpoint_1", "checkpoint_2"]  # the two latest
+    weights = load_file(saved[-1] / f"0_{checkpoints.WEIGHTS}")
+    assert set(weights) == {"layer.weight", "layer.bias"}
     assert not list(saved[-1].glob("*model*"))
 
 
@@ -122,11 +50,11 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
-    def explodes(batch, index):
-        return batch.sum() * (float("nan") if index == 3 else 0.0), {}
+    def explodes(batch, index, model):
+        return model(batch.pixels).sum() * (float("nan") if index == 3 else 0.0)
 
     with pytest.raises(FloatingPointError, match="step 4"):
-        run(options(tmp_path), loss=lambda batch, index: explodes(batch.requires_grad_(), index))
+        run(options(tmp_path), loss=explodes)
     assert (tmp_path / "checkpoints" / "checkpoint_0" / "complete").exists()
 
 
@@ -134,7 +62,7 @@ def test_accumulated_gradients_are_the_mean(tmp_path):
     once, _ = run(options(tmp_path / "a", max_train_steps=1, gradient_accumulation_steps=3))
     torch.manual_seed(0)
     model = Model()
-    batches = torch.cat([Numbers()[i] for i in range(3)])
+    batches = torch.cat([Numbers()[i].pixels for i in range(3)])
     optimizer = torch.optim.AdamW(model.layer.parameters(), lr=1e-3)
     model(batches).square().mean().backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -157,7 +85,7 @@ def test_batches_can_be_prepared_by_workers(tmp_path):
 
 
 def test_a_tracker_gets_nested_scores_by_name():
-    flat = loop.flat({"loss": 1.0, "scores": {"overall": 0.5, "reasons": {"extra": 2}}, "x": "y"})
+    flat = log.flat({"loss": 1.0, "scores": {"overall": 0.5, "reasons": {"extra": 2}}, "x": "y"})
     assert flat == {"loss": 1.0, "scores/overall": 0.5, "scores/reasons/extra": 2}
 
 
