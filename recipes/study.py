@@ -18,6 +18,8 @@ import os
 import time
 from pathlib import Path
 
+from common.stop import command, end_with_parent
+
 
 def main(arguments: list[str] | None = None) -> None:
     """The whole study, or one run of it (`--only`, `--seed`: what the study starts)."""
@@ -30,6 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", help="Run this method of the plan alone, or base.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the one run.")
     given = parser.parse_args(arguments)
+    end_with_parent()
 
     from studies.plan import read_plan
     from studies.report import write
@@ -46,4 +49,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

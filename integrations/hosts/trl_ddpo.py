@@ -83,7 +83,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
     """trl's `DDPOTrainer` with λ·AGSM added to the loss of its training steps.
 
     Without `agsm`, or where its weight is 0, the trained parameters are those of trl's trainer, bit
-    for bit. Beyond AGSM it differs in three ways:
+    for bit. Beyond AGSM it differs in four ways:
 
     - A checkpoint holds only what is trained, and a resumed run continues at the epoch, step and
       averages where it stopped.
@@ -91,6 +91,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
       wrapper, so that each process trains a model of its own.
     - A sampling schedule whose last step has no noise is an error: its log-probability is not
       finite.
+    - A gradient that is not finite ends the run before it reaches the weights.
 
     Args:
         config, reward_function, prompt_function, sd_pipeline, image_samples_hook: trl's.
@@ -112,6 +113,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
         ImportError: (when this module is imported) trl is missing, or has no DDPO.
         ValueError: best, batch_size or every out of range, or a schedule whose last step has no
             noise.
+        FloatingPointError: (in `step` and `train`) the gradient is not finite.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
         self.batches = batches
         self.every = every
         self._metrics: dict[str, list[Tensor]] = {}
+        self._prompts: list[str] = []
         self._progress = Progress(self)
         self.epoch = self.global_step = self.micro_step = 0
         self._save_freq = config.save_freq
@@ -223,6 +226,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
 
     def _generate_samples(self, iterations: int, batch_size: int) -> Any:
         samples, pairs = super()._generate_samples(iterations, batch_size)
+        self._prompts = [prompt for _, prompts, _ in pairs for prompt in prompts]
         if self.agsm is not None and self.batches is None:
             self._own.offer(samples, pairs, self.sd_pipeline.scheduler)
         return samples, pairs
@@ -237,11 +241,24 @@ class AGSMDDPOTrainer(DDPOTrainer):
             self.attached.tokens.to(self.accelerator.device)
             parameters += self.attached.tokens.parameters()
         optimizer: torch.optim.Optimizer = super()._setup_optimizer(parameters)
+        optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         self.accelerator.register_for_checkpointing(self._progress)
         if self.accelerator.num_processes > 1:
             self._exchange_gradients()
         return optimizer
+
+    def _before_step(self, *_: Any) -> None:
+        """Runs before each step that the optimizer takes; not where fp16 overflowed."""
+        gradients = [one.grad for one in self.trainable_layers if one.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(norm.isfinite()):
+            raise FloatingPointError(
+                f"gradient's norm: expected a finite number, got {norm.item()} in step "
+                f"{self.global_step} of epoch {self.epoch}, before micro-step {self.micro_step}, "
+                f"on samples of {[prompt[:80] for prompt in self._prompts]}. The step is not taken. "
+                "Look at the rewards and AGSM's images, or start anew with a lower learning rate."
+            )
 
     def _after_step(self, *_: Any) -> None:
         """Runs after each step that the optimizer takes; not where fp16 overflowed."""

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from common.options import flags
 from common.pipeline import TextToImage
 from common.sampling import sample
+from common.stop import PIPED, Stop
 from studies.accuracy import implicit_accuracy
 from studies.plan import (
     AFTER,
@@ -120,12 +121,21 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 
 def run_all(config: Path, plan: Plan, jobs: int) -> None:
-    """Every (method, seed) that has no result yet, `jobs` of them side by side."""
+    """Every (method, seed) that has no result yet, `jobs` of them side by side.
+
+    Ctrl-C and SIGTERM end it: no run is started any more, and those under way save what they have.
+
+    Raises:
+        RuntimeError: a run has failed; the others were done first.
+        SystemExit: it was asked to end, and its runs have ended.
+    """
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), PIPED: "1"}
     check_settings(plan, jobs_of(plan))
     todo = [one for one in jobs_of(plan) if not (folder_of(plan, *one) / "result.json").exists()]
     started: dict[tuple[str, int], Future[None]] = {}
+    # The runs' standard input. It ends when this process closes it, or dies of whatever cause.
+    theirs, ours = os.pipe()
 
     def run(one: tuple[str, int]) -> None:
         method, seed = one
@@ -141,6 +151,7 @@ def run_all(config: Path, plan: Plan, jobs: int) -> None:
             code = subprocess.call(
                 [*command, "--only", method, "--seed", str(seed)],
                 env=environment,
+                stdin=theirs,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -157,8 +168,22 @@ def run_all(config: Path, plan: Plan, jobs: int) -> None:
         )
 
     print(f"{len(todo)} of {len(jobs_of(plan))} runs to do, {jobs} at a time", flush=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        for one in todo:
-            started[one] = pool.submit(run, one)
-        for done in started.values():
-            done.result()
+    pool = ThreadPoolExecutor(jobs)
+    with Stop("the study ends when its runs have saved what they have").watching() as stop:
+        try:
+            for one in todo:
+                started[one] = pool.submit(run, one)
+            while stop.signal is None and wait(started.values(), timeout=0.2).not_done:
+                pass
+        finally:
+            os.close(ours)
+            pool.shutdown(wait=True, cancel_futures=True)
+            os.close(theirs)
+    if stop.signal is not None:
+        done = sum(
+            one.done() and not one.cancelled() and not one.exception() for one in started.values()
+        )
+        print(f"Stopped with {len(todo) - done} runs to do. The same command goes on.", flush=True)
+        raise stop.exit()
+    for ended in started.values():
+        ended.result()
