@@ -165,6 +165,7 @@ def train(options: Options, state: Any, trained: TrainedPipeline, found: Any) ->
             try:
                 step = trainer.step(epoch, step)
             except FloatingPointError as error:
+                tracker.flush()
                 raise FloatingPointError(f"{error} {last_whole(output)}") from None
             bar.set_postfix({name: f"{value:.3f}" for name, value in tracker.shown().items()})
             if due["sheet"]:

@@ -300,3 +300,23 @@ def test_own_samples_are_noised_by_seed_rank_and_micro_step():
     assert torch.equal(first, drawn(0, 0, 0))
     for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
         assert not torch.equal(first, drawn(*other))
+
+
+@pytest.mark.parametrize("clip", [1.0, float("inf")])
+def test_a_gradient_that_is_not_finite_reaches_no_weight(clip, folder, tmp_path):
+    def damaged(number):
+        batch = batches(number)
+        if number == ACCUMULATED + 1:
+            batch.latents[0, 0, 0, 0] = float("nan")
+        return batch
+
+    trainer = AGSMDDPOTrainer(
+        config(tmp_path, train_max_grad_norm=clip), bright, asked, pipeline(folder),
+        agsm=regularizer(), batches=damaged,
+    )  # fmt: skip
+    step = trainer.step(0, 0)
+    before = weights(trainer)
+    with pytest.raises(FloatingPointError, match=r"step 1 of epoch 1, .* '(a|two)"):
+        trainer.step(1, step)
+    after = weights(trainer)
+    assert all(torch.equal(before[name], after[name]) for name in before)

@@ -1,5 +1,7 @@
 """train_ddpo.py and train_flow_grpo.py: resume, log, either kind of image, rewards, refusals."""
 
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +12,7 @@ from recipe_runs import killing, log, trained
 
 import train_ddpo
 import train_flow_grpo
+from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer
 from common import rewards
 from common.task import Task
 from world.captions import caption
@@ -60,6 +63,62 @@ def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path
     assert whole.keys() == resumed.keys() and any(name.startswith("lora/") for name in whole)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert log(tmp_path / "cut") == lines
+
+
+THREE_STEPS = [*DDPO, "--num_epochs", "2", "--sample_num_batches_per_epoch", "3",
+               "--validation_epochs", "1", "--report_to", "tensorboard"]  # fmt: skip
+
+
+def test_a_run_killed_within_an_epoch_logs_nothing_twice(epsilon_base, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(train_ddpo, epsilon_base, tmp_path / "whole", *THREE_STEPS)
+    lines = log(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3, 4, 5, 6]
+    # The first epoch has 18 micro-steps; here in the third step of the second.
+    loss = AGSMDDPOTrainer.calculate_loss
+    monkeypatch.setattr(AGSMDDPOTrainer, "calculate_loss", killing(loss, 33))
+    with pytest.raises(KeyboardInterrupt):
+        train(train_ddpo, epsilon_base, tmp_path / "cut", *THREE_STEPS)
+    assert [line["step"] for line in log(tmp_path / "cut")] == [0, 1, 2, 3, 3]
+    monkeypatch.setattr(AGSMDDPOTrainer, "calculate_loss", loss)
+    again = [*THREE_STEPS, "--resume_from_checkpoint", "latest"]
+    train(train_ddpo, epsilon_base, tmp_path / "cut", *again)
+    assert log(tmp_path / "cut") == lines
+    events = EventAccumulator(str(tmp_path / "cut" / "agsm-loss")).Reload()
+    assert [one.step for one in events.Scalars("loss")] == [0, 1, 2, 3, 4, 5]
+    assert [one.step for one in events.Scalars("scores/overall")] == [3, 6]
+
+
+def test_rewards_that_are_no_numbers_end_the_run(epsilon_base, tmp_path, monkeypatch):
+    scores = [1.0, float("nan")]
+    monkeypatch.setattr(rewards, "redness", lambda pixels, prompts: (
+        pixels.mean((1, 2, 3)) * scores.pop(0)))  # fmt: skip
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    flags = [*DDPO, "--sampling_prompts", str(tmp_path / "prompts.txt")]
+    with pytest.raises(FloatingPointError, match=r"epoch 1.*a red circle.*checkpoint_0\.$"):
+        train(train_ddpo, epsilon_base, tmp_path / "run", *flags)
+    assert not (tmp_path / "run" / "tokens").exists() and len(log(tmp_path / "run")) == 2
+
+
+def test_a_signal_ends_a_run_after_its_epoch(epsilon_base, tmp_path, monkeypatch, capsys):
+    whole = train(train_ddpo, epsilon_base, tmp_path / "whole", *DDPO)
+    redness = rewards.redness
+
+    def asked(pixels, prompts):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return redness(pixels, prompts)
+
+    monkeypatch.setattr(rewards, "redness", asked)
+    with pytest.raises(SystemExit, match="143"):
+        train(train_ddpo, epsilon_base, tmp_path / "cut", *DDPO)
+    told = capsys.readouterr().out
+    assert "Stopped after epoch 1, saved as " in told and "recipes/train_ddpo.py --" in told
+    monkeypatch.setattr(rewards, "redness", redness)
+    again = [*DDPO, "--resume_from_checkpoint", "latest"]
+    resumed = train(train_ddpo, epsilon_base, tmp_path / "cut", *again)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
 
 
 def test_with_guidance_and_all_of_the_model_it_trains_too(epsilon_base, tmp_path):

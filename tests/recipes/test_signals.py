@@ -1,0 +1,129 @@
+"""Real processes that are asked to end, or whose parent is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from filelock import FileLock, Timeout
+
+from studies.plan import folder_of, read_plan
+from studies.run import begin
+
+pytestmark = pytest.mark.slow
+FEW = {"train_batch_size": 2, "num_tokens": 1, "validation_per_category": 1,
+       "validation_inference_steps": 1, "validation_steps": 10**6, "logging_steps": 1,
+       "checkpointing_steps": 10**6, "max_train_steps": 10**6}  # fmt: skip
+
+
+def started(*arguments, **settings):
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+        **settings,
+    )
+
+
+def wait_for(condition, process=None, seconds=120):
+    until = time.time() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.time() < until
+        time.sleep(0.05)
+
+
+def lines(folder):
+    file = folder / "log.jsonl"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def free(folder):
+    """Nobody trains there any more: the lock ends with its process."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return False
+    lock.release()
+    return True
+
+
+def test_ctrl_c_at_a_recipe_with_workers(flow_base, recipes, tmp_path):
+    flags = {**FEW, "model": flow_base, "output_dir": tmp_path, "dataloader_num_workers": 1}
+    command = [recipes / "train_agsm.py", *(f"--{name}={value}" for name, value in flags.items())]
+    run = started(*command, "--no_validate_first", start_new_session=True)
+    wait_for(lambda: lines(tmp_path) >= 3, run)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    told, errors = run.communicate(timeout=60)
+    assert run.returncode == 130 and "Traceback" not in errors and "SIGINT" in errors
+    last = told.strip().splitlines()[-1]
+    assert last.startswith("Stopped at step") and str(recipes.name) in last
+    assert last.endswith("--no_validate_first --resume_from_checkpoint latest")
+    marker = json.loads((tmp_path / "checkpoints" / "checkpoint_0" / "complete").read_text())
+    assert marker["step"] == marker["lines"] == lines(tmp_path)
+
+    other = started(*command)
+    _, errors = other.communicate(timeout=120)
+    mended = [line for line in errors.splitlines() if "holds a run" in line]
+    assert other.returncode == 1 and "Traceback" not in errors
+    assert len(mended) == 1 and mended[0].startswith("train_agsm.py: error: ")
+
+
+def test_a_study_ends_with_its_runs_and_they_with_it(flow_base, recipes, tmp_path):
+    plan = {"model": str(flow_base), "output_dir": str(tmp_path / "out"), "seeds": [0, 1],
+            "common": {**FEW, "validate_first": False}, "methods": {"AGSM": {}}}  # fmt: skip
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(plan))
+    read = read_plan(file)
+    for seed in (0, 1):
+        (begin(read, "base", seed) / "result.json").write_text("{}")
+    folder = folder_of(read, "AGSM", 0) / "train"
+    command = [recipes / "study.py", "--config", file, "--jobs", 1]
+
+    study = started(*command)
+    wait_for(lambda: lines(folder) >= 3, study)
+    study.send_signal(signal.SIGINT)
+    told, errors = study.communicate(timeout=60)
+    assert study.returncode == 130 and "Traceback" not in errors
+    assert "Stopped with 2 runs to do" in told
+    done = lines(folder)
+    assert free(folder) and (folder / "checkpoints" / "checkpoint_0" / "complete").exists()
+    assert not folder_of(read, "AGSM", 1).exists()
+
+    study = started(*command)
+    wait_for(lambda: lines(folder) >= done + 3, study)
+    study.kill()
+    study.communicate()
+    wait_for(lambda: free(folder), seconds=30)
+    assert (folder / "checkpoints" / "checkpoint_1" / "complete").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_processes_end_together_where_one_is_asked_to(flow_base, recipes, tmp_path, monkeypatch):
+    flags = {**FEW, "model": flow_base, "output_dir": tmp_path}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, recipes / "train_agsm.py", "--no_validate_first"]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    run = started(*command)
+    wait_for(lambda: lines(tmp_path) >= 3, run)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGTERM)
+    told, errors = run.communicate(timeout=60)
+    assert "exitcode  : 143" in errors or "exitcode: 143" in errors, errors
+    assert told.count("Stopped at step") == 1 and "accelerate launch " in told
+    saved = tmp_path / "checkpoints" / "checkpoint_0"
+    assert (saved / "random_states_1.pkl").exists()
+    assert json.loads((saved / "complete").read_text())["step"] == lines(tmp_path)
+
+    again = started(*command, "--resume_from_checkpoint", "latest", "--seed", "1")
+    _, errors = again.communicate(timeout=120)  # both are told, and none waits
+    assert errors.count("seed 0 -> 1") == 2
