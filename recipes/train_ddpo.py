@@ -128,7 +128,7 @@ def train(options: Options, state: Any, trained: TrainedPipeline, found: Any) ->
     from tqdm.auto import tqdm
 
     from common.checkpoints import last_whole, save
-    from common.stop import Stop, continued_by
+    from common.stop import Stop
 
     output = Path(options.output_dir)
     first = 0 if found is None else found.step
@@ -170,19 +170,13 @@ def train(options: Options, state: Any, trained: TrainedPipeline, found: Any) ->
             bar.set_postfix({name: f"{value:.3f}" for name, value in tracker.shown().items()})
             if due["sheet"]:
                 validate()
-            if stop.signal is not None:
-                trainer.accelerator.set_trigger()
-            stopped = trainer.accelerator.check_trigger() and not last
+            stopped = stop.asked(trainer.accelerator) and not last
             if last or stopped or (epoch + 1) % options.checkpointing_epochs == 0:
                 tracker.flush()
                 saved = save(trainer.accelerator, output, step, trained.parameters)
             if stopped:
                 bar.close()
-                trainer.accelerator.end_training()
-                if main_process:
-                    print(f"Stopped after epoch {epoch + 1}, saved as {saved}. To continue: "
-                          f"{continued_by(options)}")  # fmt: skip
-                raise stop.exit()
+                stop.end(trainer.accelerator, f"epoch {epoch + 1}", saved, options)
     if main_process:
         trained.save()
     trainer.accelerator.end_training()

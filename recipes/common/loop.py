@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from common.checkpoints import last_whole, only_trainable, opened, save
 from common.log import Log, flat, missing_tracker, tracker_settings
 from common.settings import LoopOptions
-from common.stop import Stop, continued_by, signals_kept
+from common.stop import Stop, signals_kept
 
 
 def rows_and_captions(batch: Any) -> dict[str, Any]:
@@ -160,18 +160,12 @@ def train(
                     log.write(step, entry)
                     if options.report_to:
                         accelerator.log(flat(entry), step=step)
-                if stop.signal is not None:
-                    accelerator.set_trigger()
-                stopped = accelerator.check_trigger() and not last
+                stopped = stop.asked(accelerator) and not last
                 if step % options.checkpointing_steps == 0 or last or stopped:
                     saved = save(accelerator, output, step, model.parameters())
                 if stopped:
                     bar.close()
-                    accelerator.end_training()
-                    if main:
-                        print(f"Stopped at step {step}, saved as {saved}. To continue: "
-                              f"{continued_by(options)}")  # fmt: skip
-                    raise stop.exit()
+                    stop.end(accelerator, f"step {step}", saved, options)
         bar.close()
         if main:
             hooks.finish()

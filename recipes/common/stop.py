@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -57,9 +57,23 @@ class Stop:
             if self.message:  # by the descriptor: a handler may interrupt a print
                 os.write(2, f"\n{signal.Signals(number).name}: {self.message}\n".encode())
 
+    def asked(self, accelerator: Any) -> bool:
+        """Whether a process of the run has been asked to end; to be called on all of them."""
+        if self.signal is not None:
+            accelerator.set_trigger()
+        return bool(accelerator.check_trigger())
+
     def exit(self) -> SystemExit:
         """The exception that ends the process as shells expect it: 130 or 143."""
         return SystemExit(128 + (self.signal or signal.SIGTERM))
+
+    def end(self, accelerator: Any, after: str, saved: Path, options: Any) -> NoReturn:
+        """Ends the run, and prints the command that continues it."""
+        if accelerator.is_main_process:
+            command = continued_by(options)
+            print(f"Stopped after {after}, saved as {saved}. To continue: {command}", flush=True)
+        accelerator.end_training()
+        raise self.exit()
 
 
 @contextmanager

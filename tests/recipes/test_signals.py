@@ -65,7 +65,7 @@ def test_ctrl_c_at_a_recipe_with_workers(flow_base, recipes, tmp_path):
     told, errors = run.communicate(timeout=60)
     assert run.returncode == 130 and "Traceback" not in errors and "SIGINT" in errors
     last = told.strip().splitlines()[-1]
-    assert last.startswith("Stopped at step") and str(recipes.name) in last
+    assert last.startswith("Stopped after step") and str(recipes.name) in last
     assert last.endswith("--no_validate_first --resume_from_checkpoint latest")
     marker = json.loads((tmp_path / "checkpoints" / "checkpoint_0" / "complete").read_text())
     assert marker["step"] == marker["lines"] == lines(tmp_path)
@@ -119,7 +119,7 @@ def test_processes_end_together_where_one_is_asked_to(flow_base, recipes, tmp_pa
     os.kill(int(children[1]), signal.SIGTERM)
     told, errors = run.communicate(timeout=60)
     assert "exitcode  : 143" in errors or "exitcode: 143" in errors, errors
-    assert told.count("Stopped at step") == 1 and "accelerate launch " in told
+    assert told.count("Stopped after step") == 1 and "accelerate launch " in told
     saved = tmp_path / "checkpoints" / "checkpoint_0"
     assert (saved / "random_states_1.pkl").exists()
     assert json.loads((saved / "complete").read_text())["step"] == lines(tmp_path)

@@ -69,6 +69,7 @@ THREE_STEPS = [*DDPO, "--num_epochs", "2", "--sample_num_batches_per_epoch", "3"
                "--validation_epochs", "1", "--report_to", "tensorboard"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_killed_within_an_epoch_logs_nothing_twice(epsilon_base, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
