@@ -1,4 +1,4 @@
-"""`AGSMLoss` and `SoftREPALoss`: the settings of `agsm_loss.functional`, remembered."""
+"""`AGSMLoss` and `SoftREPALoss`: modules that remember their settings; formulas: functional.py."""
 
 from collections.abc import Callable
 

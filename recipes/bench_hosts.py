@@ -26,10 +26,10 @@ from peft import LoraConfig
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch, Passes
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
+from agsm_loss.integrations.hosts.base import Host, adapters_off
 from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
 from agsm_loss.integrations.hosts.inpo import InPO
 from agsm_loss.integrations.hosts.spo import SPO, AGSMBatch, StatePairs
-from agsm_loss.integrations.hosts.step import Host, adapters_off
 from bench_backbones import timed
 from bench_loss import resident_mib
 

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.tokens.pipelines import Sampling
     from common.pipeline import TextToImage
     from common.sampling import calls
-    from world.models import pipeline_arguments
+    from world.architectures import pipeline_arguments
     from world.task import read_prompts
 
     output, rows = Path(options.output_dir), read_prompts(options.prompts)

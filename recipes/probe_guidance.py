@@ -126,11 +126,11 @@ def run(options: Options, say: Callable[[str], Any] = print) -> list[str]:
     import torch
 
     from common.pipeline import TextToImage
+    from world.architectures import pipeline_arguments
     from world.captions import caption, metadata
-    from world.models import pipeline_arguments
     from world.prompts import deal
     from world.scene import MAX_COUNT
-    from world.verdicts import verdicts
+    from world.score import verdicts
 
     tags = options.categories.split(",")
     asked = deal(options.fold, options.per_category, options.seed, tags)

@@ -92,8 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     from common.sheet import sheet
     from world.detect import palette_error
+    from world.score import verdicts
     from world.summary import summarize_with_intervals, table
-    from world.verdicts import verdicts
 
     folder = Path(options.images)
     files, rows = read_images(folder)

@@ -23,9 +23,9 @@ from common.stop import command
 if TYPE_CHECKING:
     import torch
 
-    from common.images import Batch
+    from common.image_data import Batch
     from common.objectives import Inputs
-    from common.trained import TrainedPipeline
+    from common.trained_pipeline import TrainedPipeline
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def prepare(
 
     from agsm_loss.integrations.noise import add_noise, regression_target
     from common.objectives import Inputs
-    from common.trained import competitors
+    from common.trained_pipeline import competitors
 
     model = trained.model
     latents = model.encode_images(batch.pixels, generator)
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from agsm_loss import draws
     from common.loop import start
-    from common.trained import TrainedPipeline
+    from common.trained_pipeline import TrainedPipeline
     from world.task import open_task
 
     accelerator = start(options)

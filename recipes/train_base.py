@@ -101,7 +101,7 @@ def batch(options: Options, step: int, rank: int) -> tuple[torch.Tensor, list[st
     import numpy as np
     import torch
 
-    from common.images import to_model
+    from common.image_data import to_model
     from world.captions import CAREFUL, CARELESS, caption, corrupt
     from world.prompts import scenes
     from world.render import render
@@ -129,7 +129,7 @@ def build(options: Options) -> torch.nn.Module:
     """The model to train, random or with the weights of `init_from`."""
     import diffusers
 
-    from world.models import BASES, NoiseLevels
+    from world.architectures import BASES, NoiseLevels
 
     model = BASES[options.base](
         width=options.width,
@@ -150,10 +150,9 @@ def evaluate(model: Any, options: Options, step: int) -> dict[str, Any]:
 
     from common.sampling import sample
     from common.sheet import sheet
-    from world.models import pipeline_arguments
+    from world.architectures import pipeline_arguments
     from world.prompts import rows
-    from world.score import summarize
-    from world.verdicts import verdicts
+    from world.score import summarize, verdicts
 
     wanted = rows("validation", options.validation_per_category)
     pipe = model.pipeline()
@@ -202,8 +201,8 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss import draws
     from common.log import lines_of
     from common.loop import Hooks, start, train
+    from world.architectures import LATENT_SCALE
     from world.model_card import write_card
-    from world.models import LATENT_SCALE
     from world.muon import MuonAdamW
 
     accelerator = start(options)

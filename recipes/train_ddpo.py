@@ -25,9 +25,9 @@ from common.settings import HostOptions, ImageOptions, PipelineOptions, hard_per
 from common.stop import command
 
 if TYPE_CHECKING:
-    from agsm_loss.integrations.hosts.step import AGSMBatch
+    from agsm_loss.integrations.hosts.base import AGSMBatch
     from common.task import Captions, Task
-    from common.trained import TrainedPipeline
+    from common.trained_pipeline import TrainedPipeline
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     from accelerate.utils import parse_flag_from_env
 
     from common.checkpoints import opened
-    from common.trained import TrainedPipeline
+    from common.trained_pipeline import TrainedPipeline
     from world.task import open_task
 
     own_samples = options.agsm_weight and options.agsm_images == "best"

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
-    from common.preference import Pairs, run_preference
+    from common.preference_training import Pairs, run_preference
     from world.task import open_task
 
     def make_step(trained: Any, agsm: Any, settings: Any) -> DiffusionDPO:

@@ -16,7 +16,7 @@ from common.settings import OnPolicyOptions
 from common.stop import command
 
 if TYPE_CHECKING:
-    from common.images import Batch
+    from common.image_data import Batch
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from agsm_loss import Bank, draws
+    from agsm_loss.integrations.hosts.base import bank_of
     from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO, group_advantages, sample_sde
-    from agsm_loss.integrations.hosts.step import bank_of
     from common.loop import start
     from common.rewards import load
-    from common.trained import TrainedPipeline, on_policy_images
+    from common.trained_pipeline import TrainedPipeline, on_policy_images
     from world.task import open_task
 
     accelerator = start(options)

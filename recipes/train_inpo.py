@@ -40,9 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     import torch
 
+    from agsm_loss.integrations.hosts.base import AGSMBatch
     from agsm_loss.integrations.hosts.inpo import InPO
-    from agsm_loss.integrations.hosts.step import AGSMBatch
-    from common.preference import Pairs, run_preference
+    from common.preference_training import Pairs, run_preference
     from world.task import open_task
 
     def make_step(trained: Any, agsm: Any, settings: Any) -> InPO:

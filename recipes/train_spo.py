@@ -21,7 +21,7 @@ from common.settings import OnPolicyOptions
 from common.stop import command
 
 if TYPE_CHECKING:
-    from common.images import Batch
+    from common.image_data import Batch
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,17 @@ def main(arguments: list[str] | None = None) -> None:
     from diffusers import DDIMScheduler
 
     from agsm_loss import Bank, draws
+    from agsm_loss.integrations.hosts.base import best_rows
     from agsm_loss.integrations.hosts.spo import (
         SPO,
         StatePairs,
         classifier_free_guidance,
         sample_pairs,
     )
-    from agsm_loss.integrations.hosts.step import best_rows
     from agsm_loss.integrations.noise import prediction_type
     from common.loop import start
     from common.rewards import load
-    from common.trained import TrainedPipeline, on_policy_images
+    from common.trained_pipeline import TrainedPipeline, on_policy_images
     from world.task import open_task
 
     if options.agsm_batch and options.agsm_images == "rollout":

@@ -66,7 +66,7 @@ def test_the_blocks_of_the_integrations_run(tmp_path, monkeypatch):
     from integrations_tiny import tiny
     from trl import DDPOConfig, DefaultDDPOStableDiffusionPipeline
 
-    from agsm_loss.integrations.hosts.step import AGSMBatch
+    from agsm_loss.integrations.hosts.base import AGSMBatch
 
     PartialState(cpu=True)  # trl logs before it has made its accelerator
     pipe, saved = loaded("unet", tmp_path / "sd")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from agsm_loss import draws
-from agsm_loss.integrations.hosts.step import AGSMBatch, best_rows
+from agsm_loss.integrations.hosts.base import AGSMBatch, best_rows
 
 
 def check_schedule(scheduler: Any, num_steps: int, eta: float) -> None:

@@ -40,7 +40,7 @@ from torch import Tensor
 from agsm_loss import AGSMRegularizer, Bank, Candidates, Denoiser, StepOutput
 from agsm_loss import functional as AF
 from agsm_loss.integrations.denoisers import no_grad_pass
-from agsm_loss.integrations.hosts.step import (
+from agsm_loss.integrations.hosts.base import (
     AGSMBatch,
     Host,
     added,

@@ -9,7 +9,7 @@ likelihoods; the SDE with the same marginals has.
 >>> from torch import nn
 >>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank
 >>> from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO, group_advantages, sample_sde
->>> from agsm_loss.integrations.hosts.step import AGSMBatch
+>>> from agsm_loss.integrations.hosts.base import AGSMBatch
 >>> layer = nn.Linear(4 + 3, 4)
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
@@ -47,7 +47,7 @@ from torch import Tensor
 
 from agsm_loss import AGSMRegularizer, Bank, Denoiser, StepOutput
 from agsm_loss.integrations.denoisers import no_grad_pass
-from agsm_loss.integrations.hosts.step import (
+from agsm_loss.integrations.hosts.base import (
     AGSMBatch,
     Host,
     bank_of,

@@ -10,7 +10,7 @@ AGSM gets images at Gaussian noise (`agsm_batch`), or the winners at their inver
 >>> from torch import nn
 >>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
 >>> from agsm_loss.integrations.hosts.inpo import InPO
->>> from agsm_loss.integrations.hosts.step import AGSMBatch
+>>> from agsm_loss.integrations.hosts.base import AGSMBatch
 >>> layer = nn.Linear(4 + 3, 4)
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
@@ -37,8 +37,8 @@ from torch import Tensor
 
 from agsm_loss import Bank, Candidates, StepOutput
 from agsm_loss.integrations.denoisers import no_grad_pass
+from agsm_loss.integrations.hosts.base import AGSMBatch, bank_of, first_rows_twice
 from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
-from agsm_loss.integrations.hosts.step import AGSMBatch, bank_of, first_rows_twice
 from agsm_loss.integrations.noise import (
     clean_and_noise,
     ddim_sigma,

@@ -9,7 +9,7 @@ likelihoods with the reference's.
 >>> from torch import nn
 >>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
 >>> from agsm_loss.integrations.hosts.spo import SPO, classifier_free_guidance, sample_pairs
->>> from agsm_loss.integrations.hosts.step import AGSMBatch
+>>> from agsm_loss.integrations.hosts.base import AGSMBatch
 >>> layer = nn.Linear(4 + 3, 4)
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
@@ -54,7 +54,7 @@ from torch.utils._pytree import tree_map
 
 from agsm_loss import AGSMRegularizer, Bank, Denoiser, StepOutput
 from agsm_loss.integrations.denoisers import no_grad_pass
-from agsm_loss.integrations.hosts.step import (
+from agsm_loss.integrations.hosts.base import (
     AGSMBatch,
     Host,
     bank_of,

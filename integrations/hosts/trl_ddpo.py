@@ -54,8 +54,8 @@ from torch import Tensor, nn
 
 from agsm_loss import AGSMRegularizer
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
+from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on
 from agsm_loss.integrations.hosts.ddpo_parts import BestSamples, Progress, check_schedule
-from agsm_loss.integrations.hosts.step import AGSMBatch, agsm_on
 from agsm_loss.integrations.tokens.attach import AttachedTokens
 
 

@@ -100,7 +100,7 @@ class TextToImage:
     ) -> TextToImage:
         """From a saved folder or a hub id; the VAE in float32, where SDXL's is not finite in fp16.
 
-        arguments: of the pipeline, what it is called with beside prompts (`world.models`, say).
+        arguments: of the pipeline, what it is called with beside prompts (`world.architectures`, say).
         """
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
         pipe.to(device)

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from common.images import Batch, TableBatches, one_text, open_table
-from common.pairs import PAIR_COLUMNS, PairBatch, TablePairs
+from common.image_data import Batch, TableBatches, one_text, open_table
+from common.pair_data import PAIR_COLUMNS, PairBatch, TablePairs
 from common.rewards import Score
 from common.sampling import read_prompts
 

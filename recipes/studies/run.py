@@ -30,9 +30,9 @@ from studies.plan import (
     recipe_of,
     settings_of,
 )
-from world.models import pipeline_arguments
+from world.architectures import pipeline_arguments
+from world.score import verdicts
 from world.summary import summarize_with_intervals
-from world.verdicts import verdicts
 
 STUDY = Path(__file__).parents[1] / "study.py"
 

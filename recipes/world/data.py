@@ -1,6 +1,6 @@
 """The world as training data, rendered on the fly: captioned images and preference pairs.
 
-Item i is a function of (seed, i, process), as of `common.images` and `common.pairs`.
+Item i is a function of (seed, i, process), as of `common.image_data` and `common.pair_data`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from common.images import Batch, to_model
-from common.pairs import PairBatch
+from common.image_data import Batch, to_model
+from common.pair_data import PairBatch
 from world.captions import caption, hard_negatives
 from world.export import pair_of_scenes
 from world.prompts import scenes

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from .detect import Detection
+from .detect import Detection, detect
 
 REASONS = ("missing", "wrong_colour", "wrong_place", "extra")
 POSITION_THRESHOLD = 0.1  # GenEval's: the offset must exceed this share of both objects' sizes
@@ -86,6 +87,13 @@ def judge(found: Sequence[Detection], row: Mapping[str, Any]) -> Verdict:
         expected=sum(wanted["count"] for wanted in row["include"]),
         found=sum(one.shape in classes for one in found),
     )
+
+
+def verdicts(images: npt.NDArray[np.uint8], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    """The verdict on each image (N, H, W, 3) against its GenEval row, by the exact detector."""
+    if len(images) != len(rows):
+        raise ValueError(f"expected one row per image, got {len(images)} images, {len(rows)} rows")
+    return [judge(detect(image), row) for image, row in zip(images, rows, strict=True)]
 
 
 def summarize(verdicts: Iterable[Verdict]) -> dict[str, Any]:

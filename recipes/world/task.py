@@ -13,17 +13,17 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from common.images import Batch
-from common.pairs import PairBatch
+from common.image_data import Batch
+from common.pair_data import PairBatch
 from common.sampling import read_prompts as read_file
 from common.task import Captions, Task
+from world.architectures import pipeline_arguments
 from world.captions import caption
 from world.data import WorldBatches, WorldPairs
-from world.models import pipeline_arguments
+from world.detector_reward import detector
 from world.prompts import draw_spec, rows
-from world.reward import detector
+from world.score import verdicts
 from world.summary import summarize_with_intervals
-from world.verdicts import verdicts
 
 ON_SHEET = 8
 """Images a category on a validation sheet."""

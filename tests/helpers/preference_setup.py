@@ -7,8 +7,8 @@ from peft import LoraConfig
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch
 from agsm_loss.integrations.denoisers import TokenDenoiser
+from agsm_loss.integrations.hosts.base import adapters_off
 from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
-from agsm_loss.integrations.hosts.step import adapters_off
 from agsm_loss.integrations.tokens.attach import make_soft_tokens
 
 SCHEDULERS = {

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
-from common.trained import TrainedPipeline
+from common.trained_pipeline import TrainedPipeline
 from world import task
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from preference_setup import SCHEDULERS, Setup
 
 from agsm_loss import EMA, Bank, InBatch
+from agsm_loss.integrations.hosts.base import adapters_off
 from agsm_loss.integrations.hosts.diffusion_dpo import diffusion_dpo_loss
-from agsm_loss.integrations.hosts.step import adapters_off
 from agsm_loss.integrations.noise import add_noise, regression_target
 
 

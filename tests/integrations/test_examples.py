@@ -48,4 +48,4 @@ def test_the_examples_of(name, monkeypatch):
 
 
 def test_every_module_is_listed():
-    assert {"denoisers", "noise", "tokens.attach", "hosts.step"} <= set(MODULES)
+    assert {"denoisers", "noise", "tokens.attach", "hosts.base"} <= set(MODULES)

@@ -7,6 +7,7 @@ from pipelines_tiny import speaking_pipeline
 from preference_setup import Setup
 
 from agsm_loss import Bank
+from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on, bank_of
 from agsm_loss.integrations.hosts.flow_grpo import (
     FlowGRPO,
     clipped_policy_loss,
@@ -14,7 +15,6 @@ from agsm_loss.integrations.hosts.flow_grpo import (
     sample_sde,
     sde_gaussian,
 )
-from agsm_loss.integrations.hosts.step import AGSMBatch, agsm_on, bank_of
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7, 1.5])

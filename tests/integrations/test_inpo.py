@@ -5,9 +5,9 @@ import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from preference_setup import Setup
 
+from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off, agsm_on
 from agsm_loss.integrations.hosts.diffusion_dpo import diffusion_dpo_loss
 from agsm_loss.integrations.hosts.inpo import InPO, ddim_invert, implied_noise
-from agsm_loss.integrations.hosts.step import AGSMBatch, adapters_off, agsm_on
 from agsm_loss.integrations.noise import add_noise, clean_and_noise, regression_target
 
 SETTINGS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from preference_setup import Setup
 
 from agsm_loss import Bank
+from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off, best_rows, mean_log_prob
 from agsm_loss.integrations.hosts.spo import (
     SPO,
     StatePairs,
@@ -20,7 +21,6 @@ from agsm_loss.integrations.hosts.spo import (
     sample_pairs,
     spo_loss,
 )
-from agsm_loss.integrations.hosts.step import AGSMBatch, adapters_off, best_rows, mean_log_prob
 from agsm_loss.integrations.noise import add_noise
 
 

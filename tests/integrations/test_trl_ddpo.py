@@ -17,8 +17,8 @@ from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch
 from agsm_loss.integrations.hosts import trl_ddpo
+from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on
 from agsm_loss.integrations.hosts.ddpo_parts import BestSamples
-from agsm_loss.integrations.hosts.step import AGSMBatch, agsm_on
 from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 

@@ -35,10 +35,10 @@ def epsilon_base(tmp_path_factory):
 def _saved(kind, tmp_path_factory):
     import torch
 
-    from world import models as world_models
+    from world import architectures
 
     torch.manual_seed(0)
-    model = world_models.BASES[kind](width={"flow": 32, "epsilon": 8}[kind], layers=1)
+    model = architectures.BASES[kind](width={"flow": 32, "epsilon": 8}[kind], layers=1)
     # A new transformer predicts nothing at all: its last layer is zero.
     for parameter in model.denoiser.parameters():
         if not parameter.any():

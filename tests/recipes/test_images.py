@@ -11,8 +11,8 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from common.edits import COLOUR_WORDS, edited, edits
-from common.images import TableBatches, open_table
+from common.hard_negatives import COLOUR_WORDS, edited, edits
+from common.image_data import TableBatches, open_table
 from common.task import Task
 from world.captions import caption, hard_negatives
 from world.data import WorldBatches

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from world import models as world_models
+from world import architectures
 from world.muon import MuonAdamW, in_blocks
 
 RATES = {"lr": 0.01, "adamw_lr": 0.002, "betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -133,7 +133,7 @@ def test_weights_that_moved_are_still_trained():
 
 @pytest.mark.parametrize("base", ["flow", "epsilon"])
 def test_what_it_takes_of_the_bases(base):
-    model = world_models.BASES[base](width=32, layers=1)
+    model = architectures.BASES[base](width=32, layers=1)
     taken = {id(weight) for weight in in_blocks(model)}
     names = [name for name, p in model.named_parameters() if id(p) in taken]
     assert any("encoder.layers.0" in name for name in names)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from common.pairs import TablePairs
+from common.pair_data import TablePairs
 from common.pipeline import TextToImage
 from common.task import Task
 from studies.accuracy import implicit_accuracy

@@ -11,10 +11,10 @@ import train_base
 from common.options import parse
 from common.sampling import sample
 from common.sheet import sheet
-from world import models as world_models
+from world import architectures
 from world.captions import vocabulary
 from world.prompts import rows
-from world.verdicts import verdicts
+from world.score import verdicts
 
 SMALL = ["--layers", "1", "--max_train_steps", "4", "--train_batch_size", "4",
          "--lr_warmup_steps", "1", "--lr_decay_steps", "2", "--logging_steps", "1",
@@ -87,10 +87,10 @@ def test_adamw_alone(tmp_path):
 @pytest.mark.parametrize("base", ["flow", "epsilon"])
 def test_noise_levels_of_training(base, monkeypatch):
     draws = torch.Generator().manual_seed(0)
-    uniform = world_models.NoiseLevels(uniform=True)(4000, draws)
+    uniform = architectures.NoiseLevels(uniform=True)(4000, draws)
     torch.testing.assert_close(uniform.quantile(torch.tensor([0.25, 0.5, 0.75])),
                                torch.tensor([0.25, 0.5, 0.75]), atol=0.03, rtol=0)  # fmt: skip
-    logits = world_models.NoiseLevels(logit=0.5)(4000, draws).logit()
+    logits = architectures.NoiseLevels(logit=0.5)(4000, draws).logit()
     assert abs(logits.mean() - 0.5) < 0.05 and abs(logits.std() - 1) < 0.05
 
     seen = []
@@ -114,7 +114,7 @@ def test_noise_levels_of_training(base, monkeypatch):
 
 
 def test_encoding_equals_the_pipelines():
-    model = world_models.FlowBase(width=32, layers=1).eval()
+    model = architectures.FlowBase(width=32, layers=1).eval()
     told = ["two red circles", "a red circle left of a blue square", ""]
     text, pooled = model.encode(told, t5_length=5)
     want, _, want_pooled, _ = model.pipeline().encode_prompt(
@@ -123,18 +123,18 @@ def test_encoding_equals_the_pipelines():
     torch.testing.assert_close(text, want)
     torch.testing.assert_close(pooled, want_pooled)
 
-    epsilon = world_models.EpsilonBase(width=32).eval()
-    ids = world_models.token_ids(epsilon.tokenizer, told, epsilon.denoiser.device)
+    epsilon = architectures.EpsilonBase(width=32).eval()
+    ids = architectures.token_ids(epsilon.tokenizer, told, epsilon.denoiser.device)
     got = epsilon.text_encoder(ids).last_hidden_state
     want, _ = epsilon.pipeline().encode_prompt(told, torch.device("cpu"), 1, False)
     torch.testing.assert_close(got, want)
 
 
 def test_every_word_is_one_token_and_survives_saving(tmp_path):
-    tokenizer = world_models.build_tokenizer()
+    tokenizer = architectures.build_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     loaded = type(tokenizer).from_pretrained(tmp_path)
-    assert loaded.model_max_length == world_models.MAX_TOKENS
+    assert loaded.model_max_length == architectures.MAX_TOKENS
     seen = set()
     for word in vocabulary():
         ids = tokenizer(word).input_ids
@@ -146,18 +146,18 @@ def test_every_word_is_one_token_and_survives_saving(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_vae_is_the_identity_to_half_a_grey_level(dtype):
-    vae = world_models.identity_vae().to(dtype)
+    vae = architectures.identity_vae().to(dtype)
     images = torch.linspace(-1, 1, 24 * 24 * 3).reshape(1, 3, 24, 24).to(dtype)
     latents = vae.encode(images).latents
     scale = vae.config.scaling_factor
     torch.testing.assert_close(
-        latents * scale, images * world_models.LATENT_SCALE, atol=4e-3, rtol=0
+        latents * scale, images * architectures.LATENT_SCALE, atol=4e-3, rtol=0
     )
     assert (vae.decode(latents).sample - images).abs().max() < 1 / 255
 
 
 def test_sampling_does_not_depend_on_the_batch(tmp_path):
-    pipe = world_models.FlowBase(width=32, layers=1).eval().pipeline()
+    pipe = architectures.FlowBase(width=32, layers=1).eval().pipeline()
     pipe.set_progress_bar_config(disable=True)
     wanted = rows("validation", 1)
     prompts = [row["prompt"] for row in wanted]
@@ -172,7 +172,7 @@ def test_sampling_does_not_depend_on_the_batch(tmp_path):
     sheet(one, wanted, judged, tmp_path / "sheet.png")
     sheet(one, wanted, None, tmp_path / "unjudged.png", side=12)
     assert (tmp_path / "sheet.png").stat().st_size > 0
-    with pytest.raises(ValueError, match="one row an image"):
+    with pytest.raises(ValueError, match="one row per image"):
         verdicts(one, wanted[:2])
 
 

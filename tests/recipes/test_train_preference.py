@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 import train_agsm
 import train_dpo
 import train_inpo
-from common import preference
+from common import preference_training
 from world.export import preferences
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "1",
@@ -41,7 +41,7 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, epsilon_base, tmp_path
     assert {name.split("/")[0] for name in whole} == {"tokens", "lora"}
     last = log(tmp_path / "whole")[-1]
     assert {"dpo/accuracy", "dpo/margin", "agsm/loss", "agsm/win_rate"} <= last.keys()
-    build, calls = preference.TrainedPipeline.agsm, []
+    build, calls = preference_training.TrainedPipeline.agsm, []
 
     def killing(self, *args):
         regularizer = build(self, *args)
@@ -56,10 +56,10 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, epsilon_base, tmp_path
         regularizer.update_ema = after
         return regularizer
 
-    monkeypatch.setattr(preference.TrainedPipeline, "agsm", killing)
+    monkeypatch.setattr(preference_training.TrainedPipeline, "agsm", killing)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, epsilon_base, tmp_path / "cut", *flags)
-    monkeypatch.setattr(preference.TrainedPipeline, "agsm", build)
+    monkeypatch.setattr(preference_training.TrainedPipeline, "agsm", build)
     assert same(
         whole,
         train(recipe, epsilon_base, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest"),

@@ -7,13 +7,13 @@ from recipe_runs import killing, log, trained
 
 import train_spo
 from common import rewards
-from common.images import to_model
-from common.trained import TrainedPipeline
+from common.image_data import to_model
+from common.trained_pipeline import TrainedPipeline
 from world import task
 from world.captions import caption
+from world.detector_reward import detector
 from world.prompts import scenes
 from world.render import render
-from world.reward import detector
 
 FEW = ["--max_train_steps", "3", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "3", "--rank", "2", "--validation_per_category", "1",
@@ -84,7 +84,7 @@ def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeyp
 @pytest.mark.parametrize(("share", "kept"), [(0.5, 2), (0.1, 1), (1.0, 3)])
 def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, monkeypatch):
     """Of three images; a single one still has the others' captions to compete with."""
-    from common import trained as pipelines
+    from common import trained_pipeline as pipelines
 
     scored, taken = [], []
 
@@ -154,7 +154,7 @@ def test_the_detector_scores_what_it_sees():
 def test_a_clip_model_scores_by_its_logits(tmp_path):
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-    from world.models import build_tokenizer
+    from world.architectures import build_tokenizer
 
     torch.manual_seed(0)
     words = build_tokenizer()

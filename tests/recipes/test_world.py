@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.images import to_model
+from common.image_data import to_model
 from world.captions import caption, corrupt, hard_negatives, metadata, vocabulary
 from world.detect import detect
 from world.prompts import FOLDS, SHARED_BELOW, rows, scenes, specs

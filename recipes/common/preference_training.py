@@ -11,10 +11,10 @@ from torch import Tensor
 from agsm_loss import StepOutput, draws
 from agsm_loss.schedule import as_schedule, linear_warmup
 from common.loop import start
-from common.pairs import PairBatch
+from common.pair_data import PairBatch
 from common.settings import PreferenceOptions, hard_per_image
 from common.task import Task
-from common.trained import TrainedPipeline, competitors
+from common.trained_pipeline import TrainedPipeline, competitors
 
 
 class Pairs(NamedTuple):

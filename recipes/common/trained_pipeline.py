@@ -34,10 +34,10 @@ from agsm_loss import (
     caption_pool,
 )
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
-from agsm_loss.integrations.hosts.step import AGSMBatch, adapters_off
+from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off
 from agsm_loss.integrations.tokens.attach import backbone_of
 from agsm_loss.integrations.tokens.unet import bos_embedding
-from common.images import Batch
+from common.image_data import Batch
 from common.loop import Hooks, train
 from common.pipeline import TextToImage
 from common.sampling import sample
@@ -283,7 +283,7 @@ def competitors(
 ) -> tuple[list[str], Candidates]:
     """The captions that a batch's images are shown, and who competes for each.
 
-    batch: `images.Batch` or `pairs.PairBatch`. in_batch: negatives an image from the batch, beside
+    batch: `image_data.Batch` or `pair_data.PairBatch`. in_batch: negatives an image from the batch, beside
     its edited captions.
     """
     candidates = Mixed(in_batch, allow_empty=True)(

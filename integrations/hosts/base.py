@@ -8,7 +8,7 @@ take an `AGSMBatch`:
 >>> from diffusers import DDPMScheduler
 >>> from torch import nn
 >>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
->>> from agsm_loss.integrations.hosts.step import AGSMBatch, agsm_on, best_rows
+>>> from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on, best_rows
 >>> layer = nn.Linear(4 + 3, 4)
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))

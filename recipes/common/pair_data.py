@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.edits import edited
-from common.images import Rows, one_text
+from common.hard_negatives import edited
+from common.image_data import Rows, one_text
 
 PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0", "image_w", "image_l")
 

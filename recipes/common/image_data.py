@@ -4,7 +4,7 @@
     batches = TableBatches(table, 16, hard=0, seed=0, size=512)
 
 Item i is a function of (seed, i, process): a resumed run sees what it would have seen. Hard negatives,
-where asked for, are captions one edit away from the image's own (`common.edits`).
+where asked for, are captions one edit away from the image's own (`common.hard_negatives`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.edits import edited
+from common.hard_negatives import edited
 
 LOGGER = logging.getLogger(__name__)
 
