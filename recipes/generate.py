@@ -5,8 +5,8 @@
         --prompts evaluation_metadata.jsonl --num_images_per_prompt 4 \
         --guidance_scale 4 --num_inference_steps 28
 
-Writes NNNNN/metadata.jsonl and NNNNN/samples/0000.png, 0001.png, ... A second call goes on where
-the first was stopped. Each image has a noise of its own, given by (seed, prompt, sample): it is
+Writes NNNNN/metadata.jsonl and NNNNN/samples/0000.png, 0001.png, ... under `--output_dir`, and
+generate.json with the settings. A second call goes on where the first was stopped. Each image has a noise of its own, given by (seed, prompt, sample): it is
 the same for any batch size, and for any tokens, so that methods are compared on the same noise.
 """
 
@@ -25,29 +25,33 @@ class Options(Checked):
     """Every option, its default and its meaning."""
 
     model: str = option("recipes/models/flow", "Pipeline to sample: a folder or a hub id.")
-    tokens: str = option(
-        "", "Folder or hub id of soft tokens to attach; none samples the model alone."
-    )
-    lora: str = option("", "Folder or hub id of a LoRA that was trained with the tokens.")
+    tokens: str = option("", "Soft tokens to attach: a folder or a hub id.")
+    lora: str = option("", "LoRA to load: a folder or a hub id.")
     sampling: Literal["both", "negative_unconditional", "conditional_only", "off"] = option(
         "both",
-        "Tokens under guidance: the positive bank in both branches, the negative bank in the "
-        "unconditional one, the positive bank in the conditional one alone, or none.",
+        "Use of the tokens under guidance: the positive bank in both branches (both), the negative "
+        "bank in the unconditional branch (negative_unconditional), no tokens in the unconditional "
+        "branch (conditional_only), or no tokens at all (off).",
     )
     prompts: str = option(
         "world:heldout:20",
-        "Prompts to sample: world:FOLD:PER_CATEGORY, a GenEval jsonl, or a text file of lines.",
+        "Prompts to sample: world:FOLD:PER_CATEGORY with a FOLD of train, validation or heldout, "
+        "GenEval's jsonl, or a text file with one per line.",
     )
     output_dir: str = option("runs/images", "Folder for the images.")
-    num_images_per_prompt: int = option(1, "Images a prompt; GenEval takes 4.", at_least=1)
-    num_inference_steps: int = option(20, "Sampling steps.", at_least=1)
-    guidance_scale: float = option(3.0, "Classifier-free guidance scale; 1 has none.", at_least=0)
+    num_images_per_prompt: int = option(1, "Images per prompt; GenEval uses 4.", at_least=1)
+    num_inference_steps: int = option(20, "Sampling steps per image.", at_least=1)
+    guidance_scale: float = option(
+        3.0, "Classifier-free guidance scale; 1: no guidance.", at_least=0
+    )
     seed: int = option(0, "Seed of the noise.", at_least=0)
     batch_size: int = option(
-        0, "Images a call; 0 takes 64 of the world's size and 4 of any larger.", at_least=0
+        0, "Images per batch; 0: 64 of the world's size, 4 of any larger.", at_least=0
     )
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Type of the weights.")
-    device: str = option("cpu", "Device to sample on: cpu, cuda and so on.")
+    device: str | None = option(
+        None, "Device to sample on; left out: cuda where there is one, else cpu."
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -73,8 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
     todo = [place for place in every if not _file(output, place).exists()]
     if not todo:
         return
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = TextToImage.load(
-        options.model, getattr(torch, options.dtype), options.device, pipeline_arguments
+        options.model, getattr(torch, options.dtype), device, pipeline_arguments
     )
     model.load_extras(options.tokens, options.lora, Sampling(options.sampling))
     sampled = calls(

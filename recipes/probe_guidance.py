@@ -36,15 +36,15 @@ class Options(Checked):
         "one of the hard negatives, one more and one fewer object (counts), or the same without a "
         "single object (neighbours).",
     )
-    scales: str = option("0,0.5,1,2", "Scales s of the guidance, with commas between.")
-    categories: str = option("counting", "Categories of the world, with commas between.")
+    scales: str = option("0,0.5,1,2", "Scales s of the guidance, separated by commas.")
+    categories: str = option("counting", "Categories of the world, separated by commas.")
     fold: Literal["train", "validation", "heldout"] = option(
         "validation", "Fold of the world's prompts."
     )
-    per_category: int = option(96, "Prompts a category.", at_least=1)
-    num_inference_steps: int = option(12, "Sampling steps.", at_least=1)
+    per_category: int = option(96, "Prompts per category.", at_least=1)
+    num_inference_steps: int = option(12, "Sampling steps per image.", at_least=1)
     seed: int = option(0, "Seed of the noise and of the wrong captions drawn.", at_least=0)
-    batch_size: int = option(64, "Images at a time.", at_least=1)
+    batch_size: int = option(64, "Images per batch.", at_least=1)
     output: str = option("", "File for the table, in addition to printing it.")
 
 

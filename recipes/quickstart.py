@@ -1,3 +1,5 @@
+"""AGSM in a whole training run without diffusers: four captions, four places. It has no options."""
+
 import torch
 from torch import nn
 

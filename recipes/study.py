@@ -23,7 +23,9 @@ from common.stop import command, end_with_parent
 
 def main(arguments: list[str] | None = None) -> None:
     """The whole study, or one run of it (`--only`, `--seed`: what the study starts)."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, required=True, help="The plan: a YAML file.")
     parser.add_argument(
         "--output_dir", "--output-dir", help="Folder for the study, in place of the plan's."
@@ -34,10 +36,12 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     end_with_parent()
 
+    from common.messages import quiet_libraries
     from studies.plan import read_plan
     from studies.report import write
     from studies.run import run_all, run_one
 
+    quiet_libraries()
     plan = read_plan(given.config, given.output_dir)
     if given.only is not None:
         run_one(plan, given.only, given.seed)

@@ -1,4 +1,4 @@
-"""Trains soft tokens on a frozen text-to-image pipeline: AGSM, SoftREPA or plain denoising.
+"""Trains soft tokens, a LoRA or all weights of a text-to-image pipeline: AGSM, SoftREPA or plain denoising.
 
     python recipes/train_agsm.py --model recipes/models/flow
     accelerate launch recipes/train_agsm.py --config recipes/configs/agsm_sd3.yaml
@@ -6,9 +6,13 @@
 
 `--model` is any Stable Diffusion, SDXL, SD3 or Flux.1 pipeline, a preference-tuned one too
 (`--merge_lora` for a tuned LoRA). `--data world` (the default) renders the embedded world and
-scores validation prompts exactly; other data give a sheet of `--validation_prompts` instead.
-Under `--output_dir`: tokens/ (SavedTokens), lora/ if one was trained with them, log.jsonl, sheets/
-and checkpoints/ (`--resume_from_checkpoint latest` continues exactly as if the run had not stopped).
+scores validation prompts exactly. With other data, `--validation_prompts FILE` are sampled.
+
+Under `--output_dir`:
+    tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights
+    log.jsonl, options.json       losses, metrics and validation scores; the run's options
+    sheets/                       images of the validation prompts
+    checkpoints/                  for `--resume_from_checkpoint latest`, which continues exactly
 """
 
 from __future__ import annotations
@@ -32,10 +36,11 @@ if TYPE_CHECKING:
 class Options(PipelineLoopOptions, ImageOptions):
     """The recipe's own options; the shared ones are in common/settings.py."""
 
+    TITLE = "objective"
     output_dir: str = "runs/agsm"
-    objective: Literal["agsm", "softrepa", "denoising"] = option("agsm", "Loss to minimise.")
-    logit_scale: float = option(4.0, "s of SoftREPA: scale of its logits.", at_least=0)
-    logit_temperature: float = option(0.07, "T of SoftREPA: temperature of its logits.", above=0)
+    objective: Literal["agsm", "softrepa", "denoising"] = option("agsm", "Loss to minimize.")
+    softrepa_scale: float = option(4.0, "s of SoftREPA: scale of its logits.", at_least=0)
+    softrepa_temperature: float = option(0.07, "T of SoftREPA: temperature of its logits.", above=0)
     denoising_weight: float = option(
         0.0, "Weight of the denoising error in SoftREPA's loss.", at_least=0
     )
@@ -55,8 +60,8 @@ def make_objective(options: Options, trained: TrainedPipeline) -> Any:
                 "ablation with two banks is --objective agsm."
             )
         loss = SoftREPALoss(
-            logit_scale=options.logit_scale,
-            temperature=options.logit_temperature,
+            logit_scale=options.softrepa_scale,
+            temperature=options.softrepa_temperature,
             denoising_weight=options.denoising_weight,
         )
         return SoftREPA(trained.denoiser, loss)
@@ -90,7 +95,7 @@ def prepare(
 
 
 def hard_of(options: Options) -> int:
-    """Edited captions an image; plain denoising has no use for any."""
+    """Edited captions per image; plain denoising has no use for any."""
     return 0 if options.objective == "denoising" else hard_per_image(options)
 
 

@@ -4,11 +4,11 @@
     accelerate launch recipes/train_base.py --config recipes/configs/base_flow.yaml \
         --max_train_steps 20000
 
-Every key of the YAML file is an option of the command line, which wins. Under `--output_dir` it
-writes log.jsonl (loss, learning rate; scores on the validation prompts with the EMA weights),
-sheets/ (samples with verdicts), checkpoints/ (`--resume_from_checkpoint latest` continues exactly
-as if the run had not stopped) and pipeline/ (the EMA weights, by save_pretrained, in half precision,
-with a model card).
+Under `--output_dir`:
+    pipeline/                     the EMA weights as a pipeline in half precision, with a model card
+    log.jsonl, options.json       losses and validation scores of the EMA weights; the run's options
+    sheets/                       images of the validation prompts, with verdicts
+    checkpoints/                  for `--resume_from_checkpoint latest`, which continues exactly
 
 A share of the training captions can come from a careless source (the image stays): wrong count,
 wrong colour, a group not mentioned. Each source signs a share of its captions, as web captions
@@ -38,12 +38,13 @@ if TYPE_CHECKING:
 class Options(LoopOptions, WorldValidationOptions):
     """The recipe's own options; the shared ones are in common/settings.py."""
 
+    TITLE = "base model"
     output_dir: str = "runs/base"
     base: Literal["flow", "epsilon"] = option(
         "flow",
         "Kind of model: flow (StableDiffusion3Pipeline) or epsilon (StableDiffusionPipeline).",
     )
-    init_from: str = option("", "Saved pipeline to start from; none starts from random weights.")
+    init_from: str = option("", "Saved pipeline to start from; left out: random weights.")
     width: int = option(128, "Width of the transformer, or of the UNet's first level.", at_least=1)
     layers: int = option(6, "Layers of the transformer, or of the UNet's lowest level.", at_least=1)
     optimizer: Literal["muon", "adamw"] = option(
@@ -58,7 +59,7 @@ class Options(LoopOptions, WorldValidationOptions):
     uniform_levels: bool = option(False, "Draw the noise levels uniformly instead.")
     ema_decay: float = option(
         0.999,
-        "Share of the average weights, which are scored and saved, that a step keeps.",
+        "Decay per optimizer step of the EMA weights, which are scored and saved.",
         at_least=0,
         at_most=1,
     )
@@ -93,7 +94,7 @@ class Options(LoopOptions, WorldValidationOptions):
     learning_rate: float = 1e-2
     adam_beta2: float = 0.99
     adam_weight_decay: float = 0.01
-    validate_first: bool = False
+    skip_first_validation: bool = True
 
 
 def batch(options: Options, step: int, rank: int) -> tuple[torch.Tensor, list[str]]:
@@ -148,6 +149,7 @@ def evaluate(model: Any, options: Options, step: int) -> dict[str, Any]:
     """Scores the model on the validation prompts and saves a sheet; returns the summary."""
     import torch
 
+    from common.messages import say_scores, say_validating
     from common.sampling import sample
     from common.sheet import sheet
     from world.architectures import pipeline_arguments
@@ -157,6 +159,7 @@ def evaluate(model: Any, options: Options, step: int) -> dict[str, Any]:
     wanted = rows("validation", options.validation_per_category)
     pipe = model.pipeline()
     pipe.set_progress_bar_config(disable=True)
+    say_validating(len(wanted), options.validation_inference_steps)
     with torch.compiler.set_stance("force_eager"):
         images = sample(
             pipe,
@@ -168,13 +171,16 @@ def evaluate(model: Any, options: Options, step: int) -> dict[str, Any]:
         )
     judged = verdicts(images, wanted)
     shown = [i for i in range(len(wanted)) if i % options.validation_per_category < 8]
+    file = Path(options.output_dir) / "sheets" / f"{step:06d}.png"
     sheet(
         images[shown],
         [wanted[i] for i in shown],
         [judged[i] for i in shown],
-        Path(options.output_dir) / "sheets" / f"{step:06d}.png",
+        file,
     )
-    return summarize(judged)
+    scores = summarize(judged)
+    say_scores(step, scores, file)
+    return scores
 
 
 class Batches:
@@ -201,6 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss import draws
     from common.log import lines_of
     from common.loop import Hooks, start, train
+    from common.messages import say, say_saved
     from world.architectures import LATENT_SCALE
     from world.model_card import write_card
     from world.muon import MuonAdamW
@@ -247,9 +254,17 @@ def main(arguments: list[str] | None = None) -> None:
             vars(options),
             [json.loads(line) for line in lines_of(folder.parent / "log.jsonl")],
             shlex.join(["python", "recipes/train_base.py", *given]),
-            sum(parameter.numel() for parameter in bare.parameters()),
+            number,
         )
+        say_saved([folder], {"model": str(folder)})
 
+    number = sum(parameter.numel() for parameter in bare.parameters())
+    if accelerator.is_main_process:
+        say(
+            f"Training {number:,} parameters ({options.base}, from "
+            f"{options.init_from or 'random weights'}) on {accelerator.device}; output: "
+            f"{options.output_dir}"
+        )
     train(
         options,
         accelerator,
@@ -262,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
             finish,
             lambda: ema.step(bare.parameters()),
             (ema,),
-            options.validate_first,
+            not options.skip_first_validation,
             lambda item: {"captions": item[1]},
         ),
     )

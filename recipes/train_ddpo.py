@@ -4,10 +4,16 @@
     accelerate launch recipes/train_ddpo.py --config recipes/configs/ddpo_sd15.yaml \
         --data captions.parquet
 
-An epoch samples `--sample_num_batches_per_epoch` batches of prompts, scores the pictures by `--reward`,
-and trains on the trajectories. Prompts are the data set's captions, or the lines of
-`--sampling_prompts`. AGSM trains on the data set's pictures (`--agsm_images data`), or on the samples
+An epoch samples `--sample_num_batches_per_epoch` batches of images, scores them by `--reward`, and
+trains on their sampling steps. Prompts are the data set's captions, or the lines of
+`--sampling_prompts`. AGSM trains on the data set's images (`--agsm_images data`), or on the samples
 with the best rewards (`best`).
+
+Under `--output_dir`:
+    tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights
+    log.jsonl, options.json       losses, metrics and validation scores; the run's options
+    sheets/                       images of the validation prompts and of an epoch's samples
+    checkpoints/                  for `--resume_from_checkpoint latest`, which continues exactly
 """
 
 from __future__ import annotations
@@ -21,7 +27,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from accelerate.tracking import GeneralTracker
 
 from common.options import option, parse
-from common.settings import HostOptions, ImageOptions, PipelineOptions, hard_per_image
+from common.settings import (
+    ImageOptions,
+    PipelineOptions,
+    RewardOptions,
+    WarmupOptions,
+    hard_per_image,
+)
 from common.stop import command
 
 if TYPE_CHECKING:
@@ -31,62 +43,59 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options(HostOptions, PipelineOptions, ImageOptions):
+class Options(RewardOptions, WarmupOptions, PipelineOptions, ImageOptions):
     """The recipe's own options, with trl's defaults; the shared ones are in common/settings.py."""
 
+    TITLE = "DDPO"
     output_dir: str = "runs/ddpo"
     model: str = "recipes/models/epsilon"
     rank: int = 4
     learning_rate: float = 3e-4
-    reward: str = option(
-        "detector",
-        "Reward: detector, jpeg_compressibility, jpeg_incompressibility, redness, or a CLIP "
-        "model's folder or hub id.",
-    )
     sampling_prompts: str = option(
-        "", "File of prompts to sample, one a line, in place of the data set's captions."
+        "", "File of prompts to sample, one per line, in place of the data set's captions."
     )
     num_epochs: int = option(100, "Epochs of sampling and training to run.", at_least=1)
-    num_inference_steps: int = option(50, "DDIM steps of a trajectory.", at_least=1)
-    sample_batch_size: int = option(8, "Images a process samples at a time.", at_least=1)
-    sample_num_batches_per_epoch: int = option(2, "Batches to sample an epoch.", at_least=1)
+    num_inference_steps: int = option(50, "DDIM steps per sampled image.", at_least=1)
+    sample_batch_size: int = option(8, "Images per process and sampling batch.", at_least=1)
+    sample_num_batches_per_epoch: int = option(2, "Batches to sample per epoch.", at_least=1)
     guidance_scale: float = option(
-        5.0, "Guidance scale of the trajectories; 1 has none, in training either.", at_least=0
+        5.0, "Guidance scale of the samples; 1: no guidance, in training either.", at_least=0
     )
-    eta: float = option(1.0, "Noise of a trajectory's steps, in units of DDIM's.", above=0)
-    train_batch_size: int = option(4, "Trajectories a process and micro-step.", at_least=1)
+    eta: float = option(1.0, "Noise of the sampling steps, in units of DDIM's.", above=0)
+    train_batch_size: int = option(4, "Sampled images per process and micro-step.", at_least=1)
     train_timestep_fraction: float = option(
-        1.0, "Share of a trajectory's steps to train on.", above=0, at_most=1
+        1.0, "Share of an image's sampling steps to train on.", above=0, at_most=1
     )
-    train_num_inner_epochs: int = option(1, "Passes over an epoch's trajectories.", at_least=1)
-    train_clip_range: float = option(
+    train_num_inner_epochs: int = option(1, "Passes over an epoch's samples.", at_least=1)
+    clip_range: float = option(
         1e-4, "Distance from 1 at which likelihood ratios are clipped.", above=0
     )
     train_adv_clip_max: float = option(5.0, "Size to which advantages are clipped.", above=0)
     per_prompt_stat_tracking: bool = option(
         False, "Compare rewards with those of the same prompt, not with the epoch's."
     )
-    per_prompt_stat_tracking_buffer_size: int = option(16, "Rewards to keep a prompt.", at_least=1)
+    per_prompt_stat_tracking_buffer_size: int = option(
+        16, "Rewards remembered per prompt.", at_least=1
+    )
     per_prompt_stat_tracking_min_count: int = option(
-        16, "Rewards of a prompt from which on they are used.", at_least=1
+        16,
+        "Rewards remembered per prompt before they are used; until then the epoch's are.",
+        at_least=1,
     )
     validation_epochs: int = option(10, "Epochs between two validations.", at_least=1)
     checkpointing_epochs: int = option(10, "Epochs between two checkpoints.", at_least=1)
-    agsm_warmup_steps: int = option(
-        0, "Optimizer steps over which lambda rises from 0.", at_least=0
-    )
     agsm_images: Literal["data", "best"] = option(
         "data", "Images that AGSM trains on: the data set's, or the samples with the best rewards."
     )
     agsm_best: float = option(
         0.25,
-        "Share of an epoch's samples that AGSM trains on, best reward first.",
+        "Share of the samples that AGSM trains on, best reward first (for --agsm_images best).",
         above=0,
         at_most=1,
     )
-    agsm_batch: int = option(8, "Images of AGSM a micro-step.", at_least=2)
+    agsm_batch: int = option(8, "Images of AGSM per micro-step.", at_least=2)
     agsm_every: int = option(
-        1, "Micro-steps a call of AGSM, whose weight is as many times as large.", at_least=1
+        1, "Run AGSM in one of N micro-steps, with N times its weight.", at_least=1
     )
 
 
@@ -103,8 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
     from world.task import open_task
 
     own_samples = options.agsm_weight and options.agsm_images == "best"
-    range_ = (options.timestep_density, options.timestep_low, options.timestep_high)
-    if own_samples and (options.candidates != "in_batch" or range_ != ("uniform", 0.0, 1.0)):
+    range_ = (options.timestep_density, options.timestep_low)
+    if own_samples and (options.candidates != "in_batch" or range_ != ("uniform", 0.0)):
         raise ValueError(
             "agsm_images: best has in-batch negatives and uniform timesteps only; expected candidates "
             f"in_batch and the defaults of timestep_*, got {options.candidates} and {range_}."
@@ -128,6 +137,7 @@ def train(options: Options, state: Any, trained: TrainedPipeline, found: Any) ->
     from tqdm.auto import tqdm
 
     from common.checkpoints import last_whole, save
+    from common.messages import paused
     from common.stop import Stop
 
     output = Path(options.output_dir)
@@ -143,6 +153,7 @@ def train(options: Options, state: Any, trained: TrainedPipeline, found: Any) ->
             samples_sheet(data, output / "sheets" / f"samples_{step:06d}.png")
 
     trainer = make_trainer(options, state, trained, tracker, found, show)
+    trained.say_start()
     step = trainer.global_step
     main_process = trainer.accelerator.is_main_process
 
@@ -151,7 +162,7 @@ def train(options: Options, state: Any, trained: TrainedPipeline, found: Any) ->
             tracker.write({"scores": trained.validate(step)}, step)
         trainer.accelerator.wait_for_everyone()
 
-    if options.validate_first and step == 0:
+    if not options.skip_first_validation and step == 0:
         validate()
     epochs = range(trainer.first_epoch, options.num_epochs)
     bar = tqdm(
@@ -169,7 +180,8 @@ def train(options: Options, state: Any, trained: TrainedPipeline, found: Any) ->
                 raise FloatingPointError(f"{error} {last_whole(output)}") from None
             bar.set_postfix({name: f"{value:.3f}" for name, value in tracker.shown().items()})
             if due["sheet"]:
-                validate()
+                with paused(bar):
+                    validate()
             stopped = stop.asked(trainer.accelerator) and not last
             if last or stopped or (epoch + 1) % options.checkpointing_epochs == 0:
                 tracker.flush()
@@ -263,7 +275,7 @@ def trl_config(options: Options, tracker: GeneralTracker, resumed: Path | None) 
         train_num_inner_epochs=options.train_num_inner_epochs,
         train_cfg=options.guidance_scale > 1,
         train_adv_clip_max=options.train_adv_clip_max,
-        train_clip_range=options.train_clip_range,
+        train_clip_range=options.clip_range,
         train_timestep_fraction=options.train_timestep_fraction,
         per_prompt_stat_tracking=options.per_prompt_stat_tracking,
         per_prompt_stat_tracking_buffer_size=options.per_prompt_stat_tracking_buffer_size,

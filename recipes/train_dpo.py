@@ -1,12 +1,19 @@
 """Diffusion-DPO on a text-to-image pipeline, alone or with AGSM in its step.
 
-    python recipes/train_dpo.py --rank 8 --agsm_weight 1000
+    python recipes/train_dpo.py --rank 8 --num_tokens 0 --agsm_weight 1000
     accelerate launch recipes/train_dpo.py --config recipes/configs/dpo_sdxl.yaml \
         --data pairs.parquet
 
-`--model`: Stable Diffusion, SDXL, SD3 or Flux.1; `--rank` or `--full`, with soft tokens beside
-(`--num_tokens 0` for none). `--data`: the embedded world, or a table with Pick-a-Pic's columns or
-image_w, image_l, caption. AGSM's negatives are the batch's other captions, edited ones, or both.
+`--model` is a Stable Diffusion, SDXL, SD3 or Flux.1 pipeline. `--rank N` trains a LoRA, `--full` all
+weights, `--num_tokens N` soft tokens as well. `--data` is the embedded world, or a table with
+Pick-a-Pic's columns (jpg_0, jpg_1, label_0, caption) or image_w, image_l, caption. AGSM's negatives
+are the batch's other captions, edited ones, or both.
+
+Under `--output_dir`:
+    tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights
+    log.jsonl, options.json       losses, metrics and validation scores; the run's options
+    sheets/                       images of the validation prompts
+    checkpoints/                  for `--resume_from_checkpoint latest`, which continues exactly
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ from common.stop import command
 class Options(PreferenceOptions):
     """Those of `PreferenceOptions`."""
 
+    TITLE = "Diffusion-DPO"
     output_dir: str = "runs/dpo"
 
 

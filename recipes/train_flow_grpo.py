@@ -2,8 +2,15 @@
 
     python recipes/train_flow_grpo.py --rank 8 --num_tokens 0 --reward redness --agsm_weight 1
 
-Each step samples `--group` pictures for every caption of a batch, scores them by `--reward`, and
-follows the gradient of the better ones' likelihood. It shows how to add AGSM to a loop of your own.
+Each step samples `--group_size` images per caption of a batch, scores them by `--reward`, and follows
+the gradient of the better ones' likelihood. AGSM trains on the data set's images. The file shows how
+to add AGSM to a loop of your own. `--model` is a flow-matching pipeline: SD3 or Flux.1.
+
+Under `--output_dir`:
+    tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights
+    log.jsonl, options.json       losses, metrics and validation scores; the run's options
+    sheets/                       images of the validation prompts
+    checkpoints/                  for `--resume_from_checkpoint latest`, which continues exactly
 """
 
 from __future__ import annotations
@@ -23,15 +30,15 @@ if TYPE_CHECKING:
 class Options(OnPolicyOptions):
     """The recipe's own options; the shared ones are in common/settings.py."""
 
+    TITLE = "Flow-GRPO"
     output_dir: str = "runs/flow_grpo"
-    reward: str = option(
-        "detector",
-        "Reward: detector, jpeg_compressibility, jpeg_incompressibility, redness, or a CLIP "
-        "model's folder or hub id.",
+    group_size: int = option(
+        4, "Images per caption, whose rewards are compared with each other.", at_least=2
     )
-    group: int = option(4, "Images of each caption, whose rewards are compared.", at_least=2)
-    num_inference_steps: int = option(10, "Sampling steps of a trajectory.", at_least=2)
-    train_steps: int = option(4, "Steps of a trajectory to train on, drawn at random.", at_least=1)
+    num_inference_steps: int = option(10, "Sampling steps per image.", at_least=2)
+    train_timesteps: int = option(
+        4, "Sampling steps per image to train on, drawn at random.", at_least=1
+    )
     noise_level: float = option(0.7, "a of the SDE: noise of its steps.", above=0)
     clip_range: float = option(
         1e-4, "Distance from 1 at which likelihood ratios are clipped.", above=0
@@ -73,10 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
     def loss(batch: Batch, index: int) -> Any:
         generator = draws(options.seed, index, accelerator.process_index)
         latents = model.encode_images(batch.pixels, generator)
-        captions = [text for text in batch.captions for _ in range(options.group)]
+        captions = [text for text in batch.captions for _ in range(options.group_size)]
         text = model.encode_prompts(captions)
         noise = torch.randn(len(captions), *latents.shape[1:], generator=generator).to(latents)
-        image = model.image_conditioning(batch.pixels.repeat_interleave(options.group, 0))
+        image = model.image_conditioning(batch.pixels.repeat_interleave(options.group_size, 0))
         own = bank_of(Bank.POSITIVE, len(captions))
         with accelerator.autocast():
             trajectory = sample_sde(
@@ -96,9 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
             agsm_batch = trained.agsm_batch(batch, latents, draw)
         out = step(
             trajectory,
-            group_advantages(rewards, options.group).to(latents),
+            group_advantages(rewards, options.group_size).to(latents),
             text,
-            steps[: options.train_steps],
+            steps[: options.train_timesteps],
             image_conditioning=image,
             agsm_batch=agsm_batch,
         )

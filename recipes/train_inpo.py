@@ -1,10 +1,19 @@
 """InPO (Diffusion-DPO at inverted noise) on a pipeline, alone or with AGSM in its step.
 
-    python recipes/train_inpo.py --rank 8 --agsm_weight 1000
+    python recipes/train_inpo.py --rank 8 --num_tokens 0 --agsm_weight 1000
     accelerate launch recipes/train_inpo.py --config recipes/configs/inpo_sdxl.yaml \
         --data pairs.parquet
 
-For eps- and v-prediction: Stable Diffusion and SDXL. The rest is as in `train_dpo.py`.
+`--model` is an eps- or v-prediction pipeline: Stable Diffusion or SDXL. `--rank N` trains a LoRA,
+`--full` all weights, `--num_tokens N` soft tokens as well. `--data` is the embedded world, or a table
+with Pick-a-Pic's columns (jpg_0, jpg_1, label_0, caption) or image_w, image_l, caption. AGSM trains on
+the winners at Gaussian noise; at InPO's inverted noise (`--agsm_noise inverted`) it did harm.
+
+Under `--output_dir`:
+    tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights
+    log.jsonl, options.json       losses, metrics and validation scores; the run's options
+    sheets/                       images of the validation prompts
+    checkpoints/                  for `--resume_from_checkpoint latest`, which continues exactly
 """
 
 from __future__ import annotations
@@ -21,16 +30,17 @@ from common.stop import command
 class Options(PreferenceOptions):
     """The recipe's own options; the shared ones are in common/settings.py."""
 
+    TITLE = "InPO"
     output_dir: str = "runs/inpo"
     model: str = "recipes/models/epsilon"
     inversion_steps: int = option(
-        10, "Levels of the whole schedule that the inversion visits.", at_least=1
+        10, "Timesteps, spread over the schedule, that the inversion visits.", at_least=1
     )
     eta: float = option(0.1, "Noise of the inversion's steps, in units of DDIM's.", at_least=0)
-    agsm_noise: Literal["inverted", "gaussian"] = option(
-        "inverted",
-        "Noise of the winners in AGSM: InPO's inverted one, whose prediction is reused, or "
-        "Gaussian at timesteps of its own.",
+    agsm_noise: Literal["gaussian", "inverted"] = option(
+        "gaussian",
+        "Noise of the winners in AGSM: Gaussian, at timesteps of its own, or InPO's inverted noise, "
+        "whose prediction is reused (less time; it did harm in our study).",
     )
 
 

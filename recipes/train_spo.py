@@ -1,14 +1,21 @@
 """SPO (step-by-step preference optimisation) on a pipeline, alone or with AGSM in its step.
 
-    python recipes/train_spo.py --rank 4 --agsm_weight 30
+    python recipes/train_spo.py --rank 4 --num_tokens 0 --agsm_weight 30
     python recipes/train_spo.py --config recipes/configs/spo_sd15.yaml --agsm_weight 30
 
-Every step, the model samples a batch's captions, and `--preference` scores what its next states lead
-to: "detector" (the embedded world's) or a CLIP model such as PickScore. For eps- and v-prediction:
-Stable Diffusion and SDXL. AGSM trains on `--agsm_images data`, the data set's images (`--agsm_batch`
-of them, as they cost no rollout), where they are what the model should learn; or on `rollout`, the
-share `--agsm_best` of the images just sampled with the best scores. The captions of all of the batch
-compete.
+In every step the model samples images for a batch's captions, and `--reward` scores what its next
+states lead to: `detector` (the embedded world's) or a CLIP model such as PickScore. `--model` is an
+eps- or v-prediction pipeline: Stable Diffusion or SDXL.
+
+AGSM trains on `--agsm_images data`, the data set's images (`--agsm_batch` of them: they need no
+sampling), or on `best`, the sampled images with the best scores (`--agsm_best`). The captions of the
+whole batch compete.
+
+Under `--output_dir`:
+    tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights
+    log.jsonl, options.json       losses, metrics and validation scores; the run's options
+    sheets/                       images of the validation prompts
+    checkpoints/                  for `--resume_from_checkpoint latest`, which continues exactly
 """
 
 from __future__ import annotations
@@ -28,34 +35,45 @@ if TYPE_CHECKING:
 class Options(OnPolicyOptions):
     """The recipe's own options; the shared ones are in common/settings.py."""
 
+    TITLE = "SPO"
     output_dir: str = "runs/spo"
     model: str = "recipes/models/epsilon"
-    preference: str = option(
-        "detector", "Preference model: detector (the world's), or a CLIP model's folder or hub id."
-    )
-    num_inference_steps: int = option(20, "DDIM steps of a rollout.", at_least=1)
-    first_step: int = option(4, "Step of a rollout from which on pairs are drawn.", at_least=0)
-    num_candidates: int = option(4, "Next states that are drawn and scored.", at_least=2)
+    num_inference_steps: int = option(20, "DDIM steps per sampled image.", at_least=1)
+    first_step: int = option(4, "First sampling step at which pairs are drawn.", at_least=0)
+    num_candidates: int = option(4, "Next states per step to draw and score.", at_least=2)
     threshold: float = option(
         0.3, "Difference that a pair's softmax scores must exceed.", at_least=0, at_most=1
     )
     guidance_scale: float = option(
-        5.0, "Classifier-free guidance scale of the rollout and of the loss.", at_least=0
+        5.0,
+        "Classifier-free guidance scale of sampling and of the loss; 1: no guidance.",
+        at_least=0,
     )
-    eta: float = option(1.0, "Noise of a rollout's steps, in units of DDIM's.", above=0)
-    max_pairs: int = option(16, "Pairs of a rollout to train on, drawn at random.", at_least=1)
-    beta: float = option(10.0, "beta of SPO: a larger one follows each pair more sharply.", above=0)
-    clip: float = option(
+    eta: float = option(1.0, "Noise of the sampling steps, in units of DDIM's.", above=0)
+    max_pairs: int = option(
+        16, "Pairs per micro-step to train on, drawn at random from those found.", at_least=1
+    )
+    beta: float = option(
+        10.0,
+        "beta of {title}: scale of the difference to the reference in the loss. Larger: stronger "
+        "gradients at first, and a model that stays closer to the reference.",
+        above=0,
+    )
+    clip_range: float = option(
         0.1, "Distance from 1 at which likelihood ratios are clipped.", above=0, below=1
     )
-    agsm_images: Literal["data", "rollout"] = option("data", "Images that AGSM trains on.")
+    agsm_images: Literal["data", "best"] = option(
+        "data", "Images that AGSM trains on: the data set's, or the samples with the best scores."
+    )
     agsm_best: float = option(
-        0.5, "Share of a rollout's images that AGSM trains on, by their score.", above=0, at_most=1
+        0.5,
+        "Share of the samples that AGSM trains on, best score first (for --agsm_images best).",
+        above=0,
+        at_most=1,
     )
     agsm_batch: int = option(
         0,
-        "Images of the data set a step that AGSM trains on; 0 takes those of the rollouts' "
-        "captions.",
+        "Images of AGSM per micro-step (for --agsm_images data); 0: those of the sampled captions.",
         at_least=0,
     )
 
@@ -81,9 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
     from common.trained_pipeline import TrainedPipeline, on_policy_images
     from world.task import open_task
 
-    if options.agsm_batch and options.agsm_images == "rollout":
+    if options.agsm_batch and options.agsm_images == "best":
         raise ValueError(
-            f"agsm_batch: expected 0 with --agsm_images rollout, got {options.agsm_batch}: "
+            f"agsm_batch: expected 0 with --agsm_images best, got {options.agsm_batch}: "
             "--train_batch_size says how many are sampled. Take --agsm_images data."
         )
     accelerator = start(options)
@@ -105,12 +123,12 @@ def main(arguments: list[str] | None = None) -> None:
         scheduler,
         reference=trained.reference,
         beta=options.beta,
-        clip=options.clip,
+        clip=options.clip_range,
         eta=options.eta,
         guidance_scale=options.guidance_scale,
         agsm=agsm,
     )
-    preference = load(options.preference, accelerator.device, task.rewards)
+    reward = load(options.reward, accelerator.device, task.rewards)
     batches = on_policy_images(options, task)
     more = None
     if options.agsm_batch and agsm is not None:
@@ -125,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         def score(clean_latents: Any, rows: Any, timesteps: Any) -> Any:
             pixels = model.decode_latents(clean_latents)
-            return preference(pixels, [batch.captions[int(row)] for row in rows])
+            return reward(pixels, [batch.captions[int(row)] for row in rows])
 
         metrics: dict[str, Any] = {}
         with accelerator.autocast():
@@ -154,9 +172,9 @@ def main(arguments: list[str] | None = None) -> None:
                 if more is not None:
                     shown = more[index]
                     of = model.encode_images(shown.pixels, draw)
-                if options.agsm_images == "rollout":
+                if options.agsm_images == "best":
                     of = rollout.last
-                    scores = preference(model.decode_latents(of), batch.captions)
+                    scores = reward(model.decode_latents(of), batch.captions)
                     best = best_rows(scores, options.agsm_best).cpu()
                     metrics["agsm/images_score"] = scores[best.to(scores.device)].float().mean()
                 own = trained.agsm_batch(shown, of, draw, best)

@@ -94,13 +94,18 @@ Dual soft tokens ψ⁺/ψ⁻ for `{backbone}`{of}, trained with Alignment-Guided
 (arXiv:2605.30038). {count:,} parameters: {tokens}.
 
 ```python
+from diffusers import DiffusionPipeline
+
 from agsm_loss.integrations.tokens.pipelines import load_soft_tokens
 
+pipe = DiffusionPipeline.from_pretrained("{source}")
 load_soft_tokens(pipe, "this folder or repository")
-image = pipe(prompt).images[0]
+image = pipe("two cats on a sofa").images[0]
 ```
 
-Training settings: {training}
+## Training settings
+
+{training}
 """
 
 
@@ -240,9 +245,17 @@ class SavedTokens(ModelHubMixin):
             backbone=self.backbone,
             count=sum(p.numel() for p in self.tokens.parameters()),
             tokens=json.dumps(self.config()["tokens"]),
-            training=json.dumps(self.training) if self.training else "not recorded.",
+            source=self.base_model or f"a pipeline with a {self.backbone}",
+            training=_table(self.training) if self.training else "Not recorded.",
         )
         ModelCard(card).save(save_directory / "README.md")
+
+
+def _table(values: dict[str, Any]) -> str:
+    """A Markdown table of names and JSON values."""
+    cells = {name: json.dumps(value).replace("|", "\\|") for name, value in values.items()}
+    rows = [f"| {name} | `{cell}` |" for name, cell in cells.items()]
+    return "\n".join(["| setting | value |", "| --- | --- |", *rows])
 
 
 def _read_config(path: Path) -> dict[str, Any]:

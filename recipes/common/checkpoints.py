@@ -42,7 +42,13 @@ MAY_CHANGE = frozenset(
         # How far.
         *("max_train_steps", "num_epochs"),
         # What is looked at.
-        *("logging_steps", "report_to", "validate_first", "validation_steps", "validation_epochs"),
+        *(
+            "logging_steps",
+            "report_to",
+            "skip_first_validation",
+            "validation_steps",
+            "validation_epochs",
+        ),
         *("validation_prompts", "validation_per_category"),
         *("validation_inference_steps", "validation_guidance_scale"),
         # How it runs: the same but for rounding.

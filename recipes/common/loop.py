@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from common.checkpoints import last_whole, only_trainable, opened, save
 from common.log import Log, flat, missing_tracker, tracker_settings
+from common.messages import paused
 from common.settings import LoopOptions
 from common.stop import Stop, signals_kept
 
@@ -154,7 +155,8 @@ def train(
                     bar.set_postfix(shown, refresh=False)
                 if step % options.validation_steps == 0 or last:
                     if main:
-                        entry["scores"] = hooks.validate(step)
+                        with paused(bar):
+                            entry["scores"] = hooks.validate(step)
                     accelerator.wait_for_everyone()
                 if entry and main:
                     log.write(step, entry)
@@ -173,7 +175,7 @@ def train(
         accelerator.end_training()
 
 
-_SHOWN = ("loss", "agsm/win_rate", "agsm/score_margin")
+_SHOWN = ("loss", "agsm/win_rate", "agsm/score_margin", "dpo/accuracy")
 _STOPPING = "the run ends after this step, with a checkpoint"
 _LEAST_SCALE = 2.0**-20
 

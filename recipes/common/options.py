@@ -2,6 +2,7 @@
 
     @dataclass(frozen=True)
     class Options(TrainingOptions):
+        TITLE = "Diffusion-DPO"        # of its own options in --help; "{title}" in a help text
         beta: float = option(5000.0, "Strength of the pull to the reference.", above=0)
         learning_rate: float = 1e-4    # a new default: the help text and the range stay
 
@@ -9,7 +10,7 @@
 
 transformers.HfArgumentParser makes the flags: `--train_batch_size` and `--train-batch-size` are the
 same, and `--full` is `--full true`. A class with a `SECTION` is a group of its own in --help; the
-fields of the other classes come first.
+fields of the other classes come first. The module's docstring is the description.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import operator
-from argparse import Action, ArgumentDefaultsHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+
+from common.messages import quiet_libraries
 
 Chosen = TypeVar("Chosen", bound="Checked")
 _LIMITS = {"above": operator.gt, "below": operator.lt,
@@ -43,19 +46,24 @@ def option(default: Any, meaning: str, **limits: float) -> Any:
 class Checked:
     """The base of all options: made only with numbers within their limits."""
 
+    TITLE = ""
+
     def __post_init__(self) -> None:
         for one in fields(self):
             value, about = getattr(self, one.name), _about(type(self), one.name)
             for word, holds in _LIMITS.items():
                 if word in about and value is not None and not holds(value, about[word]):
                     limit = f"{word.replace('_', ' ')} {about[word]}"
-                    raise ValueError(f"{one.name}: expected {limit}, got {value}. {about['help']}")
+                    raise ValueError(
+                        f"{one.name}: expected {limit}, got {value}. {_meaning(type(self), one.name)}"
+                    )
 
 
 def parse(kind: type[Chosen], doc: str | None, arguments: list[str] | None = None) -> Chosen:
     """Defaults, then the YAML file of --config, then the command line.
 
     The file's keys are the flags' names; they may stand in tables that are named like the sections.
+    From here on, diffusers and transformers show no loading bars.
 
     Raises:
         SystemExit: an unknown option, or a value of another type or outside its choices or limits.
@@ -63,8 +71,8 @@ def parse(kind: type[Chosen], doc: str | None, arguments: list[str] | None = Non
     """
     sections = _sections(kind)
     parser = _Parser(
-        [_group(kind, title, names) for title, names in sections.items()],
-        description=(doc or "").split("\n")[0],
+        [_CONFIG, *(_group(kind, title, names) for title, names in sections.items())],
+        description=doc,
         usage="%(prog)s [options]",
         formatter_class=_Help,
         allow_abbrev=False,
@@ -84,9 +92,11 @@ def parse(kind: type[Chosen], doc: str | None, arguments: list[str] | None = Non
         parser.source = ""
         given = parser.parse_args(arguments, of_file)
     try:
-        return kind(**{one.name: getattr(given, one.name) for one in fields(kind)})
+        options = kind(**{one.name: getattr(given, one.name) for one in fields(kind)})
     except ValueError as error:
         parser.error(str(error))
+    quiet_libraries()
+    return options
 
 
 def flags(table: Any, sections: Mapping[str, Any] | None = None) -> list[str]:
@@ -122,8 +132,13 @@ class _Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: error: {self.source}{message} (see --help)\n")
 
 
-class _Help(ArgumentDefaultsHelpFormatter):
-    """Each flag once, with the kind of its value."""
+class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Each flag once, with the kind of its value, below the description as it was written."""
+
+    def add_argument(self, action: Action) -> None:
+        # HfArgumentParser's second flag for a bool that is true by default.
+        if action.option_strings[0] != f"--no_{action.dest}":
+            super().add_argument(action)
 
     def _format_action_invocation(self, action: Action) -> str:
         names = ", ".join(one for one in action.option_strings if "-" not in one[2:])
@@ -134,21 +149,19 @@ class _Help(ArgumentDefaultsHelpFormatter):
         return f"{names} {value}".rstrip()
 
     def _get_help_string(self, action: Action) -> str | None:
-        if action.option_strings[0] == f"--no_{action.dest}":
-            return f"Turn {action.dest} off."
         bare = action.default is None or action.default == ""
         return action.help if bare else super()._get_help_string(action)
 
 
 def _sections(kind: type[Checked]) -> dict[str, list[str]]:
-    """Section ("": the recipe's own) -> the fields that its classes were first to declare."""
-    found: dict[str, list[str]] = {"": []}
+    """Section (`kind.TITLE`: the recipe's own) -> the fields that its classes first declare."""
+    found: dict[str, list[str]] = {kind.TITLE: []}
     for place, one in enumerate(kind.__mro__):
         later = {
             name for base in kind.__mro__[place + 1 :] for name in inspect.get_annotations(base)
         }
         names = [name for name in inspect.get_annotations(one) if name not in later]
-        found.setdefault(vars(one).get("SECTION", ""), []).extend(names)
+        found.setdefault(vars(one).get("SECTION", kind.TITLE), []).extend(names)
     return found
 
 
@@ -156,16 +169,24 @@ def _group(kind: type[Checked], title: str, names: list[str]) -> type:
     """A dataclass of some of the fields, as HfArgumentParser reads a group."""
     hints = get_type_hints(kind)
     rows: list[tuple[str, Any, Any]] = []
-    if not title:
-        config = "YAML file with any of these options; the command line wins."
-        rows.append(("config", Path | None, field(default=None, metadata={"help": config})))
     for name in names:
-        about = {"help": _about(kind, name)["help"]}
+        about = {"help": _meaning(kind, name)}
         rows.append((name, hints[name], field(default=getattr(kind, name), metadata=about)))
     return make_dataclass("Group", rows, namespace={"_argument_group_name": title} if title else {})
+
+
+_CONFIG_HELP = "YAML file with any of these options; the command line wins."
+_CONFIG = make_dataclass(
+    "Config",
+    [("config", Path | None, field(default=None, metadata={"help": _CONFIG_HELP}))],
+)
 
 
 def _about(kind: type, name: str) -> Mapping[str, Any]:
     """Help and limits of a field: its own, or those of the class whose default it replaces."""
     declared = (getattr(one, "__dataclass_fields__", {}).get(name) for one in kind.__mro__)
     return next(one.metadata for one in declared if one is not None and one.metadata)
+
+
+def _meaning(kind: type[Checked], name: str) -> str:
+    return str(_about(kind, name)["help"]).replace("{title}", kind.TITLE)

@@ -221,15 +221,14 @@ class TextToImage:
         density: str,
         generator: torch.Generator,
         low: float = 0.0,
-        high: float = 1.0,
     ) -> Tensor:
         """(number,) training timesteps: whole ones for a DDPM schedule, real ones for flows.
 
-        density: "uniform", or "logit_normal" (SD3's, flows only), over the timesteps between the
-        shares `low` and `high` of the schedule (1: pure noise).
+        density: "uniform", or "logit_normal" (SD3's, flows only), over the timesteps from the share
+        `low` of the schedule on (0: no noise).
         """
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"expected 0 <= timestep_low < timestep_high <= 1, got {low}, {high}")
+        if not 0 <= low < 1:
+            raise ValueError(f"timestep_low: expected a share in [0, 1), got {low}.")
         steps = self.pipe.scheduler.config.num_train_timesteps
         flow = prediction_type(self.pipe.scheduler) == "flow"
         if density == "logit_normal" and not flow:
@@ -238,8 +237,8 @@ class TextToImage:
                 f"{type(self.pipe.scheduler).__name__}."
             )
         if not flow:
-            first, last = int(low * steps), max(int(high * steps), int(low * steps) + 1)
-            return torch.randint(first, last, (number,), generator=generator).to(self.device)
+            first = int(low * steps)
+            return torch.randint(first, steps, (number,), generator=generator).to(self.device)
         share = compute_density_for_timestep_sampling(
             density.replace("uniform", "none"),
             number,
@@ -247,4 +246,4 @@ class TextToImage:
             logit_std=1.0,
             generator=generator,
         )
-        return ((low + (high - low) * share) * steps).to(self.device)
+        return ((low + (1 - low) * share) * steps).to(self.device)

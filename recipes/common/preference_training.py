@@ -52,7 +52,7 @@ def run_preference(
         if options.agsm_warmup_steps:
             schedule = linear_warmup(schedule, options.agsm_warmup_steps)
         agsm = trained.agsm(options.train_batch_size, schedule)
-    step = make_step(trained, agsm, {"beta": options.beta, "loss_type": options.loss_type})
+    step = make_step(trained, agsm, {"beta": options.beta})
     hard = hard_per_image(options) if agsm is not None else 0
     batches = task.pairs(options.train_batch_size, hard)
 

@@ -14,6 +14,9 @@ from typing import Literal
 
 from common.options import Checked, option
 
+REWARDS = ("jpeg_compressibility", "jpeg_incompressibility", "redness")
+"""The names that `common.rewards.load` knows."""
+
 
 @dataclass(frozen=True)
 class ModelOptions(Checked):
@@ -21,25 +24,29 @@ class ModelOptions(Checked):
 
     SECTION = "model"
     model: str = option("recipes/models/flow", "Pipeline to train: a folder or a hub id.")
-    merge_lora: str = option("", "Folder of a LoRA to merge into the denoiser before training.")
-    num_tokens: int = option(4, "Soft tokens to train in each layer; 0 trains none.", at_least=0)
+    merge_lora: str = option(
+        "", "LoRA to merge into the denoiser before training: a folder or a hub id."
+    )
+    num_tokens: int = option(4, "Soft tokens to train per layer; 0: none.", at_least=0)
     banks: Literal["dual", "shared", "positive_only"] = option(
         "dual",
-        "Banks of soft tokens: one for matching captions and one for wrong ones (dual), one for "
-        "both (shared), or one for matching captions alone (positive_only).",
+        "Banks of soft tokens: one for matching captions and one for negatives (dual), one for "
+        "both (shared, which SoftREPA needs), or one for matching captions alone (positive_only). "
+        "For AGSM, all but dual are ablations.",
     )
-    num_layers: int = option(
-        0, "Layers with soft tokens; 0 takes 5 (all, where there are fewer), -1 all.", at_least=-1
-    )
-    time_buckets: int = option(
-        100, "Intervals of the timesteps with a time token each; 0 has no time tokens.", at_least=0
+    num_layers: int | None = option(
+        None,
+        "First layers that get tokens; left out: 5, or all where there are fewer. Not for SD1.5 "
+        "and SDXL.",
+        at_least=1,
     )
     rank: int = option(
-        0, "Rank of a LoRA to train on the denoiser's attention; 0 trains none.", at_least=0
+        0, "Rank of a LoRA to train on the denoiser's attention; 0: no LoRA.", at_least=0
     )
     full: bool = option(False, "Train all of the denoiser's weights.")
     gradient_checkpointing: bool = option(
-        False, "Recompute the denoiser's activations backwards: less memory, more time."
+        False,
+        "Recompute the denoiser's activations in the backward pass: less memory, more time.",
     )
 
 
@@ -50,69 +57,82 @@ class DataOptions(Checked):
     SECTION = "data"
     data: str = option(
         "world",
-        "Data to train on: world (the embedded one, rendered), a parquet, jsonl or csv file, an "
-        "image folder, or a hub id.",
+        "Captioned images to train on: world (the embedded one, rendered), a parquet, jsonl, csv or "
+        "webdataset tar file, a pattern of several, a folder of images, or a hub id.",
     )
-    split: str = option("train", "Split of the data set to train on.")
-    caption_column: str = option("caption", "Column of the data set with the captions.")
+    split: str = option("train", "Split of the data set to train on (not for --data world).")
+    caption_column: str = option("caption", "Column of the captions (not for --data world).")
     resolution: int = option(
-        512, "Pixels a side to which the data set's images are resized and cropped.", at_least=1
+        512,
+        "Side in pixels to which images are resized and cropped (not for --data world).",
+        at_least=1,
     )
 
 
 @dataclass(frozen=True)
 class ImageOptions(Checked):
-    """Data of one image a row (preference pairs have two)."""
+    """Data of one image per row (preference pairs have two)."""
 
     SECTION = "data"
-    image_column: str = option("image", "Column of the data set with the images.")
+    image_column: str = option("image", "Column of the images (not for --data world).")
 
 
 @dataclass(frozen=True)
 class AGSMOptions(Checked):
-    """The loss."""
+    """The loss. A negative is a caption that does not match the image."""
 
     SECTION = "AGSM"
     pos_scale: float = option(
         1.0,
-        "gamma+: guidance in the target of the matching caption; 0 is plain denoising.",
+        "gamma+: how far the matching caption's target is moved away from the others; 0 with "
+        "--neg_scale 0 is plain denoising.",
         at_least=0,
     )
     neg_scale: float | None = option(
         None,
-        "gamma-: guidance in the targets of the wrong captions; 0 does not train on them. Left "
-        "out, it is 0.1 where soft tokens alone are trained, and 0 with a LoRA or --full.",
+        "gamma-: how far the negatives' targets are moved; 0: negatives are not trained. Left out: "
+        "0.1 where soft tokens alone are trained, 0 with a LoRA or --full.",
         at_least=0,
     )
-    negatives_train: Literal["tokens", "all"] = option(
+    negative_gradient: Literal["tokens", "all"] = option(
         "tokens",
-        "What the wrong captions train where there is a LoRA or --full: the soft tokens alone, or "
-        "all.",
+        "What the negatives' gradient reaches where there is a LoRA or --full: the soft tokens "
+        "alone, or all that is trained.",
     )
     temperature: float = option(
-        0.1, "T of the Plackett-Luce weights; a large one makes them equal.", above=0
+        0.1,
+        "Temperature of the captions' weights; larger makes them more equal. Not used with "
+        "--target_entropy.",
+        above=0,
     )
-    entropy: float = option(
+    target_entropy: float = option(
         0.0,
-        "Share of the weights' largest entropy to which T is adapted; 0 keeps T fixed.",
+        "Adapt T so that the weights' entropy is this share of its maximum (0.7 in our studies); 0: "
+        "use --temperature.",
         at_least=0,
         below=1,
     )
     ema_decay: float = option(
-        0.9999, "Share of the EMA model that an optimizer step keeps.", at_least=0, at_most=1
+        0.9999,
+        "Decay of the EMA per optimizer step (0.98 in our short runs).",
+        at_least=0,
+        at_most=1,
     )
     candidates: Literal["in_batch", "hard", "mixed"] = option(
         "in_batch",
-        "Where wrong captions come from: the batch (in_batch), edits of the image's own caption "
-        "(hard), or both (mixed: half are edits, rounded up).",
+        "Where negatives (captions that do not match the image) come from: the batch's other "
+        "captions (in_batch), edits of the image's own caption (hard), or both (mixed: half are "
+        "edits, rounded up).",
     )
-    num_negatives: int = option(3, "Wrong captions an image.", at_least=1)
-    train_negatives: int = option(
-        0, "Wrong captions an image and step to train on, drawn at random; 0 takes all.", at_least=0
+    num_negatives: int = option(3, "Negatives per image.", at_least=1)
+    negatives_per_step: int = option(
+        0,
+        "Negatives per image to train on in a step, drawn at random; 0: all.",
+        at_least=0,
     )
     chunk_size: int = option(
         0,
-        "Samples a forward pass of AGSM; 0 takes all at once. Few need little memory.",
+        "Samples per forward pass of AGSM; 0: all at once. Smaller uses less memory and more time.",
         at_least=0,
     )
 
@@ -124,18 +144,18 @@ class TrainingOptions(Checked):
     SECTION = "training"
     learning_rate: float = option(1e-3, "Peak learning rate.", above=0)
     gradient_accumulation_steps: int = option(
-        1, "Micro-steps whose gradients an optimizer step averages.", at_least=1
+        1, "Micro-steps per optimizer step; their gradients are averaged.", at_least=1
     )
     adam_beta2: float = option(0.999, "AdamW's second beta.", at_least=0, below=1)
     adam_weight_decay: float = option(1e-4, "AdamW's weight decay.", at_least=0)
     max_grad_norm: float = option(
-        1.0, "Norm to which gradients are clipped; 0 does not clip.", at_least=0
+        1.0, "Norm to which gradients are clipped; 0: no clipping.", at_least=0
     )
     seed: int = option(0, "Seed of weights, data and noise.", at_least=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = option(
         "no", "Precision of the forward passes."
     )
-    compile: bool = option(False, "Compile the denoiser by torch.compile.")
+    compile: bool = option(False, "Compile the denoiser with torch.compile.")
     output_dir: str = option(
         "runs/train", "Folder for the log, sheets, checkpoints and what was trained."
     )
@@ -155,20 +175,22 @@ class LoopOptions(TrainingOptions):
 
     SECTION = "training"
     max_train_steps: int = option(1000, "Optimizer steps to run.", at_least=1)
-    train_batch_size: int = option(16, "Images a process and micro-step.", at_least=1)
+    train_batch_size: int = option(16, "Images per process and micro-step.", at_least=1)
     dataloader_num_workers: int = option(
         0,
-        "Processes that prepare batches ahead; 0 prepares them in the training process.",
+        "Processes that prepare batches ahead; 0: the training process prepares them.",
         at_least=0,
     )
     logging_steps: int = option(50, "Optimizer steps between two lines of the log.", at_least=1)
     validation_steps: int = option(1000, "Optimizer steps between two validations.", at_least=1)
     checkpointing_steps: int = option(500, "Optimizer steps between two checkpoints.", at_least=1)
     lr_warmup_steps: int = option(
-        0, "Optimizer steps over which the learning rate rises to its peak.", at_least=0
+        0, "Number of first steps in which the learning rate rises to its peak.", at_least=0
     )
     lr_decay_steps: int = option(
-        0, "Last optimizer steps, over which the learning rate falls to 0 linearly.", at_least=0
+        0,
+        "Number of final steps in which the learning rate falls linearly to 0.",
+        at_least=0,
     )
 
 
@@ -181,10 +203,10 @@ class NoiseOptions(Checked):
         "uniform", "Distribution of the timesteps; logit_normal is for flow models."
     )
     timestep_low: float = option(
-        0.0, "Least timestep, as a share of the schedule: 0 is clean.", at_least=0, at_most=1
-    )
-    timestep_high: float = option(
-        1.0, "Largest timestep, as a share of the schedule: 1 is pure noise.", at_least=0, at_most=1
+        0.0,
+        "Smallest timestep to train at, as a share of the schedule; 0: no noise.",
+        at_least=0,
+        below=1,
     )
 
 
@@ -193,16 +215,12 @@ class WorldValidationOptions(Checked):
     """How a model is sampled and scored on the world's validation prompts."""
 
     SECTION = "validation"
-    validation_per_category: int = option(
-        32, "Validation prompts a category of the world.", at_least=1
-    )
-    validation_inference_steps: int = option(
-        20, "Sampling steps of a validation image.", at_least=1
-    )
+    validation_per_category: int = option(32, "Validation prompts per category.", at_least=1)
+    validation_inference_steps: int = option(20, "Sampling steps per validation image.", at_least=1)
     validation_guidance_scale: float = option(
-        3.0, "Classifier-free guidance scale of a validation image; 1 has none.", at_least=0
+        3.0, "Classifier-free guidance scale of validation images; 1: no guidance.", at_least=0
     )
-    validate_first: bool = option(True, "Validate before the first step as well.")
+    skip_first_validation: bool = option(False, "Do not validate before the first step.")
 
 
 @dataclass(frozen=True)
@@ -210,8 +228,13 @@ class ValidationOptions(WorldValidationOptions):
     """The same, or on prompts of a file."""
 
     SECTION = "validation"
+    validation_per_category: int = option(
+        32, "Validation prompts per category (only for --data world).", at_least=1
+    )
     validation_prompts: str = option(
-        "", "File of validation prompts (lines, or GenEval's jsonl) in place of the world's."
+        "",
+        "File of validation prompts, one per line or GenEval's jsonl; with --data world in place of "
+        "the world's.",
     )
 
 
@@ -219,7 +242,16 @@ class ValidationOptions(WorldValidationOptions):
 class PipelineOptions(
     ModelOptions, DataOptions, AGSMOptions, TrainingOptions, NoiseOptions, ValidationOptions
 ):
-    """Options of every recipe that trains on a pipeline and may have AGSM in it."""
+    """Options of every recipe that trains on a pipeline and may have AGSM in it.
+
+    A `neg_scale` that is left out is chosen here, by what is trained.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.neg_scale is None:
+            chosen = 0.0 if self.rank or self.full else 0.1
+            object.__setattr__(self, "neg_scale", chosen)
 
 
 @dataclass(frozen=True)
@@ -232,38 +264,57 @@ class HostOptions(Checked):
     """Options of the recipes whose objective is another method's; they come with its own."""
 
     agsm_weight: float = option(
-        0.0, "lambda: weight of AGSM in the loss; 0 trains the host alone.", at_least=0
+        0.0, "lambda: weight of AGSM in the loss; 0: {title} alone.", at_least=0
     )
 
 
 @dataclass(frozen=True)
-class PreferenceOptions(HostOptions, PipelineLoopOptions):
+class WarmupOptions(HostOptions):
+    """Of the recipes in which AGSM can come in slowly."""
+
+    agsm_warmup_steps: int = option(
+        0, "Number of first steps in which lambda rises from 0.", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class RewardOptions(HostOptions):
+    """Options of the recipes in which the model's own samples are scored."""
+
+    reward: str = option(
+        "detector",
+        f"What scores the samples, larger is better: detector (for --data world), "
+        f"{', '.join(REWARDS)}, or a CLIP model such as PickScore: a folder or a hub id.",
+    )
+
+
+@dataclass(frozen=True)
+class PreferenceOptions(WarmupOptions, PipelineLoopOptions):
     """Options of the recipes on preference pairs."""
 
     beta: float = option(
-        5000.0, "beta of the preference loss: a larger one stays closer to the reference.", above=0
+        5000.0,
+        "beta of {title}: scale of the difference to the reference in the loss. Larger: stronger "
+        "gradients at first, and a model that stays closer to the reference.",
+        above=0,
     )
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = option(
-        "sigmoid", "Form of the preference loss."
+    data: str = option(
+        "world",
+        "Preference pairs to train on: world (the embedded one, rendered), or a table as a file, a "
+        "folder or a hub id, with the columns jpg_0, jpg_1, label_0 and caption (Pick-a-Pic's), or "
+        "image_w (the preferred one), image_l and caption.",
     )
-    agsm_warmup_steps: int = option(
-        0, "Optimizer steps over which lambda rises from 0.", at_least=0
-    )
+    train_batch_size: int = option(16, "Pairs per process and micro-step.", at_least=1)
 
 
 @dataclass(frozen=True)
-class OnPolicyOptions(HostOptions, PipelineLoopOptions, ImageOptions):
+class OnPolicyOptions(RewardOptions, PipelineLoopOptions, ImageOptions):
     """Options of hosts that sample for themselves, by the data set's captions."""
 
-
-def neg_scale_of(options: PipelineOptions) -> float:
-    """gamma-: as given, or 0.1 where soft tokens alone are trained and 0 otherwise."""
-    if options.neg_scale is not None:
-        return options.neg_scale
-    return 0.0 if options.rank or options.full else 0.1
+    train_batch_size: int = option(16, "Captions to sample per process and micro-step.", at_least=1)
 
 
 def hard_per_image(options: AGSMOptions) -> int:
-    """How many of an image's wrong captions are edits of its own."""
+    """How many of an image's negatives are edits of its own caption."""
     number = options.num_negatives
     return {"in_batch": 0, "hard": number, "mixed": -(-number // 2)}[options.candidates]

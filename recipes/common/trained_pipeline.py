@@ -39,6 +39,7 @@ from agsm_loss.integrations.tokens.attach import backbone_of
 from agsm_loss.integrations.tokens.unet import bos_embedding
 from common.image_data import Batch
 from common.loop import Hooks, train
+from common.messages import say, say_saved, say_scores, say_validating
 from common.pipeline import TextToImage
 from common.sampling import sample
 from common.settings import (
@@ -47,7 +48,6 @@ from common.settings import (
     PipelineLoopOptions,
     PipelineOptions,
     hard_per_image,
-    neg_scale_of,
 )
 from common.sheet import sheet
 from common.task import Task
@@ -63,6 +63,7 @@ class TrainedPipeline:
     denoiser: the module to call, `agsm_loss.Denoiser`; prepared by accelerate after `build`.
     parameters: what is trained.
     reference: makes a context in which the denoiser, with `Bank.OFF`, is the model as it was given.
+    has_agsm: whether `agsm` has been called.
     """
 
     options: PipelineOptions
@@ -73,6 +74,7 @@ class TrainedPipeline:
     parameters: list[torch.nn.Parameter]
     reference: Callable[[], AbstractContextManager[Any]]
     optimizer: Any = None
+    has_agsm: bool = False
 
     @classmethod
     def build(
@@ -132,11 +134,13 @@ class TrainedPipeline:
                 "--candidates hard or mixed."
             )
         temperature: Any = options.temperature
-        if options.entropy:
-            temperature = AdaptiveTemperature(options.entropy)
-        neg_scale = neg_scale_of(options)
-        PartialState().print(f"neg_scale: {neg_scale:g}")
-        loss = AGSMLoss(pos_scale=options.pos_scale, neg_scale=neg_scale, temperature=temperature)
+        if options.target_entropy:
+            temperature = AdaptiveTemperature(options.target_entropy)
+        assert options.neg_scale is not None  # `PipelineOptions` has chosen it
+        loss = AGSMLoss(
+            pos_scale=options.pos_scale, neg_scale=options.neg_scale, temperature=temperature
+        )
+        self.has_agsm = True
         return AGSMRegularizer(
             self.denoiser,
             EMA(self.parameters, decay=options.ema_decay),
@@ -144,18 +148,18 @@ class TrainedPipeline:
             weight=weight,
             candidates=InBatch(options.num_negatives, allow_empty=True),
             negatives_train=self._negatives_train(),
-            passes=Passes(options.chunk_size or None, options.train_negatives or None),
+            passes=Passes(options.chunk_size or None, options.negatives_per_step or None),
         )
 
     def _negatives_train(self) -> list[torch.nn.Parameter] | None:
         """What the negatives' gradient reaches; None for the soft tokens."""
-        options, neg_scale = self.options, neg_scale_of(self.options)
+        options, neg_scale = self.options, self.options.neg_scale
         if not neg_scale or not (options.rank or options.full):
             return None
-        if options.negatives_train == "all":
+        if options.negative_gradient == "all":
             LOGGER.warning(
                 "neg_scale: %g trains weights that all captions share towards this image for wrong "
-                "captions too; take --neg_scale 0, or soft tokens and --negatives_train tokens.",
+                "captions too; take --neg_scale 0, or soft tokens and --negative_gradient tokens.",
                 neg_scale,
             )
             return self.parameters
@@ -163,12 +167,12 @@ class TrainedPipeline:
             raise ValueError(
                 f"neg_scale: expected 0 without soft tokens, got {neg_scale:g}: it would train the "
                 "LoRA or the denoiser towards this image for wrong captions. Take --num_tokens 4, or "
-                "--negatives_train all to do so."
+                "--negative_gradient all to do so."
             )
         if options.gradient_checkpointing:
             raise ValueError(
-                "negatives_train: tokens: expected no --gradient_checkpointing with --neg_scale above "
-                "0 and a LoRA or --full. Take --chunk_size, --neg_scale 0, or --negatives_train all."
+                "negative_gradient: tokens: expected no --gradient_checkpointing with --neg_scale above "
+                "0 and a LoRA or --full. Take --chunk_size, --neg_scale 0, or --negative_gradient all."
             )
         return None
 
@@ -180,7 +184,6 @@ class TrainedPipeline:
             options.timestep_density,
             generator,
             options.timestep_low,
-            options.timestep_high,
         )
 
     def agsm_batch(
@@ -214,6 +217,7 @@ class TrainedPipeline:
         rows = task.validation()
         if not rows:
             return {}
+        say_validating(len(rows), options.validation_inference_steps)
         images = sample(
             self.model.pipe,
             [row["prompt"] for row in rows],
@@ -224,13 +228,16 @@ class TrainedPipeline:
         )
         judged = task.judge(images, rows)
         shown = task.shown(rows)
+        file = Path(options.output_dir) / "sheets" / f"{step:06d}.png"
         sheet(
             images[shown],
             [rows[i] for i in shown],
             None if judged is None else [judged[i] for i in shown],
-            Path(options.output_dir) / "sheets" / f"{step:06d}.png",
+            file,
         )
-        return {} if judged is None else task.summarize(judged)
+        scores = {} if judged is None else task.summarize(judged)
+        say_scores(step, scores, file)
+        return scores
 
     def train(
         self, accelerator: Accelerator, batches: Any, loss: Callable[..., Any], step: Any
@@ -242,6 +249,7 @@ class TrainedPipeline:
         """
         options = self.options
         assert isinstance(options, PipelineLoopOptions)
+        self.say_start()
         train(
             options,
             accelerator,
@@ -254,22 +262,49 @@ class TrainedPipeline:
                 self.save,
                 step.update_ema,
                 (step,),
-                options.validate_first,
+                not options.skip_first_validation,
             ),
+        )
+
+    def say_start(self) -> None:
+        """Prints what is trained, where, and where it goes to; on the main process."""
+        if not PartialState().is_main_process:
+            return
+        options, parts = self.options, []
+        if self.tokens is not None:
+            layers = self.tokens.tokens.num_layers
+            where = "" if layers is None else f" in {layers} layers"
+            parts.append(f"{options.num_tokens} soft tokens{where}")
+        parts += [f"a LoRA of rank {options.rank}"] if options.rank else []
+        parts += ["all weights"] if options.full else []
+        gamma = f"; gamma- {options.neg_scale:g}" if self.has_agsm else ""
+        number = sum(one.numel() for one in self.parameters)
+        say(
+            f"Training {number:,} parameters ({' and '.join(parts)}) of {options.model} on "
+            f"{self.model.device}{gamma}; output: {options.output_dir}"
         )
 
     def save(self) -> None:
         """What was trained, under `options.output_dir`."""
-        output = Path(self.options.output_dir)
+        options, output = self.options, Path(self.options.output_dir)
+        # The command that samples it; generate.py loads one LoRA.
+        flags = {"model": options.model, "tokens": "", "lora": options.merge_lora}
+        saved = []
         if self.tokens is not None:
-            self.tokens.save_pretrained(
-                output / "tokens", base_model=self.options.model, training=vars(self.options)
-            )
-        if self.options.rank:
-            self.model.denoiser.save_lora_adapter(output / "lora")
-        if self.options.full:
+            saved.append(output / "tokens")
+            self.tokens.save_pretrained(saved[-1], base_model=options.model, training=vars(options))
+            flags["tokens"] = str(saved[-1])
+        if options.rank:
+            saved.append(output / "lora")
+            self.model.denoiser.save_lora_adapter(saved[-1])
+            flags["lora"] = str(saved[-1])
+        if options.full:
+            saved.append(output / "pipeline")
             self.model.denoiser.to(memory_format=torch.contiguous_format)  # as safetensors wants it
-            self.model.pipe.save_pretrained(output / "pipeline")
+            self.model.pipe.save_pretrained(saved[-1])
+            flags |= {"model": str(saved[-1]), "lora": ""}
+        flags["prompts"] = options.validation_prompts
+        say_saved(saved, None if options.rank and options.merge_lora else flags)
 
 
 def on_policy_images(options: OnPolicyOptions, task: Task, batch_size: int | None = None) -> Any:
@@ -283,7 +318,7 @@ def competitors(
 ) -> tuple[list[str], Candidates]:
     """The captions that a batch's images are shown, and who competes for each.
 
-    batch: `image_data.Batch` or `pair_data.PairBatch`. in_batch: negatives an image from the batch, beside
+    batch: `image_data.Batch` or `pair_data.PairBatch`. in_batch: negatives per image from the batch, beside
     its edited captions.
     """
     candidates = Mixed(in_batch, allow_empty=True)(
@@ -299,9 +334,8 @@ def _attach(options: ModelOptions, model: TextToImage) -> TokenDenoiser:
     """The pipeline's denoiser with new soft tokens, in float32."""
     settings: dict[str, Any] = {
         "num_tokens": options.num_tokens,
-        "num_layers": options.num_layers or None,
+        "num_layers": options.num_layers,
         "banks": options.banks,
-        "time_buckets": options.time_buckets or None,
     }
     if backbone_of(model.denoiser).one_set():  # UNets start from the empty prompt's BOS vector
         settings["init"] = bos_embedding(model.encode_prompts([""])["prompt_embeds"])

@@ -21,14 +21,13 @@ def implicit_accuracy(
     fold: str,
     seed: int,
     low: float = 0.0,
-    high: float = 1.0,
     batch_size: int = 64,
 ) -> float:
     """Share of `number` pairs of the world's fold in which `tuned`, more than `reference`, denoises
     the winner better than the loser (`diffusion_dpo_loss`'s accuracy, arXiv 2311.12908).
 
-    Each pair has one noise and one timestep, between the shares `low` and `high` of the schedule;
-    the draws are the seed's. `tuned` uses its tokens as it does when sampling.
+    Each pair has one noise and one timestep, from the share `low` of the schedule on; the draws are
+    the seed's. `tuned` uses its tokens as it does when sampling.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler, right = reference.pipe.scheduler, 0.0
@@ -39,7 +38,7 @@ def implicit_accuracy(
         noise = (
             torch.randn(latents[:size].shape, generator=generator).repeat(2, 1, 1, 1).to(latents)
         )
-        timesteps = reference.timesteps(size, "uniform", generator, low, high).repeat(2)
+        timesteps = reference.timesteps(size, "uniform", generator, low).repeat(2)
         target = regression_target(scheduler, latents, noise, timesteps)
         inputs = (
             add_noise(scheduler, latents, noise, timesteps),

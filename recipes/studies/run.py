@@ -94,11 +94,9 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         "reasons": [verdict.reason for verdict in judged],
     }
     if plan.pairs and method in plan.methods:
-        shares = {
-            key: plan.common.get(f"timestep_{key}", at) for key, at in (("low", 0), ("high", 1))
-        }
+        low = plan.common.get("timestep_low", 0.0)
         base = TextToImage.load(plan.model, torch.float32, arguments=pipeline_arguments)
-        found = implicit_accuracy(model, base, plan.pairs, fold="heldout", seed=seed, **shares)
+        found = implicit_accuracy(model, base, plan.pairs, fold="heldout", seed=seed, low=low)
         result["implicit_accuracy"] = found
     _write(folder / "result.json", result)
     return result

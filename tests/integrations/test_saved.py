@@ -58,6 +58,8 @@ def test_what_is_in_the_folder(tmp_path):
     assert config["tokens"]["num_layers"] == 3 and config["tokens"]["dim"] == 24
     card = (tmp_path / "README.md").read_text()
     assert "base_model: org/base" in card and "SD3Transformer2DModel" in card
+    assert 'pipe = DiffusionPipeline.from_pretrained("org/base")' in card
+    assert "| lr | `0.5` |" in card
     local = tmp_path / "local"
     SavedTokens.of(attached, base_model=str(tmp_path)).save_pretrained(local)
     assert "base_model:" not in (local / "README.md").read_text()  # the hub takes ids alone

@@ -1,13 +1,15 @@
 """Options of the recipes: defaults, then the file, then the command line; limits; --help."""
 
+import importlib
 import re
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 
+from common import rewards
 from common.options import flags, option, parse
-from common.settings import LoopOptions, PipelineLoopOptions, neg_scale_of
+from common.settings import REWARDS, LoopOptions, PipelineLoopOptions
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Shared(PipelineLoopOptions):
 
 @dataclass(frozen=True)
 class Options(Shared):
+    TITLE = "Its-own"
     kind: Literal["one", "two"] = option("one", "Kind of it.")
     learning_rate: float = 3e-4
 
@@ -46,12 +49,10 @@ def test_defaults_of_the_class_that_is_asked():
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
-    text = (
-        "max_train_steps: 7\nlearning_rate: 1\ncompile: true\nfull: true\nvalidate_first: false\n"
-    )
+    text = "max_train_steps: 7\nlearning_rate: 1\ncompile: true\nfull: true\nskip_first_validation: true\n"
     options = parsed(tmp_path, text, "--max-train-steps", "9", "--compile", "false")
     assert (options.max_train_steps, options.learning_rate) == (9, 1.0)
-    assert (options.compile, options.full, options.validate_first) == (False, True, False)
+    assert (options.compile, options.full, options.skip_first_validation) == (False, True, True)
     assert options.seed == Options().seed
 
 
@@ -70,8 +71,8 @@ def test_values_of_a_file_are_read_as_the_command_lines(tmp_path):
 
 
 def test_underscores_and_dashes_are_the_same():
-    one = parse(Options, None, ["--max_train_steps", "3", "--no_validate_first"])
-    assert one == parse(Options, None, ["--max-train-steps", "3", "--no-validate-first"])
+    one = parse(Options, None, ["--max_train_steps", "3", "--skip_first_validation"])
+    assert one == parse(Options, None, ["--max-train-steps", "3", "--skip-first-validation"])
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_bad_flag_stops_the_program(arguments, capsys):
         ("--max-train-steps", "0", "at least 1"),
         ("--learning-rate", "0", "above 0"),
         ("--learning-rate", "nan", "above 0"),
-        ("--timestep-low", "1.5", "at most 1"),
+        ("--timestep-low", "1.5", "below 1"),
         ("--adam-beta2", "1", "below 1"),
         ("--strength", "2", "at most 1"),
     ],
@@ -140,17 +141,34 @@ def test_numbers_have_limits(flag, value, expected, capsys, tmp_path):
 
 def test_help_has_the_own_options_first_then_sections_with_defaults(capsys):
     with pytest.raises(SystemExit):
-        parse(Options, "Trains it.\n\nMore.", ["--help"])
+        parse(Options, "Trains it.\n\n    python it.py\n    python it.py --full\n", ["--help"])
     text = capsys.readouterr().out
-    titles = re.findall(r"^(\w+):$", text, re.MULTILINE)
-    assert titles == ["options", "model", "data", "AGSM", "training", "validation"]
-    own, *_ = text.split("\nmodel:\n")
+    titles = re.findall(r"^([\w-]+):$", text, re.MULTILINE)
+    assert titles == ["options", "Its-own", "model", "data", "AGSM", "training", "validation"]
+    assert "Trains it.\n\n    python it.py\n    python it.py --full\n" in text
+    own = text.split("\nmodel:\n")[0].split("\noptions:\n")[1]
     assert re.findall(r"--(\w+)", own) == ["help", "config", "kind", "strength"]
-    assert "Trains it." in own and "More." not in own
     assert "--kind {one,two}" in own and "(default: 0.5)" in own
     training = text.split("\ntraining:\n")[1].split("\nvalidation:\n")[0]
     assert "--learning_rate FLOAT" in training and "(default: 0.0003)" in training
     assert "Optimizer steps to run." in training and "--learning-rate" not in text
+
+
+COMMANDS = ("train_agsm", "train_dpo", "train_inpo", "train_spo", "train_flow_grpo", "train_base",
+            "train_ddpo", "generate", "score_images", "probe_guidance")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_flags_that_there_are_and_each_once(name, capsys):
+    if name == "train_ddpo":
+        pytest.importorskip("trl")
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main(["--help"])
+    text = capsys.readouterr().out
+    own = re.findall(r"^  (?:-h, )?--(\w+)", text, re.MULTILINE)
+    assert len(own) == len(set(own)) and f"python recipes/{name}.py" in text
+    assert set(re.findall(r"--(\w+)", text)) <= {*own, "help"}
+    assert "{title}" not in text
 
 
 def test_every_help_text_is_a_sentence(capsys):
@@ -171,6 +189,11 @@ def test_flags_say_what_a_table_says():
 
 
 def test_neg_scale_goes_by_what_is_trained():
-    assert neg_scale_of(Options()) == 0.1
-    assert neg_scale_of(Options(rank=4)) == neg_scale_of(Options(full=True)) == 0.0
-    assert neg_scale_of(Options(rank=4, neg_scale=0.3)) == 0.3
+    assert Options().neg_scale == 0.1
+    assert Options(rank=4).neg_scale == Options(full=True).neg_scale == 0.0
+    assert Options(rank=4, neg_scale=0.3).neg_scale == 0.3
+
+
+def test_the_rewards_that_help_names_are_those_that_load_knows(monkeypatch):
+    monkeypatch.setattr(rewards, "PreferenceModel", lambda name, device: None)
+    assert all(rewards.load(name) for name in REWARDS) and rewards.load("another") is None

@@ -332,7 +332,7 @@ def test_plans_and_configs_of_the_hosts_say_the_same(name, config, recipes):
     told = {**plan.common, **joint, "model": plan.model, "output_dir": own["output_dir"]}
     told.pop("recipe")
     of_plan = vars(parse(options, None, flags(told)))
-    assert {**own, "validate_first": True} == {**of_plan, "validate_first": True}
+    assert {**own, "skip_first_validation": False} == {**of_plan, "skip_first_validation": False}
     assert joint["agsm_weight"] > 0 and alone.get("agsm_weight", 0) == 0
     assert all(alone[key] == joint[key] for key in alone if key != "num_tokens")
 

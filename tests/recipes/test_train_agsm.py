@@ -17,7 +17,7 @@ from world.export import captioned
 FEW = ["--max_train_steps", "4", "--train_batch_size", "4", "--logging_steps", "1",
        "--validation_steps", "4", "--validation_per_category", "1",
        "--validation_inference_steps", "2", "--checkpointing_steps", "2", "--num_tokens", "2",
-       "--no_validate_first"]  # fmt: skip
+       "--skip_first_validation"]  # fmt: skip
 
 
 def train(model, folder, *flags):
@@ -26,7 +26,14 @@ def train(model, folder, *flags):
 
 
 def test_a_killed_run_resumes_to_the_same_tokens(any_base, tmp_path, monkeypatch):
-    flags = ["--entropy", "0.7", "--candidates", "mixed", "--gradient_accumulation_steps", "2"]
+    flags = [
+        "--target_entropy",
+        "0.7",
+        "--candidates",
+        "mixed",
+        "--gradient_accumulation_steps",
+        "2",
+    ]
     whole = train(any_base, tmp_path / "whole", *flags)
     prepare, calls = train_agsm.prepare, []
 
@@ -54,7 +61,7 @@ def test_a_killed_run_resumes_to_the_same_tokens(any_base, tmp_path, monkeypatch
         ["--objective", "softrepa", "--banks", "shared"],
         ["--objective", "denoising", "--banks", "positive_only"],
         ["--banks", "shared", "--candidates", "hard"],
-        ["--neg_scale", "0", "--banks", "positive_only", "--time_buckets", "0"],
+        ["--neg_scale", "0", "--banks", "positive_only", "--num_layers", "1"],
         ["--chunk_size", "3", "--gradient_checkpointing", "--timestep_density", "logit_normal"],
     ],
     ids=" ".join,
@@ -138,10 +145,10 @@ def test_what_makes_no_sense_is_refused(flow_base, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "warned"), [
-    (["--rank", "2", "--negatives_train", "all", "--neg_scale", "0.1"], True),
+    (["--rank", "2", "--negative_gradient", "all", "--neg_scale", "0.1"], True),
     (["--full", "--num_tokens", "0"], False),
-    (["--negatives_train", "all"], False), (["--rank", "2", "--neg_scale", "0.1"], False),
-    (["--rank", "2", "--negatives_train", "all", "--neg_scale", "0"], False),
+    (["--negative_gradient", "all"], False), (["--rank", "2", "--neg_scale", "0.1"], False),
+    (["--rank", "2", "--negative_gradient", "all", "--neg_scale", "0"], False),
 ])  # fmt: skip
 def test_a_negative_term_on_shared_weights_is_warned_of(flow_base, tmp_path, caplog, flags, warned):
     arguments = ["--model", str(flow_base), "--output_dir", str(tmp_path), *FEW, *flags]
@@ -163,8 +170,8 @@ def test_a_negative_term_without_soft_tokens_is_refused(flow_base, tmp_path, wha
 def test_gamma_minus_goes_by_what_is_trained_and_is_printed(
     flow_base, tmp_path, capsys, flags, chosen
 ):
-    train(flow_base, tmp_path, "--max_train_steps", "1", "--train_negatives", "1", *flags)
-    assert f"neg_scale: {chosen}\n" in capsys.readouterr().out
+    train(flow_base, tmp_path, "--max_train_steps", "1", "--negatives_per_step", "1", *flags)
+    assert f"; gamma- {chosen}; output: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [["--rank", "2"], ["--full"]])
@@ -177,7 +184,7 @@ def test_the_negatives_train_the_tokens_alone(flow_base, tmp_path, flags):
     # One step from the same start: the shared weights' gradient is the positive term's (but for
     # the clipping of the whole, to which Adam is all but blind).
     none, some = trained("none", "--neg_scale", "0"), trained("some", "--neg_scale", "1")
-    every = trained("all", "--neg_scale", "1", "--negatives_train", "all")
+    every = trained("all", "--neg_scale", "1", "--negative_gradient", "all")
     torch.testing.assert_close(some, none, rtol=0, atol=2e-5)
     assert max((every[name] - none[name]).abs().max() for name in none) > 1e-4
     with pytest.raises(ValueError, match="negatives_train"):
@@ -268,12 +275,12 @@ def test_training_keeps_to_its_share_of_the_schedule(flow_base):
     generator = torch.Generator().manual_seed(0)
     model = TextToImage.load(str(flow_base), torch.float32)
     for density in ("uniform", "logit_normal"):
-        drawn = model.timesteps(4000, density, generator, 0.7, 0.9)
-        assert 700 <= drawn.min() < 710 and 890 < drawn.max() <= 900
-    for low, high in ((0.5, 0.5), (-0.1, 1.0), (0.0, 1.1)):
-        with pytest.raises(ValueError, match="timestep_low < timestep_high"):
-            model.timesteps(4, "uniform", generator, low, high)
+        drawn = model.timesteps(4000, density, generator, 0.7)
+        assert 700 <= drawn.min() < 710 and 990 < drawn.max() <= 1000
+    for low in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="timestep_low: expected"):
+            model.timesteps(4, "uniform", generator, low)
     model.pipe.scheduler = DDIMScheduler()
-    drawn = model.timesteps(4000, "uniform", generator, 0.7, 1.0)
+    drawn = model.timesteps(4000, "uniform", generator, 0.7)
     assert set(drawn.tolist()) == set(range(700, 1000))
-    assert model.timesteps(3, "uniform", generator, 0.5, 0.5001).tolist() == [500] * 3
+    assert model.timesteps(3, "uniform", generator, 0.9999).tolist() == [999] * 3

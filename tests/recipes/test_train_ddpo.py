@@ -25,7 +25,7 @@ pytestmark = [
 ]
 FEW = ["--rank", "2", "--num_tokens", "2", "--validation_per_category", "1",
        "--validation_inference_steps", "2", "--num_inference_steps", "3", "--num_negatives", "2",
-       "--reward", "redness", "--learning_rate", "0.01", "--no_validate_first"]  # fmt: skip
+       "--reward", "redness", "--learning_rate", "0.01", "--skip_first_validation"]  # fmt: skip
 DDPO = ["--num_epochs", "3", "--sample_batch_size", "4", "--sample_num_batches_per_epoch", "1",
         "--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--agsm_batch", "3",
         "--validation_epochs", "3", "--checkpointing_epochs", "1"]  # fmt: skip
@@ -157,8 +157,8 @@ def test_a_flow_is_sent_to_its_own_recipe(flow_base, tmp_path):
 
 
 def test_flow_grpo_resumes_and_has_agsm_in_it(flow_base, tmp_path, monkeypatch):
-    flags = ["--max_train_steps", "3", "--train_batch_size", "2", "--group", "2",
-             "--train_steps", "2", "--logging_steps", "1", "--validation_steps", "3",
+    flags = ["--max_train_steps", "3", "--train_batch_size", "2", "--group_size", "2",
+             "--train_timesteps", "2", "--logging_steps", "1", "--validation_steps", "3",
              "--checkpointing_steps", "1", "--agsm_weight", "0.5",
              "--candidates", "hard"]  # fmt: skip
     whole = train(train_flow_grpo, flow_base, tmp_path / "whole", *flags)

@@ -14,7 +14,7 @@ from world.export import preferences
 FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "4", "--beta", "50", "--validation_per_category", "1",
        "--validation_inference_steps", "2", "--checkpointing_steps", "2", "--num_tokens", "2",
-       "--no_validate_first", "--num_negatives", "2"]  # fmt: skip
+       "--skip_first_validation", "--num_negatives", "2"]  # fmt: skip
 RECIPES = {"dpo": train_dpo, "inpo": train_inpo}
 
 
@@ -36,7 +36,16 @@ def same(one, other):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["dpo", "inpo"])
 def test_a_killed_run_resumes_to_the_same_weights(recipe, epsilon_base, tmp_path, monkeypatch):
-    flags = ["--rank", "2", "--agsm_weight", "0.5", "--candidates", "mixed", "--entropy", "0.7"]
+    flags = [
+        "--rank",
+        "2",
+        "--agsm_weight",
+        "0.5",
+        "--candidates",
+        "mixed",
+        "--target_entropy",
+        "0.7",
+    ]
     whole = train(recipe, epsilon_base, tmp_path / "whole", *flags)
     assert {name.split("/")[0] for name in whole} == {"tokens", "lora"}
     last = log(tmp_path / "whole")[-1]

@@ -18,7 +18,7 @@ from world.render import render
 FEW = ["--max_train_steps", "3", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "3", "--rank", "2", "--validation_per_category", "1",
        "--validation_inference_steps", "2", "--checkpointing_steps", "1", "--num_tokens", "2",
-       "--no_validate_first", "--num_negatives", "2", "--num_inference_steps", "5",
+       "--skip_first_validation", "--num_negatives", "2", "--num_inference_steps", "5",
        "--first_step", "2", "--num_candidates", "2", "--threshold", "0"]  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def varied(pixels, prompts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("images", [["data"], ["rollout"], ["data", "--agsm_batch", "5"]])
+@pytest.mark.parametrize("images", [["data"], ["best"], ["data", "--agsm_batch", "5"]])
 def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(task, "detector", varied)
     flags = ["--agsm_weight", "0.5", "--candidates", "mixed", "--agsm_images", *images]
@@ -76,7 +76,7 @@ def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeyp
     assert seen and set(seen) == {(7, 7)}
     host, more = log(tmp_path / "host"), log(tmp_path / "more")
     assert host[0]["spo/loss"] == more[0]["spo/loss"] and more[0]["agsm/loss"] > 0
-    flags = ["--agsm_weight", "1", "--agsm_batch", "7", "--agsm_images", "rollout"]
+    flags = ["--agsm_weight", "1", "--agsm_batch", "7", "--agsm_images", "best"]
     with pytest.raises(ValueError, match="agsm_batch"):
         train(epsilon_base, tmp_path / "both", *flags)
 
@@ -100,7 +100,7 @@ def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, m
 
     monkeypatch.setattr(task, "detector", scores)
     monkeypatch.setattr(pipelines, "AGSMBatch", seen)
-    flags = ["--agsm_weight", "1", "--agsm_images", "rollout", "--agsm_best", str(share)]
+    flags = ["--agsm_weight", "1", "--agsm_images", "best", "--agsm_best", str(share)]
     train(epsilon_base, tmp_path / "run", *flags, "--max_train_steps", "1", "--num_negatives", "1")
     pixels, values = scored[-1]  # of the last states, after the candidates'
     assert len(values) == 3 and len(taken) == 1
@@ -135,7 +135,7 @@ def test_shipped_configs_parse(recipes):
     assert len(files) == 2
     for file in files:
         options = parse(train_spo.Options, "", ["--config", str(file)])
-        assert options.rank == 4 and "PickScore" in options.preference
+        assert options.rank == 4 and "PickScore" in options.reward
 
 
 def test_the_detector_scores_what_it_sees():

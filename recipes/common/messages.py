@@ -1,0 +1,76 @@
+"""What a run prints beside its progress bar, and what it keeps quiet."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+def say(text: str) -> None:
+    """A line above the progress bar."""
+    tqdm.write(text)
+
+
+@contextmanager
+def paused(bar: tqdm) -> Iterator[None]:
+    """What runs inside is no part of the bar's time per step."""
+    began = time.time()
+    try:
+        yield
+    finally:
+        if not bar.disable:
+            bar.start_t += time.time() - began
+            bar.last_print_t += time.time() - began
+
+
+def say_validating(number: int, steps: int) -> None:
+    say(f"Validating: {number} prompts, {steps} steps")
+
+
+def say_scores(step: int, scores: Mapping[str, Any], sheet: Path) -> None:
+    """The overall score and counting's; where the images have no scores, where they are."""
+    if not scores:
+        say(f"step {step}: images in {sheet}")
+        return
+    shown = {"overall": scores["overall"]}
+    if "counting" in scores["categories"]:
+        shown["counting"] = scores["categories"]["counting"]["score"]
+    say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+
+
+def say_saved(folders: list[Path], flags: Mapping[str, str] | None) -> None:
+    """What was saved, and the command that samples it; flags: None where generate.py cannot."""
+    text = f"Saved {', '.join(map(str, folders))}."
+    if flags is not None:
+        given = [part for name, value in flags.items() if value for part in (f"--{name}", value)]
+        text += f" Sample with: {shlex.join(['python', 'recipes/generate.py', *given])}"
+    say(text)
+
+
+# The first is of an optional package, the others of our models' VAE; all of it works.
+_IDLE = ("requires torchvision", "Expected types for vae", "'block_out_channels'")
+
+
+class _NotIdle(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in _IDLE)
+
+
+def quiet_libraries() -> None:
+    """Turns off the loading bars of diffusers and transformers, and messages that ask for nothing."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for library, module in (("diffusers", of_diffusers), ("transformers", of_transformers)):
+        module.get_logger()  # makes the library's handler
+        module.disable_progress_bar()
+        for handler in logging.getLogger(library).handlers:
+            if not any(isinstance(one, _NotIdle) for one in handler.filters):
+                handler.addFilter(_NotIdle())
