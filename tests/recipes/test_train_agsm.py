@@ -1,6 +1,7 @@
 """The soft-token recipe: objectives, resume, other data, two processes, what it refuses."""
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -171,7 +172,11 @@ def test_gamma_minus_goes_by_what_is_trained_and_is_printed(
     flow_base, tmp_path, capsys, flags, chosen
 ):
     train(flow_base, tmp_path, "--max_train_steps", "1", "--negatives_per_step", "1", *flags)
-    assert f"; gamma- {chosen}; output: " in capsys.readouterr().out
+    first, validating, scores, saved = capsys.readouterr().out.splitlines()
+    assert first.startswith("Training ") and f"; gamma- {chosen}; output: {tmp_path}" in first
+    assert validating.startswith("Validating: ") and scores.startswith("step 1: overall ")
+    assert f"Saved {tmp_path / 'tokens'}" in saved and "python recipes/generate.py --model" in saved
+    assert json.loads((tmp_path / "options.json").read_text())["neg_scale"] == float(chosen)
 
 
 @pytest.mark.parametrize("flags", [["--rank", "2"], ["--full"]])
