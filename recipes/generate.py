@@ -1,4 +1,4 @@
-"""Prompts -> images, in the folder layout that GenEval's evaluator reads.
+r"""Prompts -> images, in the folder layout that GenEval's evaluator reads.
 
     python recipes/generate.py --prompts world:heldout:20 --output_dir runs/a
     python recipes/generate.py --model <folder or hub id> --tokens <folder or hub id> \
@@ -6,8 +6,9 @@
         --guidance_scale 4 --num_inference_steps 28
 
 Writes NNNNN/metadata.jsonl and NNNNN/samples/0000.png, 0001.png, ... under `--output_dir`, and
-generate.json with the settings. A second call goes on where the first was stopped. Each image has a noise of its own, given by (seed, prompt, sample): it is
-the same for any batch size, and for any tokens, so that methods are compared on the same noise.
+generate.json with the settings. A second call goes on where the first was stopped. Each image has a
+noise of its own, given by (seed, prompt, sample): it is the same for any batch size, and for any
+tokens, so that methods are compared on the same noise.
 """
 
 from __future__ import annotations

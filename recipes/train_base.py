@@ -1,4 +1,4 @@
-"""Trains a base text-to-image model of the world from nothing and saves a stock pipeline.
+r"""Trains a base text-to-image model of the world from nothing and saves a stock pipeline.
 
     python recipes/train_base.py --config recipes/configs/base_flow.yaml
     accelerate launch recipes/train_base.py --config recipes/configs/base_flow.yaml \

@@ -1,4 +1,4 @@
-"""Diffusion-DPO on a text-to-image pipeline, alone or with AGSM in its step.
+r"""Diffusion-DPO on a text-to-image pipeline, alone or with AGSM in its step.
 
     python recipes/train_dpo.py --rank 8 --num_tokens 0 --agsm_weight 1000
     accelerate launch recipes/train_dpo.py --config recipes/configs/dpo_sdxl.yaml \

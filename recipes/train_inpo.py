@@ -1,4 +1,4 @@
-"""InPO (Diffusion-DPO at inverted noise) on a pipeline, alone or with AGSM in its step.
+r"""InPO (Diffusion-DPO at inverted noise) on a pipeline, alone or with AGSM in its step.
 
     python recipes/train_inpo.py --rank 8 --num_tokens 0 --agsm_weight 1000
     accelerate launch recipes/train_inpo.py --config recipes/configs/inpo_sdxl.yaml \

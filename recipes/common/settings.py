@@ -107,8 +107,8 @@ class AGSMOptions(Checked):
     )
     target_entropy: float = option(
         0.0,
-        "Adapt T so that the weights' entropy is this share of its maximum (0.7 in our studies); 0: "
-        "use --temperature.",
+        "Adapt the temperature so that the weights' entropy is this share of its maximum (0.7 in our "
+        "studies); 0: use --temperature.",
         at_least=0,
         below=1,
     )

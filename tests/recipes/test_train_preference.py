@@ -79,8 +79,8 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, epsilon_base, tmp_path
 @pytest.mark.slow
 def test_inpo_gives_agsm_noise_of_its_own(epsilon_base, tmp_path):
     flags = ["--rank", "2", "--agsm_weight", "0.5"]
-    train("inpo", epsilon_base, tmp_path / "inverted", *flags)
-    train("inpo", epsilon_base, tmp_path / "gaussian", *flags, "--agsm_noise", "gaussian")
+    train("inpo", epsilon_base, tmp_path / "inverted", *flags, "--agsm_noise", "inverted")
+    train("inpo", epsilon_base, tmp_path / "gaussian", *flags)
     one, other = (log(tmp_path / name)[0] for name in ("inverted", "gaussian"))
     for key in ("dpo/loss", "dpo/margin", "dpo/error"):  # the host draws what it drew
         assert one[key] == pytest.approx(other[key], rel=1e-6)
