@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.options import Checked, option, parse
+from common.stop import command
 
 
 @dataclass(frozen=True)
@@ -124,4 +125,4 @@ def _same_settings(output: Path, options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

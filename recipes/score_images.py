@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.options import Checked, option, parse
+from common.stop import command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,4 +123,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)
