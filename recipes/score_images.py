@@ -1,11 +1,11 @@
 """Scores images in GenEval's layout: a table with 95 % intervals, JSON, and a sheet of pictures.
 
-    python recipes/score_images.py --images runs/a                    by the embedded world's detector
+    python recipes/score_images.py --images runs/a                 by the embedded world's detector
     python recipes/score_images.py --images runs/a --results results.jsonl    by GenEval's evaluator
 
 The second form reads what GenEval's own `evaluate_images.py` writes for real models (one row an
-image: filename, tag, correct, reason). Writes scores.json, scores.md and sheet.png into --images; by the
-detector also how far the pixels are from the world's colours, which no verdict shows.
+image: filename, tag, correct, reason). Writes scores.json, scores.md and sheet.png into --images;
+by the detector also how far the pixels are from the world's colours, which no verdict shows.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     python recipes/study.py --config recipes/configs/demo.yaml          the main job, `make demo`
     python recipes/study.py --config recipes/configs/study_flow.yaml    AGSM on `flow`, three seeds
 
-Every method is trained from the same seeds on the world's train prompts, by `train_agsm.py` or by the
-recipe that it names (the base is not trained), gets the guidance scale at which it scores best on the
-validation prompts, and is then scored once on held-out prompts, all on the same noise. Each (method, seed) is a process of
-its own; what is done is kept with its settings, so a stopped study goes on, and one whose plan
-was edited says what differs and stops. Writes report.md, report.html, curves.png,
-images.png and results.json under `output_dir`.
+Every method is trained from the same seeds on the world's train prompts, by `train_agsm.py` or by
+the recipe that it names (the base is not trained), gets the guidance scale at which it scores best
+on the validation prompts, and is then scored once on held-out prompts, all on the same noise. Each
+(method, seed) is a process of its own; what is done is kept with its settings, so a stopped study
+goes on, and one whose plan was edited says what differs and stops. Writes report.md, report.html,
+curves.png, images.png and results.json under `output_dir`.
 """
 
 from __future__ import annotations

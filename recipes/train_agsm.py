@@ -1,4 +1,4 @@
-"""Trains soft tokens, a LoRA or all weights of a text-to-image pipeline: AGSM, SoftREPA or plain denoising.
+"""Trains soft tokens, a LoRA or all weights of a pipeline by AGSM, SoftREPA or plain denoising.
 
     python recipes/train_agsm.py --model recipes/models/flow
     accelerate launch recipes/train_agsm.py --config recipes/configs/agsm_sd3.yaml

@@ -115,8 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
     range_ = (options.timestep_density, options.timestep_low)
     if own_samples and (options.candidates != "in_batch" or range_ != ("uniform", 0.0)):
         raise ValueError(
-            "agsm_images: best has in-batch negatives and uniform timesteps only; expected candidates "
-            f"in_batch and the defaults of timestep_*, got {options.candidates} and {range_}."
+            "agsm_images: best has in-batch negatives and uniform timesteps only; expected "
+            f"candidates in_batch and the defaults of timestep_*, got {options.candidates} and "
+            f"{range_}."
         )
     # trl's parts log before they have made their own state.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
@@ -125,8 +126,8 @@ def main(arguments: list[str] | None = None) -> None:
     trained = TrainedPipeline.load(options, state.device, task)
     if type(trained.model.pipe).__name__ != "StableDiffusionPipeline":
         raise ValueError(
-            f"model: expected a StableDiffusionPipeline, got {type(trained.model.pipe).__name__}: trl's "
-            "DDPO knows no other. For flow models see recipes/train_flow_grpo.py."
+            f"model: expected a StableDiffusionPipeline, got {type(trained.model.pipe).__name__}: "
+            "trl's DDPO knows no other. For flow models see recipes/train_flow_grpo.py."
         )
     with opened(options, state) as found:
         train(options, state, trained, found)

@@ -4,8 +4,8 @@ r"""Diffusion-DPO on a text-to-image pipeline, alone or with AGSM in its step.
     accelerate launch recipes/train_dpo.py --config recipes/configs/dpo_sdxl.yaml \
         --data pairs.parquet
 
-`--model` is a Stable Diffusion, SDXL, SD3 or Flux.1 pipeline. `--rank N` trains a LoRA, `--full` all
-weights, `--num_tokens N` soft tokens as well. `--data` is the embedded world, or a table with
+`--model` is a Stable Diffusion, SDXL, SD3 or Flux.1 pipeline. `--rank N` trains a LoRA, `--full`
+all weights, `--num_tokens N` soft tokens as well. `--data` is the embedded world, or a table with
 Pick-a-Pic's columns (jpg_0, jpg_1, label_0, caption) or image_w, image_l, caption. AGSM's negatives
 are the batch's other captions, edited ones, or both.
 

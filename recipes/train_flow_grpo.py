@@ -2,9 +2,9 @@
 
     python recipes/train_flow_grpo.py --rank 8 --num_tokens 0 --reward redness --agsm_weight 1
 
-Each step samples `--group_size` images per caption of a batch, scores them by `--reward`, and follows
-the gradient of the better ones' likelihood. AGSM trains on the data set's images. The file shows how
-to add AGSM to a loop of your own. `--model` is a flow-matching pipeline: SD3 or Flux.1.
+Each step samples `--group_size` images per caption of a batch, scores them by `--reward`, and
+follows the gradient of the better ones' likelihood. AGSM trains on the data set's images. The file
+shows how to add AGSM to a loop of your own. `--model` is a flow-matching pipeline: SD3 or Flux.1.
 
 Under `--output_dir`:
     tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights

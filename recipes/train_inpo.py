@@ -5,9 +5,10 @@ r"""InPO (Diffusion-DPO at inverted noise) on a pipeline, alone or with AGSM in 
         --data pairs.parquet
 
 `--model` is an eps- or v-prediction pipeline: Stable Diffusion or SDXL. `--rank N` trains a LoRA,
-`--full` all weights, `--num_tokens N` soft tokens as well. `--data` is the embedded world, or a table
-with Pick-a-Pic's columns (jpg_0, jpg_1, label_0, caption) or image_w, image_l, caption. AGSM trains on
-the winners at Gaussian noise; at InPO's inverted noise (`--agsm_noise inverted`) it did harm.
+`--full` all weights, `--num_tokens N` soft tokens as well. `--data` is the embedded world, or a
+table with Pick-a-Pic's columns (jpg_0, jpg_1, label_0, caption) or image_w, image_l, caption. AGSM
+trains on the winners at Gaussian noise; at InPO's inverted noise (`--agsm_noise inverted`) it did
+harm.
 
 Under `--output_dir`:
     tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights
@@ -39,8 +40,8 @@ class Options(PreferenceOptions):
     eta: float = option(0.1, "Noise of the inversion's steps, in units of DDIM's.", at_least=0)
     agsm_noise: Literal["gaussian", "inverted"] = option(
         "gaussian",
-        "Noise of the winners in AGSM: Gaussian, at timesteps of its own, or InPO's inverted noise, "
-        "whose prediction is reused (less time; it did harm in our study).",
+        "Noise of the winners in AGSM: Gaussian, at timesteps of its own, or InPO's inverted "
+        "noise, whose prediction is reused (less time; it did harm in our study).",
     )
 
 

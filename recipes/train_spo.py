@@ -8,8 +8,8 @@ states lead to: `detector` (the embedded world's) or a CLIP model such as PickSc
 eps- or v-prediction pipeline: Stable Diffusion or SDXL.
 
 AGSM trains on `--agsm_images data`, the data set's images (`--agsm_batch` of them: they need no
-sampling), or on `best`, the sampled images with the best scores (`--agsm_best`). The captions of the
-whole batch compete.
+sampling), or on `best`, the sampled images with the best scores (`--agsm_best`). The captions of
+the whole batch compete.
 
 Under `--output_dir`:
     tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights

@@ -1,4 +1,4 @@
-"""The patches for public training scripts: our lines alone, in our API's words, as the guide says."""
+"""The patches for public training scripts: our lines alone, in our API's words."""
 
 import ast
 import importlib

@@ -1,4 +1,5 @@
 """Training steps of other methods, with AGSM as a term.
 
-A file for each method; `base` holds what they share, `ddpo_parts` what `trl_ddpo` needs without trl.
+A file for each method; `base` holds what they share, `ddpo_parts` what `trl_ddpo` needs without
+trl.
 """

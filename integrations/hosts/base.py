@@ -184,7 +184,8 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
     >>> from peft import LoraConfig, inject_adapter_in_model
     >>> model = inject_adapter_in_model(
-    ...     LoraConfig(target_modules=["0"], init_lora_weights=False), nn.Sequential(nn.Linear(4, 4))
+    ...     LoraConfig(target_modules=["0"], init_lora_weights=False),
+    ...     nn.Sequential(nn.Linear(4, 4)),
     ... )
     >>> x = torch.randn(1, 4)
     >>> with adapters_off(model):

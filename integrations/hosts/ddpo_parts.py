@@ -8,7 +8,8 @@
 AGSM trains on those of an epoch's samples that have the best rewards:
 
 >>> import torch
->>> samples = [{"next_latents": torch.randn(4, 10, 4, 8, 8), "prompt_embeds": torch.randn(4, 6, 16)}]
+>>> latents, embeds = torch.randn(4, 10, 4, 8, 8), torch.randn(4, 6, 16)
+>>> samples = [{"next_latents": latents, "prompt_embeds": embeds}]
 >>> prompts = ["a dog", "a cat", "two dogs", "a red cube"]
 >>> best = BestSamples(share=0.5, batch_size=2, seed=0)
 >>> best.offer(samples, [(None, prompts, None)], scheduler)

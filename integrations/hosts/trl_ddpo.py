@@ -205,7 +205,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
             step = self.step(epoch, step)
 
     def calculate_loss(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """trl's loss of one micro-step plus λ·AGSM, its approximate KL and clipped share: scalars."""
+        """trl's loss of one micro-step plus λ·AGSM, its approximate KL and clipped share."""
         loss, kl, clipped = super().calculate_loss(*args, **kwargs)
         number, self.micro_step = self.micro_step, self.micro_step + 1
         if self.agsm is None or number % self.every or not self.agsm.weight(self.agsm.step):
@@ -218,7 +218,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
         return loss + self.every * term.loss, kl, clipped
 
     def compute_rewards(self, prompt_image_pairs: Any, is_async: bool = False) -> Any:
-        """trl's rewards. They choose the samples that AGSM trains on, where there are no batches."""
+        """trl's rewards. Where there are no batches, they choose the samples for AGSM."""
         rewards, metadata = super().compute_rewards(prompt_image_pairs, is_async)
         if self.agsm is not None and self.batches is None:
             self._own.choose(torch.cat([reward.flatten() for reward in rewards]))
@@ -256,8 +256,9 @@ class AGSMDDPOTrainer(DDPOTrainer):
             raise FloatingPointError(
                 f"gradient's norm: expected a finite number, got {norm.item()} in step "
                 f"{self.global_step} of epoch {self.epoch}, before micro-step {self.micro_step}, "
-                f"on samples of {[prompt[:80] for prompt in self._prompts]}. The step is not taken. "
-                "Look at the rewards and AGSM's images, or start anew with a lower learning rate."
+                f"on samples of {[prompt[:80] for prompt in self._prompts]}. The step is not "
+                "taken. Look at the rewards and AGSM's images, or start anew with a lower "
+                "learning rate."
             )
 
     def _after_step(self, *_: Any) -> None:

@@ -1,12 +1,12 @@
-"""A run's folder: one run at a time, with the options it began with, and checkpoints that are whole.
+"""A run's folder: one run at a time, the options that it began with, and whole checkpoints.
 
     with opened(options, accelerator) as found:          the checkpoint to go on from, or None
         accelerator.load_state(str(found.folder))
         ...
         save(accelerator, output, step, parameters)      the two latest are kept
 
-A checkpoint counts once its file `complete` is there, with the step, the lines of the log so far, and
-the SHA-256 of each file. What is damaged is put aside, and the checkpoint before it is used.
+A checkpoint counts once its file `complete` is there, with the step, the lines of the log so far,
+and the SHA-256 of each file. What is damaged is put aside, and the checkpoint before it is used.
 """
 
 from __future__ import annotations

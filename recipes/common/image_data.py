@@ -3,8 +3,9 @@
     table = open_table("photos.parquet", "train")    a file, an imagefolder, or a hub id
     batches = TableBatches(table, 16, hard=0, seed=0, size=512)
 
-Item i is a function of (seed, i, process): a resumed run sees what it would have seen. Hard negatives,
-where asked for, are captions one edit away from the image's own (`common.hard_negatives`).
+Item i is a function of (seed, i, process): a resumed run sees what it would have seen. Hard
+negatives, where asked for, are captions one edit away from the image's own
+(`common.hard_negatives`).
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class Rows:
         number = len(self.unreadable)
         if number == 10 ** (len(str(number)) - 1):
             LOGGER.warning(
-                "data: row %d cannot be read (%s: %s); the next one stands for it. So far %d of %d rows.",
+                "data: row %d cannot be read (%s: %s); the next one stands for it. So far %d of "
+                "%d rows.",
                 row, type(error).__name__, error, number, len(self.table),
             )  # fmt: skip
 
@@ -123,7 +125,7 @@ class Rows:
         return int(self._orders[epoch][inside])
 
     def _load(self, cell: Any) -> Tensor:
-        """From bytes, or from a cell of `datasets.Image(decode=False)`; `_UNREADABLE` if damaged."""
+        """From bytes or a cell of `datasets.Image(decode=False)`; `_UNREADABLE` if damaged."""
         import io
 
         from PIL import Image, ImageOps

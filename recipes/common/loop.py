@@ -3,11 +3,12 @@
 A recipe gives a module, the batches (a map-style data set: one item a micro-step, a function of
 its index, so that a resumed run sees what an uninterrupted one sees), and what to do with them:
 
-    train(options, accelerator, model, optimizer, batches, Hooks(loss=..., validate=..., finish=...))
+    hooks = Hooks(loss=..., validate=..., finish=...)
+    train(options, accelerator, model, optimizer, batches, hooks)
 
 Only trainable parameters are checkpointed. Under `options.output_dir`: log.jsonl (a line every
-`logging_steps` steps, with the validation's scores), options.json and checkpoints/. Ctrl-C and SIGTERM
-end the run after the step at hand, with a checkpoint and the command that continues.
+`logging_steps` steps, with the validation's scores), options.json and checkpoints/. Ctrl-C and
+SIGTERM end the run after the step at hand, with a checkpoint and the command that continues.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class _NotIdle(logging.Filter):
 
 
 def quiet_libraries() -> None:
-    """Turns off the loading bars of diffusers and transformers, and messages that ask for nothing."""
+    """Turns off diffusers' and transformers' loading bars and messages that ask for nothing."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 

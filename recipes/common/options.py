@@ -55,7 +55,8 @@ class Checked:
                 if word in about and value is not None and not holds(value, about[word]):
                     limit = f"{word.replace('_', ' ')} {about[word]}"
                     raise ValueError(
-                        f"{one.name}: expected {limit}, got {value}. {_meaning(type(self), one.name)}"
+                        f"{one.name}: expected {limit}, got {value}. "
+                        f"{_meaning(type(self), one.name)}"
                     )
 
 

@@ -77,8 +77,8 @@ class TextToImage:
         self.outputs = next((_OUTPUTS[name] for name in names if name in _OUTPUTS), None)
         if self.outputs is None:
             raise TypeError(
-                f"model: expected one of {sorted(_OUTPUTS)}, got {type(pipe).__name__}. For another "
-                "pipeline write the step with agsm_loss.integrations.denoisers."
+                f"model: expected one of {sorted(_OUTPUTS)}, got {type(pipe).__name__}. For "
+                "another pipeline write the step with agsm_loss.integrations.denoisers."
             )
         self.pipe = pipe
         self.guidance = guidance
@@ -100,7 +100,8 @@ class TextToImage:
     ) -> TextToImage:
         """From a saved folder or a hub id; the VAE in float32, where SDXL's is not finite in fp16.
 
-        arguments: of the pipeline, what it is called with beside prompts (`world.architectures`, say).
+        arguments: of the pipeline, what it is called with beside prompts (`world.architectures`,
+        say).
         """
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
         pipe.to(device)

@@ -57,8 +57,8 @@ class DataOptions(Checked):
     SECTION = "data"
     data: str = option(
         "world",
-        "Captioned images to train on: world (the embedded one, rendered), a parquet, jsonl, csv or "
-        "webdataset tar file, a pattern of several, a folder of images, or a hub id.",
+        "Captioned images to train on: world (the embedded one, rendered), a parquet, jsonl, csv "
+        "or webdataset tar file, a pattern of several, a folder of images, or a hub id.",
     )
     split: str = option("train", "Split of the data set to train on (not for --data world).")
     caption_column: str = option("caption", "Column of the captions (not for --data world).")
@@ -107,8 +107,8 @@ class AGSMOptions(Checked):
     )
     target_entropy: float = option(
         0.0,
-        "Adapt the temperature so that the weights' entropy is this share of its maximum (0.7 in our "
-        "studies); 0: use --temperature.",
+        "Adapt the temperature so that the weights' entropy is this share of its maximum (0.7 in "
+        "our studies); 0: use --temperature.",
         at_least=0,
         below=1,
     )
@@ -233,8 +233,8 @@ class ValidationOptions(WorldValidationOptions):
     )
     validation_prompts: str = option(
         "",
-        "File of validation prompts, one per line or GenEval's jsonl; with --data world in place of "
-        "the world's.",
+        "File of validation prompts, one per line or GenEval's jsonl; with --data world in place "
+        "of the world's.",
     )
 
 

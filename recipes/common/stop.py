@@ -78,7 +78,7 @@ class Stop:
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """Processes that are started in here never see Ctrl-C or SIGTERM: who started them ends them."""
+    """Processes started in here never see Ctrl-C or SIGTERM: who started them ends them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

@@ -18,7 +18,7 @@ from common.sampling import read_prompts
 
 @dataclass(frozen=True)
 class Captions:
-    """`number` captions, each made when it is asked for: `captions[0]` to `captions[number - 1]`."""
+    """`number` captions, each made when asked for: `captions[0]` to `captions[number - 1]`."""
 
     number: int
     make: Callable[[int], str]

@@ -129,8 +129,8 @@ class TrainedPipeline:
         if batch_size < 2 and options.candidates == "in_batch":
             raise ValueError(
                 f"batch_size: expected 2 at least of AGSM's images, got {batch_size}: with "
-                "--candidates in_batch the other captions are the batch's, and there would be none. "
-                "Take larger batches and fewer of them (--gradient_accumulation_steps), or "
+                "--candidates in_batch the other captions are the batch's, and there would be "
+                "none. Take larger batches and fewer of them (--gradient_accumulation_steps), or "
                 "--candidates hard or mixed."
             )
         temperature: Any = options.temperature
@@ -166,13 +166,14 @@ class TrainedPipeline:
         if self.tokens is None:
             raise ValueError(
                 f"neg_scale: expected 0 without soft tokens, got {neg_scale:g}: it would train the "
-                "LoRA or the denoiser towards this image for wrong captions. Take --num_tokens 4, or "
-                "--negative_gradient all to do so."
+                "LoRA or the denoiser towards this image for wrong captions. Take --num_tokens 4, "
+                "or --negative_gradient all to do so."
             )
         if options.gradient_checkpointing:
             raise ValueError(
-                "negative_gradient: tokens: expected no --gradient_checkpointing with --neg_scale above "
-                "0 and a LoRA or --full. Take --chunk_size, --neg_scale 0, or --negative_gradient all."
+                "negative_gradient: tokens: expected no --gradient_checkpointing with --neg_scale "
+                "above 0 and a LoRA or --full. Take --chunk_size, --neg_scale 0, or "
+                "--negative_gradient all."
             )
         return None
 
@@ -318,8 +319,8 @@ def competitors(
 ) -> tuple[list[str], Candidates]:
     """The captions that a batch's images are shown, and who competes for each.
 
-    batch: `image_data.Batch` or `pair_data.PairBatch`. in_batch: negatives per image from the batch, beside
-    its edited captions.
+    batch: `image_data.Batch` or `pair_data.PairBatch`. in_batch: negatives per image from the
+    batch, beside its edited captions.
     """
     candidates = Mixed(in_batch, allow_empty=True)(
         batch.captions,

@@ -29,8 +29,8 @@ class Plan:
 
     methods: name -> options of its recipe over those of `common`, and beside them
         recipe: the script that trains it, without its ending (default train_agsm);
-        after: a method before it, from whose model (of the same seed; a LoRA is merged) it starts; the
-        method before trains no tokens, and is itself after none.
+        after: a method before it, from whose model of the same seed it starts (a LoRA is merged);
+        that method trains no tokens, and is itself after none.
         The untrained base is always there, under the name "base".
     references: further pipelines (name -> folder) that are scored as they are, e.g. the ceiling.
     panels: title -> a metric of log.jsonl, each drawn as a curve and told at the end of training.
@@ -138,8 +138,8 @@ def _check_order(file: Path, values: dict[str, Any]) -> None:
         before = options[AFTER]
         if before not in list(methods)[:place] or AFTER in methods[before]:
             raise ValueError(
-                f"{file}: {name}: {AFTER}: expected a method that stands before it and is after none, "
-                f"got {before!r}"
+                f"{file}: {name}: {AFTER}: expected a method that stands before it and is after "
+                f"none, got {before!r}"
             )
         chosen = {**common, **methods[before]}
         trained = chosen.get("rank") or chosen.get("full")

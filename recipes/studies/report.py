@@ -51,8 +51,9 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 def paired(one: Floats, other: Floats, prompts: npt.NDArray[Any]) -> tuple[float, float]:
     """Mean of one - other over the same images, and half of its 95 % interval over prompts.
 
-    Images of one prompt are right or wrong together, so prompts are what was drawn: the cluster-robust
-    standard error of a mean, with Student's t (Cameron & Miller 2015, section II). One prompt: nan.
+    Images of one prompt are right or wrong together, so prompts are what was drawn: the
+    cluster-robust standard error of a mean, with Student's t (Cameron & Miller 2015, section II).
+    One prompt: nan.
     """
     gaps = one - other
     _, cluster = np.unique(prompts, return_inverse=True)
@@ -83,9 +84,9 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         f"# {_plain(plan.title)}",
         "",
         (
-            f"Model: `{plan.model}`. Seeds {plan.seeds}, {plan.per_category} held-out prompts a category, "
-            f"{plan.num_inference_steps} sampling steps, the same noise for every method. {chosen} "
-            f"Cells: {interval}. Different held-out prompts: "
+            f"Model: `{plan.model}`. Seeds {plan.seeds}, {plan.per_category} held-out prompts a "
+            f"category, {plan.num_inference_steps} sampling steps, the same noise for every "
+            f"method. {chosen} Cells: {interval}. Different held-out prompts: "
             + ", ".join(
                 f"{tag.replace('_', ' ')} {len(specs(tag, 'heldout'))}" for tag in plan.categories
             )
@@ -112,8 +113,9 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         "![curves](curves.png)",
         "",
         (
-            "Loss of each method (of other objectives: not to be compared), and the validation prompts' "
-            f"scores at CFG {plan.common.get('validation_guidance_scale', 3.0):g} as training goes on."
+            "Loss of each method (of other objectives: not to be compared), and the validation "
+            f"prompts' scores at CFG {plan.common.get('validation_guidance_scale', 3.0):g} as "
+            "training goes on."
         ),
         "",
         *_final_metrics(plan),
@@ -121,8 +123,8 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         "## Pictures",
         "",
         (
-            f"Held-out prompts, seed {plan.seeds[0]}, the first of each category and more of counting; "
-            "every row of methods on the same noise."
+            f"Held-out prompts, seed {plan.seeds[0]}, the first of each category and more of "
+            "counting; every row of methods on the same noise."
         ),
         "",
         "![images](images.png)",
@@ -176,9 +178,9 @@ def _preferences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> l
         "## Preference accuracy",
         "",
         (
-            f"Share of {plan.pairs} held-out pairs a seed (the caption's scene and one an edit away, the "
-            "same noise) in which the method, more than the base, denoises the right one better. "
-            "Chance: 0.5."
+            f"Share of {plan.pairs} held-out pairs a seed (the caption's scene and one an edit "
+            "away, the same noise) in which the method, more than the base, denoises the right "
+            "one better. Chance: 0.5."
         ),
         "",
         "| | implicit accuracy |",
@@ -207,8 +209,8 @@ def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> l
             f"## Against {other}, on the same prompts and noise",
             "",
             (
-                "Mean of the differences ± half of its 95 % interval over prompts (clusters of images; "
-                "the draw of the training seed is not in it)."
+                "Mean of the differences ± half of its 95 % interval over prompts (clusters of "
+                "images; the draw of the training seed is not in it)."
             ),
             "",
             "| | overall | counting | counting, as a ratio |",
@@ -252,8 +254,8 @@ def _cleanness(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> lis
         "## How clean the pictures are",
         "",
         (
-            "Root mean square distance of their pixels to the nearest colour of the world's palette, of "
-            "0 to 255, mean over the held-out pictures. A rendered scene has 0."
+            "Root mean square distance of their pixels to the nearest colour of the world's "
+            "palette, of 0 to 255, mean over the held-out pictures. A rendered scene has 0."
         ),
         "",
         "| | palette error |",

@@ -1,4 +1,7 @@
-"""Runs a study: each (method, seed) trained, swept over the guidance scale and scored, in a process of its own."""
+"""Runs a study: each (method, seed) is trained, swept over the guidance scale and scored.
+
+Each has a process of its own.
+"""
 
 from __future__ import annotations
 

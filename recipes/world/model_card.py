@@ -34,9 +34,10 @@ image = pipe("three red circles", guidance_scale=1.5{arguments}).images[0]
 
     {command}
 
-Seed {seed}, {max_train_steps:,} steps of {train_batch_size} images{start}, rendered on the fly
-from all of the world's prompts (`recipes/world`), {optimizer} at {learning_rate:g}, the last
-{lr_decay_steps:,} steps falling to zero; saved are the EMA weights (decay {ema_decay}). Noise levels: {levels}.
+Seed {seed}, {max_train_steps:,} steps of {train_batch_size} images{start}, rendered on the fly from
+all of the world's prompts (`recipes/world`), {optimizer} at {learning_rate:g}, the last
+{lr_decay_steps:,} steps falling to zero; saved are the EMA weights (decay {ema_decay}). Noise
+levels: {levels}.
 
 Captions: {corruption}. {drop:.0%} are left empty for classifier-free guidance.
 

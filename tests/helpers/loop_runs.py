@@ -1,4 +1,4 @@
-"""The shared loop on a layer of three weights: quick runs that can be killed, resumed and compared."""
+"""The shared loop on a layer of three weights: quick runs to kill, resume and compare."""
 
 import json
 from dataclasses import dataclass, field, replace

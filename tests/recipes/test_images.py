@@ -1,4 +1,4 @@
-"""Batches for post-training: the world's and a table's, functions of their index; edited captions."""
+"""Batches for post-training, functions of their index: the world's, a table's; edited captions."""
 
 import io
 import tarfile

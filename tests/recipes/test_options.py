@@ -49,7 +49,8 @@ def test_defaults_of_the_class_that_is_asked():
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
-    text = "max_train_steps: 7\nlearning_rate: 1\ncompile: true\nfull: true\nskip_first_validation: true\n"
+    text = "max_train_steps: 7\nlearning_rate: 1\ncompile: true\nfull: true\n"
+    text += "skip_first_validation: true\n"
     options = parsed(tmp_path, text, "--max-train-steps", "9", "--compile", "false")
     assert (options.max_train_steps, options.learning_rate) == (9, 1.0)
     assert (options.compile, options.full, options.skip_first_validation) == (False, True, True)
