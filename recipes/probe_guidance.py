@@ -4,8 +4,9 @@
 
 AGSM's positive target points from the wrong captions' predictions to the right one's,
 tau + gamma+ (f(c) - sum_k w_k f(c_k)), so what it teaches is guidance. Here the sampler does that
-itself, f(c) + s (f(c) - mean_k f(c_k)), at several scales s, on the world's prompts. A direction that does not
-help here will not help as a target either. Prints a table and writes it with `--output`.
+itself, f(c) + s (f(c) - mean_k f(c_k)), at several scales s, on the world's prompts. A
+direction that does not help here is unlikely to help as a target. Prints a table and
+writes it with `--output`.
 """
 
 from __future__ import annotations
