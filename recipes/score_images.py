@@ -11,19 +11,11 @@ by the detector also how far the pixels are from the world's colours, which no v
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from common.options import Checked, option, parse
 from common.stop import command
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    from world.score import Verdict
 
 
 @dataclass(frozen=True)
@@ -37,54 +29,6 @@ class Options(Checked):
     sheet: int = option(48, "Images to show on the sheet.", at_least=1)
 
 
-def read_images(folder: Path) -> tuple[list[Path], list[dict[str, Any]]]:
-    """Every image of a folder in GenEval's layout and its row."""
-    files, rows = [], []
-    for metadata in sorted(folder.glob("*/metadata.jsonl")):
-        row = json.loads(metadata.read_text())
-        found = sorted((metadata.parent / "samples").glob("*.png"))
-        files += found
-        rows += [row] * len(found)
-    if not files:
-        raise FileNotFoundError(
-            f"{folder}: no images. Expected NNNNN/metadata.jsonl and NNNNN/samples/*.png, as "
-            "recipes/generate.py writes them."
-        )
-    return files, rows
-
-
-def pixels(file: Path) -> npt.NDArray[np.uint8]:
-    """An image file as (H, W, 3)."""
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(file) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def read_results(results: Path, files: Sequence[Path], folder: Path) -> list[Verdict]:
-    """GenEval's verdicts, in the order of `files`; its evaluator doesn't tell how many it found."""
-    from world.score import Verdict
-
-    by_name: dict[str, dict[str, Any]] = {}
-    for line in results.read_text().splitlines():
-        row = json.loads(line)
-        by_name["/".join(Path(row["filename"]).parts[-3:])] = row
-    judged = []
-    for file in files:
-        name = "/".join(file.parts[-3:])
-        if name not in by_name:
-            raise ValueError(f"{results}: no result for {name} of {folder}")
-        row = by_name[name]
-        metadata = row.get("metadata", {"include": []})
-        if isinstance(metadata, str):  # as GenEval's evaluator writes it
-            metadata = json.loads(metadata)
-        expected = sum(one["count"] for one in metadata["include"])
-        reason = None if row["correct"] else str(row.get("reason") or "wrong")
-        judged.append(Verdict(row["tag"], bool(row["correct"]), reason, expected, None))
-    return judged
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Scores and writes."""
     options = parse(Options, __doc__, arguments)
@@ -93,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from common.sheet import sheet
     from world.detect import palette_error
+    from world.geneval_folder import pixels, read_images, read_results
     from world.score import verdicts
     from world.summary import summarize_with_intervals, table
 

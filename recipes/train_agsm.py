@@ -21,15 +21,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from common.options import option, parse
-from common.settings import ImageOptions, PipelineLoopOptions, hard_per_image
+from common.settings import ImageOptions, PipelineLoopOptions
 from common.stop import command
 
 if TYPE_CHECKING:
-    import torch
-
     from common.image_data import Batch
-    from common.objectives import Inputs
-    from common.trained_pipeline import TrainedPipeline
 
 
 @dataclass(frozen=True)
@@ -46,65 +42,13 @@ class Options(PipelineLoopOptions, ImageOptions):
     )
 
 
-def make_objective(options: Options, trained: TrainedPipeline) -> Any:
-    """The chosen objective over the (prepared) denoiser."""
-    from agsm_loss import SoftREPALoss
-    from common.objectives import AGSM, Denoising, SoftREPA
-
-    if options.objective == "agsm":
-        return AGSM(trained.agsm(options.train_batch_size))
-    if options.objective == "softrepa":
-        if options.banks != "shared":
-            raise ValueError(
-                f"banks: SoftREPA has one bank; expected shared, got {options.banks}. AGSM's "
-                "ablation with two banks is --objective agsm."
-            )
-        loss = SoftREPALoss(
-            logit_scale=options.softrepa_scale,
-            temperature=options.softrepa_temperature,
-            denoising_weight=options.denoising_weight,
-        )
-        return SoftREPA(trained.denoiser, loss)
-    return Denoising(trained.denoiser)
-
-
-def prepare(
-    options: Options, trained: TrainedPipeline, batch: Batch, generator: torch.Generator
-) -> Inputs:
-    """Noises a batch and chooses who competes; the draws are the generator's alone."""
-    import torch
-
-    from agsm_loss.integrations.noise import add_noise, regression_target
-    from common.objectives import Inputs
-    from common.trained_pipeline import competitors
-
-    model = trained.model
-    latents = model.encode_images(batch.pixels, generator)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    timesteps = trained.timesteps(len(latents), generator)
-    pool, candidates = competitors(batch, options.num_negatives - hard_of(options), generator)
-    scheduler = model.pipe.scheduler
-    return Inputs(
-        add_noise(scheduler, latents, noise, timesteps),
-        timesteps,
-        regression_target(scheduler, latents, noise, timesteps),
-        model.encode_prompts(pool),
-        model.image_conditioning(batch.pixels),
-        candidates,
-    )
-
-
-def hard_of(options: Options) -> int:
-    """Edited captions per image; plain denoising has no use for any."""
-    return 0 if options.objective == "denoising" else hard_per_image(options)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves the tokens."""
     options = parse(Options, __doc__, arguments)
 
     from agsm_loss import draws
     from common.loop import start
+    from common.objectives import hard_of, make_objective, prepare
     from common.trained_pipeline import TrainedPipeline
     from world.task import open_task
 

@@ -22,7 +22,6 @@ import json
 import shlex
 import sys
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -97,105 +96,6 @@ class Options(LoopOptions, WorldValidationOptions):
     skip_first_validation: bool = True
 
 
-def batch(options: Options, step: int, rank: int) -> tuple[torch.Tensor, list[str]]:
-    """Images (B, 3, 24, 24) in [-1, 1] and their captions, a function of (seed, step, rank)."""
-    import numpy as np
-    import torch
-
-    from common.image_data import to_model
-    from world.captions import CAREFUL, CARELESS, caption, corrupt
-    from world.prompts import scenes
-    from world.render import render
-
-    rng = np.random.default_rng([options.seed, step, rank, 1])
-    sources = np.random.default_rng([options.seed, step, rank, 6])
-    shares = {
-        "count": options.corrupt_count,
-        "colour": options.corrupt_colour,
-        "missing": options.corrupt_missing,
-    }
-    stream = scenes(int(rng.integers(2**62)))
-    images, captions = [], []
-    for spec, scene in islice(stream, options.train_batch_size):
-        images.append(render(scene))
-        careless, signed = sources.random(2) < (options.careless, options.signed)
-        told = caption(corrupt(spec, shares, rng) if careless else spec)
-        if signed:
-            told += f" {CARELESS if careless else CAREFUL}"
-        captions.append("" if rng.random() < options.drop_caption else told)
-    return torch.from_numpy(to_model(np.stack(images))), captions
-
-
-def build(options: Options) -> torch.nn.Module:
-    """The model to train, random or with the weights of `init_from`."""
-    import diffusers
-
-    from world.architectures import BASES, NoiseLevels
-
-    model = BASES[options.base](
-        width=options.width,
-        layers=options.layers,
-        levels=NoiseLevels(options.sigma_logit, options.uniform_levels),
-    )
-    if options.init_from:
-        saved = diffusers.DiffusionPipeline.from_pretrained(options.init_from)
-        for name, part in model.pipeline().components.items():
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(saved.components[name].float().state_dict())
-    return model
-
-
-def evaluate(model: Any, options: Options, step: int) -> dict[str, Any]:
-    """Scores the model on the validation prompts and saves a sheet; returns the summary."""
-    import torch
-
-    from common.messages import say_scores, say_validating
-    from common.sampling import sample
-    from common.sheet import sheet
-    from world.architectures import pipeline_arguments
-    from world.prompts import rows
-    from world.score import summarize, verdicts
-
-    wanted = rows("validation", options.validation_per_category)
-    pipe = model.pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    say_validating(len(wanted), options.validation_inference_steps)
-    with torch.compiler.set_stance("force_eager"):
-        images = sample(
-            pipe,
-            [row["prompt"] for row in wanted],
-            seeds=range(len(wanted)),
-            num_inference_steps=options.validation_inference_steps,
-            guidance_scale=options.validation_guidance_scale,
-            arguments=pipeline_arguments(pipe),
-        )
-    judged = verdicts(images, wanted)
-    shown = [i for i in range(len(wanted)) if i % options.validation_per_category < 8]
-    file = Path(options.output_dir) / "sheets" / f"{step:06d}.png"
-    sheet(
-        images[shown],
-        [wanted[i] for i in shown],
-        [judged[i] for i in shown],
-        file,
-    )
-    scores = summarize(judged)
-    say_scores(step, scores, file)
-    return scores
-
-
-class Batches:
-    """Micro-step -> `batch`, for the loop's loader."""
-
-    def __init__(self, options: Options, rank: int) -> None:
-        self.options, self.rank = options, rank
-
-    def __len__(self) -> int:
-        return self.options.max_train_steps * self.options.gradient_accumulation_steps
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, list[str]]:
-        return batch(self.options, index, self.rank)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Trains, evaluates, checkpoints and saves."""
     given = sys.argv[1:] if arguments is None else arguments
@@ -209,6 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
     from common.loop import Hooks, start, train
     from common.messages import say, say_saved
     from world.architectures import LATENT_SCALE
+    from world.base_training import Batches, build, evaluate, save
     from world.model_card import write_card
     from world.muon import MuonAdamW
 
@@ -248,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     def finish() -> None:
         ema.copy_to(bare.parameters())
         folder = Path(options.output_dir) / "pipeline"
-        _save(bare, folder)
+        save(bare, folder)
         write_card(
             folder,
             vars(options),
@@ -281,18 +182,6 @@ def main(arguments: list[str] | None = None) -> None:
             lambda item: {"captions": item[1]},
         ),
     )
-
-
-def _save(model: Any, folder: Path) -> None:
-    """Saves a half-precision copy as a stock pipeline; the model itself keeps its precision."""
-    import copy
-
-    import torch
-
-    saved = copy.deepcopy(model).to(torch.float16, memory_format=torch.contiguous_format)
-    if not all(bool(value.isfinite().all()) for value in saved.parameters()):
-        raise FloatingPointError("weights: expected numbers within float16's range. None is saved.")
-    saved.pipeline().to(torch.float16).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ negatives, where asked for, are captions one edit away from the image's own
 
 from __future__ import annotations
 
+import glob
+import io
 import logging
 import os
 import struct
@@ -20,9 +22,11 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -126,10 +130,6 @@ class Rows:
 
     def _load(self, cell: Any) -> Tensor:
         """From bytes or a cell of `datasets.Image(decode=False)`; `_UNREADABLE` if damaged."""
-        import io
-
-        from PIL import Image, ImageOps
-
         if isinstance(cell, Mapping):
             cell = cell["bytes"] or cell["path"]
         try:
@@ -143,8 +143,6 @@ class Rows:
 
 def _in_eight_bits(image: Any, kind: str) -> Any:
     """Grey images of 16 bits or floats scaled to 0..255, where PIL would clip; others as is."""
-    from PIL import Image
-
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values, top = np.asarray(image), 1.0 if image.mode == "F" else 65535.0
@@ -170,11 +168,9 @@ class TableBatches(Dataset[Batch]):
         text: str = "caption",
         **rows: Any,
     ) -> None:
-        from datasets import Image
-
         if image in table.column_names and len(table):
             # Undecoded, so that a damaged file is an error of its own row.
-            table = table.cast_column(image, Image(decode=False))
+            table = table.cast_column(image, datasets.Image(decode=False))
         self.rows = Rows(table, [image], text, batch_size, **rows)
         self.hard = hard
 
@@ -213,10 +209,6 @@ def open_table(
     .parquet, .jsonl, .csv, or .tar of webdataset (its columns are the files' endings: jpg, txt;
     only `text` and `columns` are read).
     """
-    import glob
-
-    from datasets import load_dataset
-
     path = Path(data)
     kinds = {
         ".parquet": "parquet",
@@ -228,16 +220,16 @@ def open_table(
     if path.is_dir():
         pictures = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
         if any(file.suffix.lower() in pictures for file in path.rglob("*")):
-            return load_dataset("imagefolder", data_dir=data, split=split)
-        return load_dataset(data, split=split)
+            return datasets.load_dataset("imagefolder", data_dir=data, split=split)
+        return datasets.load_dataset(data, split=split)
     if path.suffix in kinds:
         files = [data] if path.exists() else sorted(glob.glob(data, recursive=True))
         if not files:
             raise FileNotFoundError(f"data: no file {data}")
         if path.suffix == ".tar":
             return _open_tars(files, {*columns, text}, text)
-        return load_dataset(kinds[path.suffix], data_files={split: files}, split=split)
-    return load_dataset(data, split=split)
+        return datasets.load_dataset(kinds[path.suffix], data_files={split: files}, split=split)
+    return datasets.load_dataset(data, split=split)
 
 
 def _open_tars(files: Sequence[str], columns: Collection[str], text: str) -> Any:
@@ -245,15 +237,13 @@ def _open_tars(files: Sequence[str], columns: Collection[str], text: str) -> Any
 
     `datasets`' own reader decodes every file, so that one array beside the images can end a run.
     """
-    from datasets import Dataset, Features, Value
-
     with tarfile.open(files[0]) as tar:
         endings = dict.fromkeys(_key_and_ending(member)[1] for member in islice(tar, 1000))
     kinds = {name: "binary" if name in columns else "null" for name in endings if name}
     kinds |= {text: "string"} if text in kinds else {}
-    return Dataset.from_generator(
+    return datasets.Dataset.from_generator(
         _rows_of_tars,
-        features=Features({name: Value(kind) for name, kind in kinds.items()}),
+        features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
         # Sizes and times: the cache of rows is found by these arguments.
         gen_kwargs={
             "files": [(file, os.stat(file).st_size, os.stat(file).st_mtime) for file in files],

@@ -1,10 +1,10 @@
-"""What a soft-token recipe minimises: AGSM, SoftREPA, or plain denoising, all with one face.
+"""What `train_agsm.py` minimises: AGSM, SoftREPA, or plain denoising, all with one face.
 
     objective(noisy, timesteps, target, conditioning, candidates, image) -> (loss, metrics)
     objective.update_ema()                 after each optimizer step
     objective.state_dict(), load_state_dict()
 
-`conditioning` has one row a caption of the candidates' pool; `candidates` says who competes.
+`conditioning` has one row per caption of the candidates' pool; `candidates` says who competes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from agsm_loss import AGSMRegularizer, Bank, Candidates, SoftREPALoss
 from agsm_loss import functional as AF
+from agsm_loss.integrations.noise import add_noise, regression_target
+from common.image_data import Batch
+from common.settings import hard_per_image
+from common.trained_pipeline import TrainedPipeline, competitors
 
 
 class Inputs(NamedTuple):
@@ -128,3 +132,47 @@ def _ranking(
     terms = AF.agsm_terms(pred, guidance)
     wanted = ("win_rate", "score_margin", "positive_weight", "chance_weight", "weight_entropy")
     return {f"agsm/{name}": getattr(terms, name) for name in wanted}
+
+
+def make_objective(options: Any, trained: TrainedPipeline) -> Any:
+    """The chosen objective over the (prepared) denoiser."""
+    if options.objective == "agsm":
+        return AGSM(trained.agsm(options.train_batch_size))
+    if options.objective == "softrepa":
+        if options.banks != "shared":
+            raise ValueError(
+                f"banks: SoftREPA has one bank; expected shared, got {options.banks}. AGSM's "
+                "ablation with two banks is --objective agsm."
+            )
+        loss = SoftREPALoss(
+            logit_scale=options.softrepa_scale,
+            temperature=options.softrepa_temperature,
+            denoising_weight=options.denoising_weight,
+        )
+        return SoftREPA(trained.denoiser, loss)
+    return Denoising(trained.denoiser)
+
+
+def prepare(
+    options: Any, trained: TrainedPipeline, batch: Batch, generator: torch.Generator
+) -> Inputs:
+    """Noises a batch and chooses who competes; the draws are the generator's alone."""
+    model = trained.model
+    latents = model.encode_images(batch.pixels, generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    timesteps = trained.timesteps(len(latents), generator)
+    pool, candidates = competitors(batch, options.num_negatives - hard_of(options), generator)
+    scheduler = model.pipe.scheduler
+    return Inputs(
+        add_noise(scheduler, latents, noise, timesteps),
+        timesteps,
+        regression_target(scheduler, latents, noise, timesteps),
+        model.encode_prompts(pool),
+        model.image_conditioning(batch.pixels),
+        candidates,
+    )
+
+
+def hard_of(options: Any) -> int:
+    """Edited captions per image; plain denoising has no use for any."""
+    return 0 if options.objective == "denoising" else hard_per_image(options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -39,8 +40,6 @@ class TablePairs(Dataset[PairBatch]):
     def __init__(
         self, table: Any, batch_size: int, hard: int, *, text: str = "caption", **rows: Any
     ) -> None:
-        from datasets import Image
-
         names = set(table.column_names)
         if names >= {"jpg_0", "jpg_1", "label_0"}:
             images, labels = ["jpg_0", "jpg_1"], np.asarray(table["label_0"], dtype=float)
@@ -56,8 +55,8 @@ class TablePairs(Dataset[PairBatch]):
                 f"{sorted(names)}."
             )
         for name in images:
-            if isinstance(table.features[name], Image) and len(table):
-                table = table.cast_column(name, Image(decode=False))
+            if isinstance(table.features[name], datasets.Image) and len(table):
+                table = table.cast_column(name, datasets.Image(decode=False))
         self.rows = Rows(table, images, text, batch_size, **rows)
         self.hard = hard
 

@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.training_utils import compute_density_for_timestep_sampling
+from diffusers.training_utils import (
+    cast_training_params,
+    compute_density_for_timestep_sampling,
+)
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from agsm_loss.integrations.noise import prediction_type
@@ -116,9 +120,6 @@ class TextToImage:
 
     def add_lora(self, rank: int) -> None:
         """A trainable LoRA (arXiv 2106.09685) in float32 on every attention projection."""
-        from diffusers.training_utils import cast_training_params
-        from peft import LoraConfig
-
         self.denoiser.add_adapter(
             LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_ATTENTION))
         )

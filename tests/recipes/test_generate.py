@@ -11,6 +11,7 @@ from PIL import Image
 import generate
 import score_images
 from common.sampling import sample
+from world.geneval_folder import pixels
 from world.prompts import rows
 from world.render import render
 from world.score import Verdict
@@ -20,7 +21,7 @@ from world.task import read_prompts
 
 def files(folder):
     found = sorted(folder.glob("*/samples/*.png"))
-    return {str(f.relative_to(folder)): score_images.pixels(f) for f in found}
+    return {str(f.relative_to(folder)): pixels(f) for f in found}
 
 
 def run(model, folder, *flags):

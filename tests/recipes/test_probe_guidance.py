@@ -7,7 +7,7 @@ import torch
 import probe_guidance
 from common.pipeline import TextToImage
 from common.sampling import sample
-from probe_guidance import guided_samples, wrong_captions
+from studies.guided_sampling import guided_samples, wrong_captions
 from world.captions import caption
 from world.prompts import deal, specs
 from world.scene import Group, Spec

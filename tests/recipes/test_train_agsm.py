@@ -12,6 +12,7 @@ from recipe_runs import log
 from safetensors.torch import load_file
 
 import train_agsm
+from common import objectives
 from common.options import parse
 from world.export import captioned
 
@@ -36,7 +37,7 @@ def test_a_killed_run_resumes_to_the_same_tokens(any_base, tmp_path, monkeypatch
         "2",
     ]
     whole = train(any_base, tmp_path / "whole", *flags)
-    prepare, calls = train_agsm.prepare, []
+    prepare, calls = objectives.prepare, []
 
     def killed(*args):
         calls.append(args)
@@ -44,10 +45,10 @@ def test_a_killed_run_resumes_to_the_same_tokens(any_base, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return prepare(*args)
 
-    monkeypatch.setattr(train_agsm, "prepare", killed)
+    monkeypatch.setattr(objectives, "prepare", killed)
     with pytest.raises(KeyboardInterrupt):
         train(any_base, tmp_path / "cut", *flags)
-    monkeypatch.setattr(train_agsm, "prepare", prepare)
+    monkeypatch.setattr(objectives, "prepare", prepare)
     with pytest.raises(ValueError, match="--resume_from_checkpoint"):
         train(any_base, tmp_path / "cut", *flags)
     resumed = train(any_base, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")

@@ -11,7 +11,7 @@ import train_base
 from common.options import parse
 from common.sampling import sample
 from common.sheet import sheet
-from world import architectures
+from world import architectures, base_training
 from world.captions import vocabulary
 from world.prompts import rows
 from world.score import verdicts
@@ -38,17 +38,17 @@ def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
                  "--corrupt_count", "0.5", "--signed", "0.5"]  # fmt: skip
     train_base.main([*arguments, "--output_dir", str(whole)])
 
-    original = train_base.batch
+    original = base_training.batch
 
     def killed(options, step, rank):
         if step == 3:
             raise KeyboardInterrupt
         return original(options, step, rank)
 
-    monkeypatch.setattr(train_base, "batch", killed)
+    monkeypatch.setattr(base_training, "batch", killed)
     with pytest.raises(KeyboardInterrupt):
         train_base.main([*arguments, "--output_dir", str(cut)])
-    monkeypatch.setattr(train_base, "batch", original)
+    monkeypatch.setattr(base_training, "batch", original)
     with pytest.raises(ValueError, match="--resume_from_checkpoint"):
         train_base.main([*arguments, "--output_dir", str(cut)])
     train_base.main([*arguments, "--output_dir", str(cut), "--resume_from_checkpoint", "latest"])
@@ -95,12 +95,12 @@ def test_noise_levels_of_training(base, monkeypatch):
 
     seen = []
     for flags in (["--sigma_logit", "3"], ["--uniform_levels"]):
-        options = train_base.parse(
+        options = parse(
             train_base.Options,
             "",
             ["--base", base, "--width", WIDTHS[base], "--layers", "1", *flags],
         )
-        model = train_base.build(options)
+        model = base_training.build(options)
         whole = model.denoiser.forward
 
         def watched(*args, whole=whole, **kwargs):
@@ -178,11 +178,11 @@ def test_sampling_does_not_depend_on_the_batch(tmp_path):
 
 def test_a_batch_is_a_function_of_seed_step_and_process():
     options = train_base.Options(train_batch_size=8)
-    images, captions = train_base.batch(options, 5, 0)
-    same, told = train_base.batch(options, 5, 0)
+    images, captions = base_training.batch(options, 5, 0)
+    same, told = base_training.batch(options, 5, 0)
     assert torch.equal(images, same) and captions == told
     for step, rank in ((6, 0), (5, 1)):
-        assert not torch.equal(images, train_base.batch(options, step, rank)[0])
+        assert not torch.equal(images, base_training.batch(options, step, rank)[0])
     assert images.shape == (8, 3, 24, 24)
 
 
@@ -190,8 +190,8 @@ def test_sources_are_careless_and_sign_as_often_as_told():
     options = train_base.Options(
         train_batch_size=400, careless=0.5, signed=0.5, corrupt_count=1.0, drop_caption=0.0
     )
-    told = train_base.batch(options, 0, 0)[1]
-    true = train_base.batch(train_base.Options(train_batch_size=400, drop_caption=0.0), 0, 0)[1]
+    told = base_training.batch(options, 0, 0)[1]
+    true = base_training.batch(train_base.Options(train_batch_size=400, drop_caption=0.0), 0, 0)[1]
     ends = [text.split()[-1] for text in told]
     assert 0.2 < ends.count("h") / 400 < 0.3 and 0.2 < ends.count("s") / 400 < 0.3
     assert all(

@@ -13,7 +13,7 @@ from recipe_runs import killing, log, trained
 import train_ddpo
 import train_flow_grpo
 from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer
-from common import rewards
+from common import ddpo, rewards
 from common.task import Task
 from world.captions import caption
 from world.prompts import draw_spec
@@ -204,5 +204,5 @@ def test_a_prompt_is_one_draw_of_its_row_or_of_its_scene(tmp_path):
         torch.manual_seed(4)
         expected = [(text(int(torch.randint(number, ()))), {}) for _ in range(8)]
         torch.manual_seed(4)
-        draw = train_ddpo.prompts_of(SimpleNamespace(sampling_prompts=file), task)
+        draw = ddpo.prompts_of(SimpleNamespace(sampling_prompts=file), task)
         assert [draw() for _ in range(8)] == expected

@@ -1,0 +1,219 @@
+"""What `train_ddpo.py` gives trl's trainer: settings, rewards, prompts, AGSM's batches, the log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, filter_trackers
+from trl import DDPOConfig
+
+from agsm_loss import draws
+from agsm_loss.integrations.hosts.base import AGSMBatch
+from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
+from agsm_loss.schedule import as_schedule, linear_warmup
+from common.log import append_line, flat, lines_of, missing_tracker, tracker_settings
+from common.rewards import load, to_uint8
+from common.settings import hard_per_image
+from common.sheet import sheet
+from common.task import Captions, Task
+from common.trained_pipeline import TrainedPipeline
+
+
+def make_trainer(
+    options: Any,
+    state: Any,
+    trained: TrainedPipeline,
+    tracker: JsonLines,
+    found: Any,
+    show: Callable[..., None],
+) -> Any:
+    """trl's trainer with AGSM in it, where the checkpoint has left it."""
+    schedule = as_schedule(options.agsm_weight)
+    if options.agsm_warmup_steps:
+        schedule = linear_warmup(schedule, options.agsm_warmup_steps)
+    own: dict[str, Any] = {}
+    if options.agsm_weight:
+        own["agsm"] = lambda denoiser, parameters: trained.agsm(options.agsm_batch, schedule)
+        if options.agsm_images == "data":
+            own["batches"] = data_batches(options, trained, state)
+    pipeline = LoadedPipeline(trained.model.pipe, full=options.full)
+    trainer = AGSMDDPOTrainer(
+        trl_config(options, tracker, None if found is None else found.folder),
+        trl_reward(options, state.device, trained.task),
+        prompts_of(options, trained.task),
+        pipeline,
+        show if state.is_main_process else None,  # trl's call asks for a tracker: only there
+        attached=None if trained.tokens is None else trained.tokens.attached,
+        best=options.agsm_best,
+        batch_size=options.agsm_batch,
+        every=options.agsm_every,
+        **own,
+    )
+    pipeline.set_progress_bar_config(disable=None, leave=False, desc="sampling")
+    return trainer
+
+
+def samples_sheet(data: Any, path: Path, most: int = 32) -> None:
+    """What an epoch sampled, with its rewards; as trl's hook is given it."""
+    images = torch.cat([images for images, *_ in data])[:most]
+    told = [
+        {"prompt": f"{float(reward):.3f} {prompt}"}
+        for _, prompts, _, rewards, _ in data
+        for prompt, reward in zip(prompts, rewards, strict=True)
+    ]
+    shown = to_uint8(2 * images.float() - 1).permute(0, 2, 3, 1).cpu().numpy()
+    sheet(shown, told[:most], None, path, side=96)
+
+
+def trl_config(options: Any, tracker: GeneralTracker, resumed: Path | None) -> Any:
+    """The options by trl's names."""
+    return DDPOConfig(
+        seed=options.seed,
+        log_with=[tracker],
+        tracker_project_name="agsm-loss",
+        project_kwargs={"project_dir": options.output_dir},
+        num_epochs=options.num_epochs,
+        save_freq=2**31,  # the recipe says when
+        mixed_precision=options.mixed_precision,
+        resume_from="" if resumed is None else str(resumed),
+        sample_num_steps=options.num_inference_steps,
+        sample_eta=options.eta,
+        sample_guidance_scale=options.guidance_scale,
+        sample_batch_size=options.sample_batch_size,
+        sample_num_batches_per_epoch=options.sample_num_batches_per_epoch,
+        train_batch_size=options.train_batch_size,
+        train_learning_rate=options.learning_rate,
+        train_adam_beta2=options.adam_beta2,
+        train_adam_weight_decay=options.adam_weight_decay,
+        train_gradient_accumulation_steps=options.gradient_accumulation_steps,
+        train_max_grad_norm=options.max_grad_norm or float("inf"),
+        train_num_inner_epochs=options.train_num_inner_epochs,
+        train_cfg=options.guidance_scale > 1,
+        train_adv_clip_max=options.train_adv_clip_max,
+        train_clip_range=options.clip_range,
+        train_timestep_fraction=options.train_timestep_fraction,
+        per_prompt_stat_tracking=options.per_prompt_stat_tracking,
+        per_prompt_stat_tracking_buffer_size=options.per_prompt_stat_tracking_buffer_size,
+        per_prompt_stat_tracking_min_count=options.per_prompt_stat_tracking_min_count,
+    )
+
+
+def trl_reward(options: Any, device: Any, task: Task) -> Callable[..., Any]:
+    """The reward as trl calls it: images in [0, 1], prompts and what the prompts came with."""
+    score = load(options.reward, device, task.rewards)
+
+    def reward(images: Any, prompts: Any, metadata: Any) -> tuple[Any, dict[str, Any]]:
+        return score(2 * images.float() - 1, list(prompts)), {}
+
+    return reward
+
+
+def prompts_of(options: Any, task: Task) -> Callable[[], tuple[str, dict[str, Any]]]:
+    """Draws a prompt, by torch's random numbers, which a checkpoint keeps."""
+    if options.sampling_prompts:
+        lines = Path(options.sampling_prompts).read_text().splitlines()
+        texts: Captions | list[str] = [line.strip() for line in lines if line.strip()]
+    else:
+        texts = task.captions()
+    return lambda: (texts[int(torch.randint(len(texts), ()))], {})
+
+
+def data_batches(options: Any, trained: TrainedPipeline, state: Any) -> Callable[[int], AGSMBatch]:
+    """AGSM's batch of each micro-step: the data set's images, noised as the options say."""
+    hard = hard_per_image(options)
+    batches = trained.task.images(options.agsm_batch, hard, options.image_column)
+
+    def agsm_batch(number: int) -> AGSMBatch:
+        batch = batches[number]
+        generator = draws(options.seed, number, state.process_index, "agsm")
+        latents = trained.model.encode_images(batch.pixels, generator)
+        return trained.agsm_batch(batch, latents, generator)
+
+    return agsm_batch
+
+
+def extra_tracker(options: Any, first: int) -> GeneralTracker:
+    """The tracker that was asked for beside log.jsonl, for steps from the first on."""
+    if options.report_to not in LOGGER_TYPE_TO_CLASS or not filter_trackers(
+        [options.report_to], options.output_dir
+    ):
+        raise missing_tracker(options.report_to)
+    kind: Any = LOGGER_TYPE_TO_CLASS[options.report_to]
+    where = {"logging_dir": options.output_dir} if kind.requires_logging_directory else {}
+    settings = tracker_settings(options.report_to, first)
+    tracker: GeneralTracker = kind("agsm-loss", **where, **settings)
+    if hasattr(tracker, "start"):  # newer accelerate's
+        tracker.start()
+    tracker.store_init_configuration(vars(options))
+    return tracker
+
+
+class JsonLines(GeneralTracker):
+    """accelerate's tracker to log.jsonl: a line for all that is logged at a step.
+
+    extra: another tracker, which is given the same scalars (trl logs tensors, arrays and a nested
+    config, which not all trackers take).
+    """
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+        self.extra: GeneralTracker | None = None
+        self.step = 0
+        self.line: dict[str, Any] = {}
+        self.last: dict[str, float] = {}
+
+    @property
+    def tracker(self) -> Path:
+        return self.file
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """The recipe writes options.json."""
+
+    def log(self, values: Mapping[str, Any], step: int | None = None, **_: Any) -> None:
+        """Scalars only; trl also logs the rewards one by one."""
+        if step != self.step:
+            self.flush()
+        self.step = self.step if step is None else step
+        scalars = {name: value.item() if hasattr(value, "item") else value
+                   for name, value in values.items() if getattr(value, "ndim", 0) == 0}  # fmt: skip
+        self.line |= scalars
+        if self.extra is not None:
+            self.extra.log(scalars, step=self.step)
+
+    def write(self, values: Mapping[str, Any], step: int) -> None:
+        """A line of its own."""
+        self.flush()
+        append_line(self.file, {"step": step, **values})
+        if self.extra is not None:
+            self.extra.log(flat(values), step=step)
+
+    def repeat(self, first: int) -> None:
+        """Gives the other tracker what the log has of that step: a resumed one drops the step."""
+        for line in map(json.loads, lines_of(self.file)):
+            if self.extra is not None and line["step"] >= first:
+                self.extra.log(flat({**line, "step": None}), step=line["step"])
+
+    def flush(self) -> None:
+        """What has been logged so far is written."""
+        if self.line:
+            append_line(self.file, {"step": self.step, **self.line})
+            self.last |= self.line
+        self.line = {}
+
+    def shown(self) -> dict[str, float]:
+        """For the progress bar."""
+        now = {**self.last, **self.line}
+        return {name: now[name] for name in ("reward_mean", "loss") if name in now}
+
+    def finish(self) -> None:
+        self.flush()
+        if self.extra is not None:
+            self.extra.finish()
