@@ -30,6 +30,21 @@ def test_starts_equal_and_only_follows_the_trainable():
     assert torch.equal(inside, module(x))
 
 
+def test_a_module_or_its_parameters():
+    module = net()
+    of_module, of_parameters = EMA(module), EMA(module.parameters())
+    for ours, theirs in zip(of_module.parameters, of_parameters.parameters, strict=True):
+        assert ours is theirs
+    step(module)
+    for ema in (of_module, of_parameters):
+        ema.update()
+    for ours, theirs in zip(of_module.shadow, of_parameters.shadow, strict=True):
+        assert torch.equal(ours, theirs)
+    module[2].weight = nn.Parameter(torch.zeros(2, 4))  # another in its place
+    with of_module.applied():
+        assert module[2].weight.abs().max() > 0
+
+
 def test_constant_decay():
     module = net()
     ema = EMA(module.parameters(), decay=0.9)
