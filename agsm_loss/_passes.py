@@ -1,12 +1,14 @@
 """What a step runs its denoiser on: cells of the grid of images and captions, some at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
+from agsm_loss._storage import several_ranks
 from agsm_loss.candidates import Candidates
 from agsm_loss.soft_tokens import Bank
 
@@ -16,10 +18,13 @@ class Cells(NamedTuple):
 
     rows: Tensor
     columns: Tensor
+    counts: bool = True
+    """False for a pass that only keeps other ranks company: its predictions weigh nothing."""
 
     @staticmethod
     def where(grid: Tensor) -> "Cells":
-        return Cells(*grid.nonzero(as_tuple=True))
+        rows, columns = grid.nonzero(as_tuple=True)
+        return Cells(rows, columns)
 
     def split(self, size: int | None) -> list["Cells"]:
         if size is None or len(self.rows) == 0:
@@ -28,6 +33,26 @@ class Cells(NamedTuple):
             Cells(r, c)
             for r, c in zip(self.rows.split(size), self.columns.split(size), strict=True)
         ]
+
+
+def split_alike(
+    grids: Sequence[Tensor], size: int | None, spare: Cells, device: torch.device
+) -> list[list[Cells]]:
+    """The passes over each grid's cells, `size` of them at a time; as many on every rank.
+
+    Engines that shard gather the weights in each pass, so a rank must not wait for a pass that
+    another doesn't make: who has fewer cells runs the `spare` ones, which count for nothing.
+    """
+    passes = [Cells.where(grid).split(size) for grid in grids]
+    if not several_ranks():
+        return passes
+    numbers = torch.tensor([len(one) for one in passes], device=device)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    padding = spare._replace(counts=False)
+    return [
+        one + [padding] * (number - len(one))
+        for one, number in zip(passes, numbers.tolist(), strict=True)
+    ]
 
 
 class NoisedBatch(NamedTuple):

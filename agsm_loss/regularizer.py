@@ -11,7 +11,7 @@ gradient, and over a random subset of the negatives with the same gradient on av
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -20,12 +20,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from agsm_loss import _checks
 from agsm_loss import functional as AF
-from agsm_loss._passes import Cells, NoisedBatch, checked
+from agsm_loss._passes import Cells, NoisedBatch, checked, split_alike
 from agsm_loss._random import draws
+from agsm_loss._storage import (
+    Place,
+    fsdp2_modules,
+    holding,
+    is_partitioned,
+    places_of,
+    several_ranks,
+)
 from agsm_loss.candidates import Candidates, InBatch, Rule
 from agsm_loss.ema import EMA
 from agsm_loss.loss import AGSMLoss
@@ -70,9 +79,10 @@ class Passes:
         backward: `torch.Tensor.backward` or `accelerator.backward`. Each chunk's loss is then
             passed to it at once, so that only one chunk's graph lives, and nothing is run twice.
             The returned loss still has the full value, and graph only for what was not yet run
-            backward (the matching captions, where `pred` was given). In DDP each of these calls
-            exchanges gradients, and a host's graph from before them would not be exchanged: run
-            the host's backward first, and give no `pred`.
+            backward (the matching captions, where `pred` was given). In DDP the last of these calls
+            exchanges the gradients of all, and a host's graph from before them would not be
+            exchanged: run the host's backward first, and give no `pred`. DeepSpeed cannot be run
+            backward several times a step: leave it out there.
     """
 
     chunk_size: int | None = None
@@ -115,12 +125,16 @@ class AGSMRegularizer:
             for those of the `SoftTokens` in the denoiser. Weights that all captions share would
             learn this image for wrong captions (`AGSMLoss`). Where others are trained too, the
             negatives have a pass of their own, in which `requires_grad` is off for those others.
-            Checkpointing inside the denoiser cannot be on then (torch raises a CheckpointError);
-            take `Passes(chunk_size=...)` instead.
+            Checkpointing inside the denoiser cannot be on then: it would run parts of that pass
+            again after `requires_grad` is on. torch raises a CheckpointError; for the reentrant
+            kind, where torch says nothing, this raises a ValueError. Take `Passes(chunk_size=...)`.
         passes: `Passes`, for less memory or time.
         seed: of the draws of captions and negatives; default `torch.initial_seed()`. Each call
             draws from this and its own number, so that the host's random stream stays as it is and
             every rank resumes exactly. Give each rank a different one.
+
+    With several processes each one calls this at each step. Their numbers of candidates may
+    differ: all make as many passes as the one with most, and extra passes have weight 0.
 
     Raises:
         ValueError: γ⁻ > 0, and no parameter for the negatives to train.
@@ -145,6 +159,8 @@ class AGSMRegularizer:
         self.candidates = candidates
         self.passes = passes
         self.seed = torch.initial_seed() if seed is None else seed
+        if isinstance(denoiser, nn.Module):
+            ema._look_in(denoiser)
         self._spared = _spared(denoiser, ema, loss.neg_scale, negatives_train)
         self.step = self.calls = 0
 
@@ -189,12 +205,8 @@ class AGSMRegularizer:
             zero = target.new_zeros((), dtype=torch.float32)
             return StepOutput(zero, {"agsm/weight": torch.zeros(())})
         backward = self.passes.backward
-        if backward is not None and pred is not None and _in_ddp(self.denoiser):
-            raise ValueError(
-                "pred: expected None with Passes(backward=...) in DDP, whose exchange of gradients "
-                "would end before the host's own backward. Take chunk_size without backward, or no "
-                "pred."
-            )
+        if backward is not None:
+            _check_backward(backward, self.denoiser, pred)
         self.calls += 1
         generator = draws(self.seed, self.calls)
         _check_images(noisy, target, pred)
@@ -208,20 +220,35 @@ class AGSMRegularizer:
         inputs = NoisedBatch(noisy, timesteps, conditioning, image_conditioning or {}, candidates)
         inputs.check()
 
-        guidance = self._guide(inputs, target)
         positive = torch.arange(num_candidates) == candidates.positives.unsqueeze(1)
         coefficients = self._coefficients(positive, candidates.mask, generator)
-        errors = target.new_zeros(batch, num_candidates, dtype=guidance.targets.dtype)
+        own = Cells(torch.arange(batch), candidates.positives)
         todo = coefficients > 0
         if pred is not None:
-            own = Cells(torch.arange(batch), candidates.positives)
-            errors = _weighted_errors(pred, guidance, own, coefficients, errors)
             todo = todo & ~positive
-        for chunk in self._chunks(todo, positive):
-            values = self._student_errors(inputs, guidance, chunk, coefficients, errors)
-            if backward is not None:
-                backward(values.sum() * weight)
-                values = values.detach()
+        # Matching cells apart where the negatives spare something.
+        kinds = [todo & positive, todo & ~positive] if self._spared else [todo]
+        ema_passes, *passes = split_alike(
+            [candidates.mask, *kinds], self.passes.chunk_size, own.split(1)[0], target.device
+        )
+        guidance = self._guide(inputs, target, ema_passes)
+        errors = target.new_zeros(batch, num_candidates, dtype=guidance.targets.dtype)
+        if pred is not None:
+            errors = _weighted_errors(pred, guidance, own, coefficients, errors)
+        to_run = [
+            (cells, spared)
+            for kind, spared in zip(passes, ([], self._spared), strict=False)
+            for cells in kind
+        ]
+        if backward is not None and _ddp_modules(self.denoiser):
+            to_run.reverse()  # DDP exchanges in the last pass; the matching cells' reaches all
+        for number, (cells, spared) in enumerate(to_run, start=1):
+            waits = backward is not None and number < len(to_run)
+            with _exchange_later(self.denoiser) if waits else nullcontext():
+                values = self._student_errors(inputs, guidance, cells, spared, coefficients, errors)
+                if backward is not None:
+                    backward(values.sum() * weight)
+                    values = values.detach()
             errors = errors + values
         terms = AF.terms_from_errors(errors, guidance)
         return StepOutput(terms.loss * weight, _metrics(terms, weight))
@@ -248,7 +275,7 @@ class AGSMRegularizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.ema.load_state_dict(state["ema"])
         self.loss.load_state_dict(state["loss"])
-        if not (_several_ranks() and dist.get_rank()):
+        if not (several_ranks() and dist.get_rank()):
             self.seed = int(state["seed"])
         self.step, self.calls = int(state["step"]), int(state["calls"])
 
@@ -270,7 +297,7 @@ class AGSMRegularizer:
                 )
         return captions
 
-    def _guide(self, inputs: NoisedBatch, target: Tensor) -> AF.Guidance:
+    def _guide(self, inputs: NoisedBatch, target: Tensor, passes: list[Cells]) -> AF.Guidance:
         """The EMA pass over every candidate, and what follows from it."""
         candidates = inputs.candidates
         # Masked places are never read, so they may hold anything.
@@ -280,11 +307,11 @@ class AGSMRegularizer:
             device=target.device,
         )
         with torch.no_grad(), self.ema.applied():
-            for chunk in Cells.where(candidates.mask).split(self.passes.chunk_size):
-                values = self.denoiser(*inputs.of(chunk), **inputs.image(chunk))
-                ema_pred[chunk.rows, chunk.columns] = checked(values, inputs.noisy, chunk).to(
-                    ema_pred
-                )
+            for cells in passes:
+                values = self.denoiser(*inputs.of(cells), **inputs.image(cells))
+                checked(values, inputs.noisy, cells)
+                if cells.counts:
+                    ema_pred[cells.rows, cells.columns] = values.to(ema_pred)
         timesteps = None if self.loss.reward_weight is None else inputs.timesteps
         return self.loss.guide(
             ema_pred, target, candidates.positives, candidates.mask, timesteps=timesteps
@@ -302,45 +329,47 @@ class AGSMRegularizer:
             positive, valid, neg_scale=self.loss.neg_scale, dtype=torch.float64
         )
 
-    def _chunks(self, todo: Tensor, positive: Tensor) -> list[Cells]:
-        """What the student is run on, pass by pass; matching cells apart where some is spared."""
-        kinds = [todo & positive, todo & ~positive] if self._spared else [todo]
-        return [
-            chunk for kind in kinds for chunk in Cells.where(kind).split(self.passes.chunk_size)
-        ]
-
     def _student_errors(
         self,
         inputs: NoisedBatch,
         guidance: AF.Guidance,
-        chunk: Cells,
+        cells: Cells,
+        spared: list[Place],
         coefficients: Tensor,
         errors: Tensor,
     ) -> Tensor:
-        """(B, K) weighted errors of the chunk's cells, zero elsewhere."""
-
-        matching = bool((chunk.columns == inputs.candidates.positives[chunk.rows]).all())
-        spared = [] if matching else self._spared
+        """(B, K) weighted errors of the cells, zero elsewhere."""
 
         def run(noisy: Tensor, timesteps: Tensor, conditioning: Any, bank: Tensor) -> Tensor:
-            with _without_gradient(spared):
-                pred = self.denoiser(noisy, timesteps, conditioning, bank, **inputs.image(chunk))
-            checked(pred, inputs.noisy, chunk)
-            return _weighted_errors(pred, guidance, chunk, coefficients, torch.zeros_like(errors))
+            given = (noisy, timesteps, conditioning, bank)
+            image = inputs.image(cells)
+            with _without_gradient(spared, self.denoiser):
+                pred = self.denoiser(*given, **image)
+            checked(pred, inputs.noisy, cells)
+            if spared:
+                _check_checkpointing(pred, (given, image))
+            weights = coefficients if cells.counts else torch.zeros_like(coefficients)
+            return _weighted_errors(pred, guidance, cells, weights, torch.zeros_like(errors))
 
         # What is run backward at once has no need to be run again for it.
         whole = self.passes.chunk_size is None or self.passes.backward is not None
         if whole or not torch.is_grad_enabled():
-            return run(*inputs.of(chunk))
-        return checkpoint(run, *inputs.of(chunk), use_reentrant=False)
+            return run(*inputs.of(cells))
+        # ZeRO-3 frees frozen weights before torch compares the sizes of what both runs have kept.
+        compare = "none" if any(map(is_partitioned, self.ema.parameters)) else "default"
+        return checkpoint(run, *inputs.of(cells), use_reentrant=False, determinism_check=compare)
 
 
 def _spared(
     denoiser: Any, ema: EMA, neg_scale: float | int, negatives_train: Iterable[nn.Parameter] | None
-) -> list[nn.Parameter]:
+) -> list[Place]:
     """What is trained and the negatives' gradient does not reach."""
-    modules = list(denoiser.modules()) if isinstance(denoiser, nn.Module) else []
+    places = [
+        *places_of(holding(ema.parameters)),
+        *(places_of(denoiser) if isinstance(denoiser, nn.Module) else []),
+    ]
     if negatives_train is None:
+        modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
         tokens = [one for one in modules if isinstance(one, SoftTokens)]
         negatives_train = [p for one in tokens for p in one.parameters()]
     reached = {id(p) for p in negatives_train if p.requires_grad}
@@ -351,9 +380,8 @@ def _spared(
             "denoiser's own weights), train soft tokens, or pass the parameters that the negatives "
             "shall train (ema.parameters for all)."
         )
-    trained = [*ema.parameters, *(p for one in modules for p in one.parameters(recurse=False))]
-    trained = list({id(p): p for p in trained if p.requires_grad}.values())
-    return [p for p in trained if id(p) not in reached]
+    trained = {id(one.parameter): one for one in places if one.parameter.requires_grad}
+    return [one for key, one in trained.items() if key not in reached]
 
 
 def _check_images(noisy: Tensor, target: Tensor, pred: Tensor | None) -> None:
@@ -367,27 +395,88 @@ def _check_images(noisy: Tensor, target: Tensor, pred: Tensor | None) -> None:
             )
 
 
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _in_ddp(denoiser: Any) -> bool:
-    """Whether DDP exchanges the denoiser's gradients, as far as can be seen from here."""
+def _check_backward(
+    backward: Callable[[Tensor], object], denoiser: Any, pred: Tensor | None
+) -> None:
+    if pred is not None and _ddp_modules(denoiser):
+        raise ValueError(
+            "pred: expected None with Passes(backward=...) in DDP, whose exchange of gradients "
+            "would end before the host's own backward. Take chunk_size without backward, or no "
+            "pred."
+        )
+    caller = getattr(backward, "__self__", None)  # an engine or accelerate's Accelerator, say
     modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
-    return _several_ranks() and any(isinstance(one, DistributedDataParallel) for one in modules)
+    if getattr(caller, "deepspeed_engine_wrapped", None) is not None or any(
+        base.__name__ == "DeepSpeedEngine"
+        for one in (caller, *modules)
+        for base in type(one).__mro__
+    ):
+        raise ValueError(
+            "passes: expected no backward with DeepSpeed, which ends a step with each backward. "
+            "Take Passes(chunk_size=...) alone, and run its loss backward with the host's."
+        )
+
+
+def _ddp_modules(denoiser: Any) -> list[DistributedDataParallel]:
+    """Where DDP exchanges the denoiser's gradients, as far as can be seen from here."""
+    modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
+    return [one for one in modules if several_ranks() and isinstance(one, DistributedDataParallel)]
 
 
 @contextmanager
-def _without_gradient(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """What runs here has no gradient to these parameters."""
-    trained = [one for one in parameters if one.requires_grad]
-    for one in trained:
-        one.requires_grad_(False)
+def _exchange_later(denoiser: Any) -> Iterator[None]:
+    """DDP only adds up gradients here, and exchanges them in the next pass outside."""
+    with ExitStack() as stack:
+        for one in _ddp_modules(denoiser):
+            stack.enter_context(one.no_sync())
+        yield
+
+
+@contextmanager
+def _without_gradient(places: list[Place], denoiser: Any) -> Iterator[None]:
+    """What runs here has no gradient to the parameters at these places.
+
+    FSDP2 puts the gathered parameters in their places in the pass itself.
+    """
+    trained = [one for one in places if one.parameter.requires_grad]
+    off: dict[int, nn.Parameter] = {}
+
+    def switch_off(*_: Any) -> None:
+        for one in trained:
+            parameter = one.parameter
+            off[id(parameter)] = parameter
+            parameter.requires_grad_(False)
+
+    sharding = fsdp2_modules(denoiser) if trained and isinstance(denoiser, nn.Module) else []
+    hooks = [one.register_forward_pre_hook(switch_off) for one in sharding]
     try:
+        switch_off()
         yield
     finally:
-        for one in trained:
-            one.requires_grad_(True)
+        for hook in hooks:
+            hook.remove()
+        for parameter in off.values():
+            parameter.requires_grad_(True)
+
+
+def _check_checkpointing(pred: Tensor, inputs: Any) -> None:
+    """ValueError where the denoiser will run parts of this pass again, with nothing spared."""
+    graphs = (one.grad_fn for one in tree_leaves(inputs) if isinstance(one, Tensor))
+    seen = {None, *graphs}
+    todo: list[Any] = [pred.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ValueError(
+                "negatives_train: expected no reentrant checkpointing inside the denoiser, which "
+                "runs parts of it again when the parameters that the negatives spare are trained. "
+                "Switch it off and take Passes(chunk_size=...), or pass the parameters of all that "
+                "is trained (ema.parameters)."
+            )
+        todo.extend(one for one, _ in node.next_functions)
 
 
 def _weighted_errors(

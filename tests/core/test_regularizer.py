@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 import workers
+from ranks import run_ranks
 from torch import nn
-from workers import run_ranks
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from agsm_loss import (
     EMA,
@@ -253,6 +254,35 @@ def test_spared_weights_are_trained_again_after_a_failed_pass():
     with pytest.raises(RuntimeError, match="out of memory"):
         agsm(*batch, CAPTIONS)
     assert all(p.requires_grad for p in spared)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_inside_is_refused_where_the_negatives_spare_weights(reentrant):
+    """It would run the pass again with the spared weights trained."""
+    net, batch = problem()
+
+    def denoiser(noisy, timesteps, conditioning, bank):
+        text = conditioning["text"].clone().requires_grad_()
+
+        def run(text):
+            return net(noisy, timesteps, {"text": text}, bank)
+
+        return checkpoint(run, text, use_reentrant=reentrant)
+
+    def loss(**settings):
+        ema = EMA(net.parameters())
+        agsm = AGSMRegularizer(denoiser, ema, AGSMLoss(neg_scale=0.3), **settings)
+        return agsm(*batch, CAPTIONS).loss
+
+    if reentrant:
+        with pytest.raises(ValueError, match="no reentrant checkpointing inside the denoiser"):
+            loss(negatives_train=net.tokens.parameters())
+    else:
+        with pytest.raises(CheckpointError):
+            loss(negatives_train=net.tokens.parameters()).backward()
+    loss(negatives_train=net.parameters()).backward()
+    agsm = AGSMRegularizer(denoiser, EMA(net.parameters()), AGSMLoss(neg_scale=0))
+    agsm(*batch, CAPTIONS).loss.backward()
 
 
 def test_chunks_hold_fewer_tensors_for_backward():
