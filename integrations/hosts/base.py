@@ -205,20 +205,17 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     if not layers:
         raise ValueError(
             "model: expected peft adapters, got none. Where all of the model is trained, its "
-            "reference is EMA(parameters, decay=1.0).applied."
+            "reference is EMA(denoiser, decay=1.0).applied."
         )
-    parameters = [p for one in layers for p in one.parameters()]
-    before = [p.requires_grad for p in parameters]
+    # The flag alone: peft's enable_adapters also sets requires_grad, in FSDP2 of the wrong ones.
+    before = [one._disable_adapters for one in layers]
     for layer in layers:
-        layer.enable_adapters(False)
+        layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        # peft marks every parameter of an adapter that it switches on as trainable.
-        for parameter, trained in zip(parameters, before, strict=True):
-            parameter.requires_grad_(trained)
+        for layer, was_off in zip(layers, before, strict=True):
+            layer._disable_adapters = was_off
 
 
 def bank_of(bank: Bank, number: int) -> Int[Tensor, " N"]:

@@ -131,7 +131,7 @@ class DiffusionDPO(Host):
             does.
         scheduler: the training scheduler, for the noise levels and what is predicted.
         reference: returns a context in which the denoiser is the reference: `adapters_off` for a
-            LoRA (no second model), `EMA(parameters, decay=1.0).applied` for full fine-tuning (a
+            LoRA (no second model), `EMA(denoiser, decay=1.0).applied` for full fine-tuning (a
             copy of what is trained), `contextlib.nullcontext` where tokens alone are trained.
         reference_bank: the reference's tokens: none, or ψ⁺ where the model began with its tokens.
         beta, loss_type: of `diffusion_dpo_loss`.
