@@ -7,8 +7,8 @@ import torch
 import workers
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_ranks
 from strategies import SEEDS, errors_of
-from workers import run_ranks
 
 from agsm_loss import AdaptiveTemperature, AGSMLoss
 

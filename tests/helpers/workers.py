@@ -1,14 +1,9 @@
 """What each rank does in the tests with several processes (importable by the spawned ones)."""
 
 import os
-import socket
-import tempfile
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from integrations_tiny import tiny
 from strategies import errors_of
 from torch import nn
@@ -24,26 +19,6 @@ from agsm_loss import (
 )
 from agsm_loss.integrations.denoisers import TokenDenoiser
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
-
-
-def run_ranks(worker, world_size=2):
-    """`worker(rank)` in each of `world_size` gloo processes; the results by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(worker, world_size, port, folder), nprocs=world_size)
-        return {rank: torch.load(f"{folder}/{rank}.pt") for rank in range(world_size)}
-
-
-def _rank(rank, worker, world_size, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    patience = timedelta(seconds=120)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=patience)
-    torch.save(worker(rank), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def adaptive_temperature(rank):
@@ -96,7 +71,7 @@ def ddp_checkpointed(rank):
 
 
 def regularizer(rank):
-    """AGSM on SD3 (it has buffers) in DDP as it comes; rank 1 has no negatives, so fewer calls."""
+    """AGSM on SD3 (it has buffers) in DDP as it comes; rank 1 has no negatives."""
     made = tiny("sd3")
     model = made.model.float().requires_grad_(False)
     assert list(model.buffers())

@@ -118,7 +118,7 @@ def test_adapters_come_back_as_they_were():
     assert not frozen.requires_grad
     frozen.requires_grad_(True)
     assert before == [(name, p.requires_grad) for name, p in it.model.named_parameters()]
-    with pytest.raises(ValueError, match=r"EMA\(parameters, decay=1.0\)"), adapters_off(it.plain):
+    with pytest.raises(ValueError, match=r"EMA\(denoiser, decay=1.0\)"), adapters_off(it.plain):
         pass
 
 

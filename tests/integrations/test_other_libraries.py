@@ -12,7 +12,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers.models.attention_processor import AttnProcessor
 from integrations_tiny import tiny
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from workers import run_ranks
+from ranks import run_ranks
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch
 from agsm_loss.integrations.denoisers import TokenDenoiser

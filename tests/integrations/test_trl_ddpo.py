@@ -9,7 +9,7 @@ import torch
 import workers
 from accelerate import PartialState
 from pipelines_tiny import saved_pipeline
-from workers import run_ranks
+from ranks import run_ranks
 
 pytest.importorskip("trl")
 
