@@ -116,7 +116,7 @@ class TrainedPipeline:
         module = PlainDenoiser(model.denoiser) if tokens is None else tokens
         parameters = [one for one in module.parameters() if one.requires_grad]
         if options.full:  # a frozen copy of what is trained
-            reference: Any = EMA(parameters, decay=1.0).applied
+            reference: Any = EMA(module, decay=1.0).applied
         else:
             reference = partial(adapters_off, model.denoiser) if options.rank else nullcontext
         return cls(options, task, model, tokens, module, parameters, reference)
