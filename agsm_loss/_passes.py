@@ -36,14 +36,14 @@ class Cells(NamedTuple):
 
 
 def split_alike(
-    grids: Sequence[Tensor], size: int | None, spare: Cells, device: torch.device
+    grids: Sequence[tuple[Tensor, int | None]], spare: Cells, device: torch.device
 ) -> list[list[Cells]]:
-    """The passes over each grid's cells, `size` of them at a time; as many on every rank.
+    """The passes over each grid's cells, so many of them at a time; as many on every rank.
 
     Engines that shard gather the weights in each pass, so a rank must not wait for a pass that
     another doesn't make: who has fewer cells runs the `spare` ones, which count for nothing.
     """
-    passes = [Cells.where(grid).split(size) for grid in grids]
+    passes = [Cells.where(grid).split(size) for grid, size in grids]
     if not several_ranks():
         return passes
     numbers = torch.tensor([len(one) for one in passes], device=device)

@@ -68,12 +68,12 @@ class Passes:
     """How the regularizer runs the student. Advanced: the defaults are one pass over everything.
 
     >>> Passes(chunk_size=8, train_negatives=1)
-    Passes(chunk_size=8, train_negatives=1, backward=None)
+    Passes(chunk_size=8, train_negatives=1, backward=None, ema_chunk_size=None)
 
     Args:
-        chunk_size: samples that a forward pass may hold; None for one pass. The student's passes
-            are then checkpointed (but for `backward`), so that memory doesn't grow with K. The
-            gradients are the same.
+        chunk_size: samples in a pass of the student; None for one pass. Fewer take less memory,
+            more are faster. All passes but the last are checkpointed (none with `backward`), so
+            that memory doesn't grow with K. The gradients are the same.
         train_negatives: train on this many of each image's negatives a step, drawn at random,
             while the weights and guidance use all of them. Unbiased; None for all.
         backward: `torch.Tensor.backward` or `accelerator.backward`. Each chunk's loss is then
@@ -83,15 +83,19 @@ class Passes:
             exchanges the gradients of all, and a host's graph from before them would not be
             exchanged: run the host's backward first, and give no `pred`. DeepSpeed cannot be run
             backward several times a step: leave it out there.
+        ema_chunk_size: samples in a pass of the EMA model, which keeps no graph; None for four
+            times `chunk_size`, or for one pass where that is None. Where the denoiser checkpoints
+            itself, and its own graph is small, take `chunk_size`.
     """
 
     chunk_size: int | None = None
     train_negatives: int | None = None
     backward: Callable[[Tensor], object] | None = None
+    ema_chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = {"chunk_size": self.chunk_size, "train_negatives": self.train_negatives}
-        for name, size in sizes.items():
+        for name in ("chunk_size", "train_negatives", "ema_chunk_size"):
+            size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name}: expected None or at least 1, got {size}.")
 
@@ -228,8 +232,13 @@ class AGSMRegularizer:
             todo = todo & ~positive
         # Matching cells apart where the negatives spare something.
         kinds = [todo & positive, todo & ~positive] if self._spared else [todo]
+        chunk_size, ema_chunk_size = self.passes.chunk_size, self.passes.ema_chunk_size
+        if ema_chunk_size is None and chunk_size is not None:
+            ema_chunk_size = 4 * chunk_size
         ema_passes, *passes = split_alike(
-            [candidates.mask, *kinds], self.passes.chunk_size, own.split(1)[0], target.device
+            [(candidates.mask, ema_chunk_size), *((kind, chunk_size) for kind in kinds)],
+            own.split(1)[0],
+            target.device,
         )
         guidance = self._guide(inputs, target, ema_passes)
         errors = target.new_zeros(batch, num_candidates, dtype=guidance.targets.dtype)
@@ -243,9 +252,15 @@ class AGSMRegularizer:
         if backward is not None and _ddp_modules(self.denoiser):
             to_run.reverse()  # DDP exchanges in the last pass; the matching cells' reaches all
         for number, (cells, spared) in enumerate(to_run, start=1):
-            waits = backward is not None and number < len(to_run)
+            is_last = number == len(to_run)
+            # What is run backward at once has no need to be run again for it, and neither has the
+            # last pass, whose graph is the only one.
+            again = backward is None and not is_last
+            waits = backward is not None and not is_last
             with _exchange_later(self.denoiser) if waits else nullcontext():
-                values = self._student_errors(inputs, guidance, cells, spared, coefficients, errors)
+                values = self._student_errors(
+                    inputs, guidance, cells, spared, coefficients, errors, again
+                )
                 if backward is not None:
                     backward(values.sum() * weight)
                     values = values.detach()
@@ -337,12 +352,15 @@ class AGSMRegularizer:
         spared: list[Place],
         coefficients: Tensor,
         errors: Tensor,
+        again: bool,
     ) -> Tensor:
-        """(B, K) weighted errors of the cells, zero elsewhere."""
+        """(B, K) weighted errors of the cells, zero elsewhere.
 
-        def run(noisy: Tensor, timesteps: Tensor, conditioning: Any, bank: Tensor) -> Tensor:
-            given = (noisy, timesteps, conditioning, bank)
-            image = inputs.image(cells)
+        `again`: keep no graph, and run the cells again in the backward pass.
+        """
+
+        def run(*_: Tensor) -> Tensor:
+            given, image = inputs.of(cells), inputs.image(cells)
             with _without_gradient(spared, self.denoiser):
                 pred = self.denoiser(*given, **image)
             checked(pred, inputs.noisy, cells)
@@ -351,13 +369,13 @@ class AGSMRegularizer:
             weights = coefficients if cells.counts else torch.zeros_like(coefficients)
             return _weighted_errors(pred, guidance, cells, weights, torch.zeros_like(errors))
 
-        # What is run backward at once has no need to be run again for it.
-        whole = self.passes.chunk_size is None or self.passes.backward is not None
-        if whole or not torch.is_grad_enabled():
-            return run(*inputs.of(cells))
+        if not again or not torch.is_grad_enabled():
+            return run()
         # ZeRO-3 frees frozen weights before torch compares the sizes of what both runs have kept.
         compare = "none" if any(map(is_partitioned, self.ema.parameters)) else "default"
-        return checkpoint(run, *inputs.of(cells), use_reentrant=False, determinism_check=compare)
+        # The cells' rows are taken inside, so as not to be kept. By its argument, `checkpoint`
+        # knows the device whose random state it restores.
+        return checkpoint(run, inputs.noisy, use_reentrant=False, determinism_check=compare)
 
 
 def _spared(
