@@ -1,0 +1,45 @@
+"""What the step bench compares is the same step, done in other ways."""
+
+import pytest
+import torch
+
+import bench_step
+
+
+@pytest.mark.parametrize("model", ["flow", pytest.param("epsilon", marks=pytest.mark.slow)])
+def test_the_arrangements_have_the_published_loss(model, monkeypatch):
+    """At the first step, and after it, when tokens and EMA have moved."""
+    few = bench_step.Passes(chunk_size=2), bench_step.Passes(2, backward=torch.Tensor.backward)
+    names = bench_step.ARRANGEMENTS
+    for name, passes in zip(("chunks of 8", "memory-flat, 8"), few, strict=True):
+        monkeypatch.setitem(names, name, (names[name][0], passes))
+    losses = {}
+    for name in bench_step.NAMES:
+        run = bench_step.make(model, name, 3, batch=3)
+        losses[name] = [run().item() for _ in range(2)]
+    published = losses.pop("published")
+    assert published[0] != published[1]
+    assert max(losses.pop("gamma- = 0")) < min(published)
+    fewer = losses.pop("one negative")
+    assert fewer != pytest.approx(published, rel=1e-4)
+    assert fewer == pytest.approx(published, rel=0.5)
+    assert len(losses) == 4
+    for name, values in losses.items():
+        assert values == pytest.approx(published, rel=1e-4), name
+
+
+def test_the_table(monkeypatch, capsys):
+    peaks = iter([20.0, *[10.0] * 6])
+    monkeypatch.setattr(bench_step, "peak_of", lambda *_: next(peaks))
+    bench_step.main(["--rounds", "2", "--models", "flow", "--candidates", "2"])
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "one thread, float32; 2 rounds in turns"
+    assert len(lines) == len(bench_step.NAMES)
+    assert "published" in lines[0] and "MiB, 1.00" in lines[0]
+    assert "exact" in lines[1] and "MiB, 0.50" in lines[1]
+
+
+@pytest.mark.slow
+def test_the_peak_is_that_of_the_step():
+    exact, fewer = (bench_step.peak_of("flow", one, 4, []) for one in ("exact", "gamma- = 0"))
+    assert 0 < 1.5 * fewer < exact
