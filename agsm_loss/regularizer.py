@@ -255,7 +255,7 @@ class AGSMRegularizer:
             is_last = number == len(to_run)
             # What is run backward at once has no need to be run again for it, and neither has the
             # last pass, whose graph is the only one.
-            again = backward is None and not is_last
+            again = chunk_size is not None and backward is None and not is_last
             waits = backward is not None and not is_last
             with _exchange_later(self.denoiser) if waits else nullcontext():
                 values = self._student_errors(
