@@ -37,11 +37,13 @@ def main(arguments: list[str] | None = None) -> None:
     end_with_parent()
 
     from common.messages import quiet_libraries
+
+    quiet_libraries()  # before the imports that print
+
     from studies.plan import read_plan
     from studies.report import write
     from studies.run import run_all, run_one
 
-    quiet_libraries()
     plan = read_plan(given.config, given.output_dir)
     if given.only is not None:
         run_one(plan, given.only, given.seed)

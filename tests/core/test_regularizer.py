@@ -296,6 +296,15 @@ def test_a_single_chunk_is_run_once():
     assert [len(bank) for bank, _ in net.calls] == [4 * B, 4 * B]
 
 
+def test_without_chunks_no_pass_is_run_again_where_weights_are_spared():
+    net, batch = problem()
+    agsm = regularizer(net, negatives_train=net.tokens.parameters())
+    loss = agsm(*batch, CAPTIONS).loss
+    before = len(net.calls)
+    loss.backward()
+    assert len(net.calls) == before == 3  # the EMA's, the matching captions', the negatives'
+
+
 def test_chunks_that_are_run_again_keep_no_copies_of_their_rows():
     net, batch = problem()
     given = []

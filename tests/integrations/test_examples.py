@@ -7,6 +7,7 @@ and the classes of the two would differ.
 import doctest
 import importlib
 import inspect
+import logging
 import pkgutil
 from pathlib import Path
 
@@ -38,7 +39,11 @@ def test_the_examples_of(name, monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])  # an example loads a pipeline of the repository
     module = imported(name)
     written = inspect.getsource(module).count(">>> ")
-    ran = doctest.testmod(module)
+    logging.disable(logging.WARNING)  # DeepSpeed, where it is installed, logs to stdout
+    try:
+        ran = doctest.testmod(module)
+    finally:
+        logging.disable(logging.NOTSET)
     assert ran.failed == 0, f"{ran.failed} of {module.__name__}'s examples fail, as printed above."
     assert ran.attempted == written, (
         f"{module.__name__}: expected to run its {written} lines of examples, ran {ran.attempted}. "
