@@ -1,4 +1,4 @@
-r"""DDPO by trl on a Stable Diffusion pipeline, alone or with AGSM beside the reward.
+r"""DDPO by trl on a Stable Diffusion pipeline, alone or with AGSM in its step.
 
     python recipes/train_ddpo.py --config recipes/configs/ddpo_epsilon.yaml --agsm_weight 1
     accelerate launch recipes/train_ddpo.py --config recipes/configs/ddpo_sd15.yaml \

@@ -1,4 +1,4 @@
-"""Flow-GRPO on a flow-matching pipeline, alone or with AGSM beside the reward.
+"""Flow-GRPO on a flow-matching pipeline, alone or with AGSM in its step.
 
     python recipes/train_flow_grpo.py --rank 8 --num_tokens 0 --reward redness --agsm_weight 1
 

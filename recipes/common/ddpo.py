@@ -137,7 +137,7 @@ def data_batches(options: Any, trained: TrainedPipeline, state: Any) -> Callable
 
 
 def extra_tracker(options: Any, first: int) -> GeneralTracker:
-    """The tracker that was asked for beside log.jsonl, for steps from the first on."""
+    """The tracker that was asked for in addition to log.jsonl, for steps from the first on."""
     if options.report_to not in LOGGER_TYPE_TO_CLASS or not filter_trackers(
         [options.report_to], options.output_dir
     ):

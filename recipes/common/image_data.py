@@ -235,7 +235,7 @@ def open_table(
 def _open_tars(files: Sequence[str], columns: Collection[str], text: str) -> Any:
     """webdataset: a row a stem, a column an ending; those that are not asked for are left empty.
 
-    `datasets`' own reader decodes every file, so that one array beside the images can end a run.
+    `datasets`' own reader decodes every file, so that one array among the images can end a run.
     """
     with tarfile.open(files[0]) as tar:
         endings = dict.fromkeys(_key_and_ending(member)[1] for member in islice(tar, 1000))

@@ -1,4 +1,4 @@
-"""What a run prints beside its progress bar, and what it keeps quiet."""
+"""What a run prints besides its progress bar, and which messages it turns off."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ _ATTENTION = (
 
 
 def _hold_in_float32(vae: Any) -> None:
-    """The VAE in float32 beside a pipeline in half precision, whose latents it then has to cast."""
+    """The VAE in float32 in a pipeline in half precision, whose latents it then has to cast."""
     decode = vae.to(torch.float32).decode
 
     def cast(latents: Tensor, *args: Any, **settings: Any) -> Any:
@@ -66,7 +66,7 @@ class TextToImage:
         pipe: the pipeline.
         cached_bytes: so much of the latest prompts' encodings is kept, on the CPU.
         guidance: the distilled guidance scale that Flux.1-dev is given in training.
-        arguments: what its prompts are encoded and its images sampled with, beside the prompts.
+        arguments: what its prompts are encoded and its images sampled with, besides the prompts.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class TextToImage:
     ) -> TextToImage:
         """From a saved folder or a hub id; the VAE in float32, where SDXL's is not finite in fp16.
 
-        arguments: of the pipeline, what it is called with beside prompts (`world.architectures`,
+        arguments: of the pipeline, what it is called with besides prompts (`world.architectures`,
         say).
         """
         pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)

@@ -1,9 +1,10 @@
 """Ends a run when it is asked to: by Ctrl-C, by SIGTERM, or because who started it is gone.
 
-with Stop(step="step") as stop:
+with Stop("the run ends after this step").watching() as stop:
     for ...:
         ...
-        if accelerator.check_trigger(): ...       # stop.signal is what came
+        if stop.asked(accelerator):
+            stop.end(accelerator, "step 12", saved, options)
 """
 
 from __future__ import annotations

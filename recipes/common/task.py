@@ -38,8 +38,8 @@ class Task:
 
     data, split: of `open_table`. text: the column of the captions. size: pixels a side.
     prompts: a file of validation prompts, or "" for none; their images are shown, not scored.
-    rewards: by name, beside those of `common.rewards`.
-    pipeline_arguments: of a pipeline, what it is called with beside the prompts.
+    rewards: by name, besides those of `common.rewards`.
+    pipeline_arguments: of a pipeline, what it is called with besides the prompts.
     """
 
     data: str

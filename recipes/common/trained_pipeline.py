@@ -190,7 +190,7 @@ class TrainedPipeline:
     def agsm_batch(
         self, batch: Batch, latents: Tensor, generator: torch.Generator, kept: Tensor | None = None
     ) -> AGSMBatch:
-        """What AGSM trains on beside an on-policy host, noised as the options say.
+        """What AGSM trains on in an on-policy host, noised as the options say.
 
         latents: clean, of the batch's images or of the host's samples for its captions.
         kept: the rows that are trained on (all of them by default); the other rows' captions still
@@ -320,7 +320,7 @@ def competitors(
     """The captions that a batch's images are shown, and who competes for each.
 
     batch: `image_data.Batch` or `pair_data.PairBatch`. in_batch: negatives per image from the
-    batch, beside its edited captions.
+    batch, besides its edited captions.
     """
     candidates = Mixed(in_batch, allow_empty=True)(
         batch.captions,

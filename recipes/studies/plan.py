@@ -27,7 +27,7 @@ SETTINGS = "settings.json"
 class Plan:
     """A study's YAML file.
 
-    methods: name -> options of its recipe over those of `common`, and beside them
+    methods: name -> options of its recipe over those of `common`, and besides them
         recipe: the script that trains it, without its ending (default train_agsm);
         after: a method before it, from whose model of the same seed it starts (a LoRA is merged);
         that method trains no tokens, and is itself after none.
@@ -176,7 +176,7 @@ _NOT_OF_A_RUN |= {"title", "panels", "frontier"}
 
 
 def settings_of(plan: Plan, method: str) -> dict[str, Any]:
-    """What the result of a method's runs depends on beside the seed, as JSON gives it back."""
+    """What the result of a method's runs depends on besides the seed, as JSON gives it back."""
     names = [one.name for one in fields(Plan) if one.name not in _NOT_OF_A_RUN]
     settings = {name: getattr(plan, name) for name in names}
     if method in plan.references:

@@ -45,7 +45,7 @@ class WorldBatches(Dataset[Batch]):
 
 
 class WorldPairs(Dataset[PairBatch]):
-    """Scenes of a fold's prompts, each beside a scene that is one edit of its caption away."""
+    """Scenes of a fold's prompts, each with a scene that is one edit of its caption away."""
 
     def __init__(
         self, batch_size: int, hard: int, *, seed: int, rank: int = 0, fold: str = "train"

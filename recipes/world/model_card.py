@@ -1,4 +1,4 @@
-"""The card beside a trained base: what it is, how it was trained, its curve and scores."""
+"""The card of a trained base: what it is, how it was trained, its curve and scores."""
 
 from __future__ import annotations
 

@@ -125,5 +125,5 @@ def test_processes_end_together_where_one_is_asked_to(flow_base, recipes, tmp_pa
     assert json.loads((saved / "complete").read_text())["step"] == lines(tmp_path)
 
     again = started(*command, "--resume_from_checkpoint", "latest", "--seed", "1")
-    _, errors = again.communicate(timeout=120)  # both are told, and none waits
+    _, errors = again.communicate(timeout=120)  # both end, and neither waits
     assert errors.count("seed 0 -> 1") == 2
