@@ -67,14 +67,14 @@ class StepOutput(NamedTuple):
 class Passes:
     """How the regularizer runs the student. Advanced: the defaults are one pass over everything.
 
-    >>> Passes(chunk_size=8, train_negatives=1)
-    Passes(chunk_size=8, train_negatives=1, backward=None, ema_chunk_size=None)
+    >>> Passes(chunk_size=8, negatives_per_step=1)
+    Passes(chunk_size=8, negatives_per_step=1, backward=None, ema_chunk_size=None)
 
     Args:
         chunk_size: samples in a pass of the student; None for one pass. Fewer take less memory,
             more are faster. All passes but the last are checkpointed (none with `backward`), so
             that memory doesn't grow with K. The gradients are the same.
-        train_negatives: train on this many of each image's negatives a step, drawn at random,
+        negatives_per_step: train on this many of each image's negatives a step, drawn at random,
             while the weights and guidance use all of them. Unbiased; None for all.
         backward: `torch.Tensor.backward` or `accelerator.backward`. Each chunk's loss is then
             passed to it at once, so that only one chunk's graph lives, and nothing is run twice.
@@ -89,12 +89,12 @@ class Passes:
     """
 
     chunk_size: int | None = None
-    train_negatives: int | None = None
+    negatives_per_step: int | None = None
     backward: Callable[[Tensor], object] | None = None
     ema_chunk_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("chunk_size", "train_negatives", "ema_chunk_size"):
+        for name in ("chunk_size", "negatives_per_step", "ema_chunk_size"):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name}: expected None or at least 1, got {size}.")
@@ -334,7 +334,7 @@ class AGSMRegularizer:
 
     def _coefficients(self, positive: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
         """c_ij of the loss, with this step's draw of the negatives; on the CPU."""
-        number = self.passes.train_negatives
+        number = self.passes.negatives_per_step
         if number is not None and self.loss.neg_scale > 0:
             # Rank 0 is the positive, ranks 1..n the negatives in random order, then the masked.
             keys = torch.rand(valid.shape, generator=generator)

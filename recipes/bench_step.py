@@ -13,7 +13,7 @@ others are AGSMRegularizer's:
 
     exact            all captions in one pass
     gamma- = 0       exact, and the negatives are not trained
-    one negative     one random negative an image is trained: train_negatives=1
+    one negative     one random negative an image is trained: negatives_per_step=1
     chunks of 8      8 samples a pass, run again in the backward pass: chunk_size=8
     memory-flat, 8   8 samples a pass, each run backward at once: chunk_size=8, backward=...
     memory-flat, 64  the same with 64 samples
@@ -54,7 +54,7 @@ PUBLISHED = "published"
 ARRANGEMENTS: dict[str, tuple[float, Passes]] = {
     "exact": (1.0, Passes()),
     "gamma- = 0": (0.0, Passes()),
-    "one negative": (1.0, Passes(train_negatives=1)),
+    "one negative": (1.0, Passes(negatives_per_step=1)),
     "chunks of 8": (1.0, Passes(chunk_size=8)),
     "memory-flat, 8": (1.0, Passes(chunk_size=8, backward=Tensor.backward)),
     "memory-flat, 64": (1.0, Passes(chunk_size=64, backward=Tensor.backward)),

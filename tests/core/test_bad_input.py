@@ -205,8 +205,8 @@ def test_regularizer():
     ema, loss = EMA(layer.parameters()), AGSMLoss(neg_scale=0)
     with pytest.raises(ValueError, match="chunk_size: expected None or at least 1, got 0"):
         Passes(chunk_size=0)
-    with pytest.raises(ValueError, match="train_negatives"):
-        Passes(train_negatives=0)
+    with pytest.raises(ValueError, match="negatives_per_step"):
+        Passes(negatives_per_step=0)
 
     def denoiser(noisy, timesteps, conditioning, bank):
         return layer(noisy)[:, :width]

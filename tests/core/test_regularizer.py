@@ -365,7 +365,7 @@ def test_a_subset_of_the_negatives_is_unbiased(size):
     )
     full = regularizer(net)(*batch, candidates)
     expected = grads(net, full.loss)
-    agsm = regularizer(net, seed=0, passes=Passes(train_negatives=size))
+    agsm = regularizer(net, seed=0, passes=Passes(negatives_per_step=size))
     found = {}
     for _ in range(40):
         out = agsm(*batch, candidates)
@@ -395,7 +395,7 @@ def test_drawn_subsets_are_uniform_and_of_the_asked_size():
         mask=torch.tensor([[True, True, True, True], [True, True, False, False]]),
         pool_size=4,
     )
-    agsm = regularizer(denoiser, ema=EMA([weight]), passes=Passes(train_negatives=2), seed=0)
+    agsm = regularizer(denoiser, ema=EMA([weight]), passes=Passes(negatives_per_step=2), seed=0)
     images = torch.tensor([[0.0], [1.0]])
     for _ in range(600):
         before = trained.clone()
@@ -407,7 +407,7 @@ def test_drawn_subsets_are_uniform_and_of_the_asked_size():
 
 def test_subset_runs_fewer_student_passes_and_the_full_ema_pass():
     net, batch = problem()
-    agsm = regularizer(net, passes=Passes(train_negatives=1))
+    agsm = regularizer(net, passes=Passes(negatives_per_step=1))
     agsm(*batch, CAPTIONS)
     assert [len(bank) for bank, _ in net.calls] == [4 * B, 2 * B]
 
@@ -501,7 +501,7 @@ def test_resumes_exactly():
         net, batch = problem()
         loss = AGSMLoss(neg_scale=1.0, temperature=AdaptiveTemperature())
         ema = EMA(net.parameters(), decay=0.9, warmup=True)
-        passes = Passes(train_negatives=1)
+        passes = Passes(negatives_per_step=1)
         return regularizer(net, loss, ema=ema, candidates=InBatch(2), passes=passes), net, batch
 
     straight, net, batch = make()
