@@ -1,22 +1,28 @@
 """Which captions compete for each image.
 
 A *pool* is the list of captions that a step has encoded: first the batch's own captions (row i
-belongs to image i), then any hard negatives, image by image. `Candidates.index` says which row of
-the pool is in each column; column 0 is the image's own caption (in the grid, column i).
+belongs to image i), then any hard negatives, image by image, then the empty caption where the rule
+has `null=True` (`caption_pool`). `Candidates.index` says which row of the pool is in each column;
+column 0 is the image's own caption (in the grid, column i).
 
 `InBatch`, `Hard`, `Mixed` and `Grid` are rules: called on a batch's captions they choose.
 
 False negatives never compete: a caption with the same text as one of the image's own, or one that
-belongs to another row of the same image id (COCO has five captions an image). The empty caption "",
-which classifier-free guidance is trained with, fits every image: it competes for none, and an image
-under it has no negatives. Two candidates of an image never have the same text. Where there are
-fewer than asked for, columns are masked.
+belongs to another row of the same image id (COCO has five captions an image). A dropped caption,
+"", fits every image: it competes for none, and an image under it has no negatives. Two candidates
+of an image never have the same text. Where there are fewer than asked for, columns are masked.
+
+Each kind of competitor teaches another thing. With `null=True` the empty caption competes in its
+own right: the target moves away from what the model draws without a prompt, as classifier-free
+guidance (arXiv 2207.12598) does in the sampler. Captions of other images tell what sets this one
+apart from the rest. Edited captions tell what they edit: which colour belongs to which object, how
+many there are.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -101,24 +107,20 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
-class InBatch:
-    """Each image's own caption and some others of the batch, drawn without replacement.
+class _Competitors:
+    """What `InBatch`, `Hard` and `Mixed` share: they differ in where captions may come from."""
 
-    >>> candidates = InBatch(2)(["a dog", "a cat", "a dog", "a fox"])
-    >>> candidates.mask.sum(1)  # two captions are the same, and don't compete with each other
-    tensor([3, 3, 3, 3])
-
-    Args:
-        num_negatives: n ≥ 1 negatives an image, so K = 1 + n; the published number is 3.
-        allow_empty: accept a batch in which no image has a negative; all of them are masked then.
-    """
-
-    num_negatives: int = 3
+    _takes_hard: ClassVar[bool] = True
+    num_negatives: int = 0
     allow_empty: bool = field(default=False, kw_only=True)
+    null: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.num_negatives < 1:
-            raise ValueError(f"num_negatives: expected at least 1, got {self.num_negatives}.")
+        fewest = 0 if self._takes_hard or self.null else 1
+        if self.num_negatives < fewest:
+            raise ValueError(
+                f"num_negatives: expected at least {fewest}, got {self.num_negatives}."
+            )
 
     def __call__(
         self,
@@ -128,13 +130,47 @@ class InBatch:
         image_ids: Captions | None = None,
         generator: torch.Generator | None = None,
     ) -> Candidates:
-        _refuse_hard("InBatch", hard_negatives)
-        hard: HardNegatives = [()] * len(_as_list(captions))
-        return _compete(captions, hard, self.num_negatives, image_ids, generator, self.allow_empty)
+        if not self._takes_hard:
+            _refuse_hard("InBatch", hard_negatives)
+            hard_negatives = [()] * len(_as_list(captions))
+        return _compete(
+            captions,
+            hard_negatives,
+            self.num_negatives,
+            image_ids,
+            generator,
+            allow_empty=self.allow_empty,
+            null=self.null,
+        )
 
 
 @dataclass(frozen=True)
-class Hard:
+class InBatch(_Competitors):
+    """Each image's own caption and some others of the batch, drawn without replacement.
+
+    >>> candidates = InBatch(2)(["a dog", "a cat", "a dog", "a fox"])
+    >>> candidates.mask.sum(1)  # two captions are the same, and don't compete with each other
+    tensor([3, 3, 3, 3])
+
+    The empty caption alone, as in classifier-free guidance. It is the pool's last row:
+
+    >>> InBatch(0, null=True)(["a dog", "a cat"]).index
+    tensor([[0, 2],
+            [1, 2]])
+
+    Args:
+        num_negatives: n ≥ 1 negatives an image, so K = 1 + n; the published number is 3. With
+            `null`, 0 is possible.
+        allow_empty: accept a batch in which no image has a negative; all of them are masked then.
+        null: the empty caption competes too, in one more column.
+    """
+
+    _takes_hard = False
+    num_negatives: int = 3
+
+
+@dataclass(frozen=True)
+class Hard(_Competitors):
     """Each image's own caption and its own hard negatives, edited captions for example.
 
     The pool is the captions followed by the edited ones, image by image (`caption_pool`).
@@ -148,24 +184,14 @@ class Hard:
             [ True,  True, False]])
 
     Args:
-        allow_empty: as of `InBatch`.
+        allow_empty, null: as of `InBatch`.
     """
 
-    allow_empty: bool = field(default=False, kw_only=True)
-
-    def __call__(
-        self,
-        captions: Captions,
-        *,
-        hard_negatives: HardNegatives = None,
-        image_ids: Captions | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Candidates:
-        return _compete(captions, hard_negatives, 0, image_ids, generator, self.allow_empty)
+    num_negatives: int = field(default=0, init=False, repr=False)
 
 
 @dataclass(frozen=True)
-class Mixed:
+class Mixed(_Competitors):
     """Own caption, then the image's hard negatives, then `num_negatives` others of the batch.
 
     >>> candidates = Mixed(1)(["a dog", "a cat"], hard_negatives=[["two dogs"], []])
@@ -178,27 +204,10 @@ class Mixed:
 
     Args:
         num_negatives: n ≥ 0 captions of the batch an image, besides its hard negatives.
-        allow_empty: as of `InBatch`.
+        allow_empty, null: as of `InBatch`.
     """
 
     num_negatives: int
-    allow_empty: bool = field(default=False, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.num_negatives < 0:
-            raise ValueError(f"num_negatives: expected at least 0, got {self.num_negatives}.")
-
-    def __call__(
-        self,
-        captions: Captions,
-        *,
-        hard_negatives: HardNegatives = None,
-        image_ids: Captions | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Candidates:
-        return _compete(
-            captions, hard_negatives, self.num_negatives, image_ids, generator, self.allow_empty
-        )
 
 
 @dataclass(frozen=True)
@@ -244,14 +253,22 @@ class Grid:
 
 
 def caption_pool(
-    captions: Sequence[Hashable], hard_negatives: Sequence[Sequence[Hashable]]
+    captions: Sequence[Hashable],
+    hard_negatives: Sequence[Sequence[Hashable]] = (),
+    *,
+    null: bool = False,
 ) -> list[Hashable]:
     """The captions to encode, in the order that `Candidates.index` counts them.
 
+    null: as of the rule; the empty caption comes last. What a pipeline encodes it to is the
+    pipeline's own: SDXL's is zeros where its config has `force_zeros_for_empty_prompt`.
+
     >>> caption_pool(["a dog", "a cat"], [["two dogs"], ["a rat", "two cats"]])
     ['a dog', 'a cat', 'two dogs', 'a rat', 'two cats']
+    >>> caption_pool(["a dog", "a cat"], null=True)
+    ['a dog', 'a cat', '']
     """
-    return [*captions, *chain.from_iterable(hard_negatives)]
+    return [*captions, *chain.from_iterable(hard_negatives), *([EMPTY] if null else [])]
 
 
 def _compete(
@@ -260,9 +277,11 @@ def _compete(
     num_negatives: int,
     image_ids: Captions | None,
     generator: torch.Generator | None,
+    *,
     allow_empty: bool,
+    null: bool,
 ) -> Candidates:
-    """Own caption, the hard negatives, and `num_negatives` others of the batch."""
+    """Own caption, the hard negatives, `num_negatives` others of the batch, the empty caption."""
     captions, image_ids = _as_list(captions), _image_ids(captions, image_ids)
     batch = len(captions)
     if hard_negatives is None:
@@ -283,6 +302,7 @@ def _compete(
     num_hard = max(map(len, hard_negatives), default=0)
     own = _captions_of_images(captions, image_ids)
     starts = accumulate(map(len, hard_negatives), initial=batch)
+    last = batch + sum(map(len, hard_negatives))
     rows: list[list[int]] = []
     for i, (hard, start) in enumerate(zip(hard_negatives, starts, strict=False)):
         taken = set(own[image_ids[i]])
@@ -292,7 +312,9 @@ def _compete(
         hard_rows = _distinct(((start + h, text) for h, text in enumerate(hard)), taken)
         others = _distinct(((j, captions[j]) for j in order), taken)
         rows.append(_pad(hard_rows, num_hard) + _pad(others[:num_negatives], num_negatives))
-    columns = torch.tensor(rows, dtype=torch.long).reshape(batch, num_hard + num_negatives)
+        if null:
+            rows[-1].append(-1 if captions[i] == EMPTY else last)
+    columns = torch.tensor(rows, dtype=torch.long).reshape(batch, num_hard + num_negatives + null)
     mask = columns >= 0
     if not mask.any() and not allow_empty:
         raise ValueError(_no_negatives(captions, image_ids))
@@ -301,7 +323,7 @@ def _compete(
         index=torch.cat([own_rows, torch.where(mask, columns, own_rows)], dim=1),
         positives=torch.zeros(batch, dtype=torch.long),
         mask=torch.cat([torch.ones(batch, 1, dtype=torch.bool), mask], dim=1),
-        pool_size=batch + sum(map(len, hard_negatives)),
+        pool_size=last + null,
     )
 
 

@@ -161,7 +161,7 @@ def prepare(
     latents = model.encode_images(batch.pixels, generator)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     timesteps = trained.timesteps(len(latents), generator)
-    pool, candidates = competitors(batch, options.num_negatives - hard_of(options), generator)
+    pool, candidates = competitors(options, batch, generator)
     scheduler = model.pipe.scheduler
     return Inputs(
         add_noise(scheduler, latents, noise, timesteps),

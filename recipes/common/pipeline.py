@@ -151,7 +151,21 @@ class TextToImage:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """One row a prompt in every tensor, as `TokenDenoiser` names them."""
+        """One row a prompt in every tensor, as `TokenDenoiser` names them.
+
+        The empty prompt is what the pipeline guides away from: zeros for SDXL, where its config
+        has `force_zeros_for_empty_prompt`.
+        """
+        encoded = self.encode_text(prompts)
+        if self.pipe.config.get("force_zeros_for_empty_prompt") and "" in prompts:
+            told = torch.tensor([text != "" for text in prompts], device=self.device)
+            for value in encoded.values():
+                value[~told] = 0
+        return encoded
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the text encoders make of the prompts, the empty one too."""
         missing = [text for text in dict.fromkeys(prompts) if text not in self._cache]
         for first in range(0, len(missing), ENCODED):
             group = missing[first : first + ENCODED]

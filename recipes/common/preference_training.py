@@ -66,7 +66,7 @@ def run_preference(
         # AGSM's own draws: the host's stay what they are without it.
         own = draws(options.seed, index, accelerator.process_index, "candidates")
         if agsm is not None:
-            pool, extra["captions"] = competitors(batch, options.num_negatives - hard, own)
+            pool, extra["captions"] = competitors(options, batch, own)
         image = model.image_conditioning(batch.winner)
         conditioning = model.encode_prompts(pool)
         with accelerator.autocast():

@@ -124,7 +124,14 @@ class AGSMOptions(Checked):
         "captions (in_batch), edits of the image's own caption (hard), or both (mixed: half are "
         "edits, rounded up).",
     )
-    num_negatives: int = option(3, "Negatives per image.", at_least=1)
+    num_negatives: int = option(
+        3, "Negatives per image; 0: the empty caption alone, with --null.", at_least=0
+    )
+    null: bool = option(
+        False,
+        "The empty caption competes too, besides --num_negatives: what classifier-free guidance "
+        "does in the sampler is trained in.",
+    )
     negatives_per_step: int = option(
         0,
         "Negatives per image to train on in a step, drawn at random; 0: all.",
@@ -249,6 +256,11 @@ class PipelineOptions(
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not (self.num_negatives or self.null):
+            raise ValueError(
+                "num_negatives: expected at least 1 without --null, got 0: nothing would compete "
+                "with the image's own caption."
+            )
         if self.neg_scale is None:
             chosen = 0.0 if self.rank or self.full else 0.1
             object.__setattr__(self, "neg_scale", chosen)

@@ -43,6 +43,7 @@ from common.messages import say, say_saved, say_scores, say_validating
 from common.pipeline import TextToImage
 from common.sampling import sample
 from common.settings import (
+    AGSMOptions,
     ModelOptions,
     OnPolicyOptions,
     PipelineLoopOptions,
@@ -126,12 +127,12 @@ class TrainedPipeline:
     ) -> AGSMRegularizer:
         """AGSM over the denoiser, with λ = weight, on so many images a micro-step."""
         options = self.options
-        if batch_size < 2 and options.candidates == "in_batch":
+        if batch_size < 2 and options.candidates == "in_batch" and not options.null:
             raise ValueError(
                 f"batch_size: expected 2 at least of AGSM's images, got {batch_size}: with "
                 "--candidates in_batch the other captions are the batch's, and there would be "
-                "none. Take larger batches and fewer of them (--gradient_accumulation_steps), or "
-                "--candidates hard or mixed."
+                "none. Take larger batches and fewer of them (--gradient_accumulation_steps), "
+                "--candidates hard or mixed, or --null."
             )
         temperature: Any = options.temperature
         if options.target_entropy:
@@ -146,7 +147,7 @@ class TrainedPipeline:
             EMA(self.parameters, decay=options.ema_decay),
             loss,
             weight=weight,
-            candidates=InBatch(options.num_negatives, allow_empty=True),
+            candidates=InBatch(options.num_negatives, allow_empty=True, null=options.null),
             negatives_train=self._negatives_train(),
             passes=Passes(options.chunk_size or None, options.negatives_per_step or None),
         )
@@ -196,8 +197,7 @@ class TrainedPipeline:
         kept: the rows that are trained on (all of them by default); the other rows' captions still
         compete.
         """
-        in_batch = self.options.num_negatives - hard_per_image(self.options)
-        pool, every = competitors(batch, in_batch, generator)
+        pool, every = competitors(self.options, batch, generator)
         kept = torch.arange(len(latents)) if kept is None else kept
         candidates = Candidates(
             every.index[kept], every.positives[kept], every.mask[kept], every.pool_size
@@ -315,20 +315,21 @@ def on_policy_images(options: OnPolicyOptions, task: Task, batch_size: int | Non
 
 
 def competitors(
-    batch: Any, in_batch: int, generator: torch.Generator
+    options: AGSMOptions, batch: Any, generator: torch.Generator
 ) -> tuple[list[str], Candidates]:
     """The captions that a batch's images are shown, and who competes for each.
 
-    batch: `image_data.Batch` or `pair_data.PairBatch`. in_batch: negatives per image from the
-    batch, besides its edited captions.
+    batch: `image_data.Batch` or `pair_data.PairBatch`, with its edited captions.
     """
-    candidates = Mixed(in_batch, allow_empty=True)(
+    in_batch = options.num_negatives - hard_per_image(options)
+    candidates = Mixed(in_batch, allow_empty=True, null=options.null)(
         batch.captions,
         hard_negatives=batch.hard,
         image_ids=batch.image_ids,
         generator=generator,
     )
-    return [str(text) for text in caption_pool(batch.captions, batch.hard)], candidates
+    pool = caption_pool(batch.captions, batch.hard, null=options.null)
+    return [str(text) for text in pool], candidates
 
 
 def _attach(options: ModelOptions, model: TextToImage) -> TokenDenoiser:
@@ -339,5 +340,5 @@ def _attach(options: ModelOptions, model: TextToImage) -> TokenDenoiser:
         "banks": options.banks,
     }
     if backbone_of(model.denoiser).one_set():  # UNets start from the empty prompt's BOS vector
-        settings["init"] = bos_embedding(model.encode_prompts([""])["prompt_embeds"])
+        settings["init"] = bos_embedding(model.encode_text([""])["prompt_embeds"])
     return TokenDenoiser(model.denoiser, **settings)

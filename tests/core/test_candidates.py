@@ -153,6 +153,6 @@ def test_the_rules_are_mixtures(rows, num_negatives, seed):
 def test_rules_are_values():
     """So that one can be a default, be compared and be printed."""
     assert InBatch(3) == InBatch() != InBatch(2)
-    assert repr(Mixed(2, allow_empty=True)) == "Mixed(num_negatives=2, allow_empty=True)"
+    assert repr(Mixed(2)) == "Mixed(num_negatives=2, allow_empty=False, null=False)"
     with pytest.raises(AttributeError):
         InBatch().num_negatives = 5
