@@ -27,6 +27,18 @@ s_j(d_j − Σ w_k d_k) − d_j with s_y = γ⁺ and s_j = −γ⁻, and by the 
 D + N never grows when γ⁺ ≤ 1 and γ⁻ ≤ 1, for every K, every temperature and whatever the weights
 (so far as p̂ moves by at most 1/(1 + γ⁻) of the way a step). With γ⁺ > 1 the matching prediction
 can run away; with γ⁻ > 1 the proof fails. SoftREPA's objective has no such bound.
+
+Where it comes to rest. Take γ⁻ = 0, one matching caption y, an EMA right behind the student,
+w_y < 1, and write p̄ = Σ_{k≠y} w_k p_k / (1 − w_y) for the others' mean, τ* for the mean of τ given
+x_t and the caption, and g = γ⁺(1 − w_y). Then Δ_y = (1 − w_y)(p_y − p̄), and a student at the
+minimum has p_y = τ* + g(p_y − p̄). For g < 1 the loop contracts to
+
+    p_y = p̄ + s·(τ* − p̄)   with   s = 1/(1 − g)                        `guidance_scale`
+
+which is what a sampler with guidance scale s would have made of τ* (classifier-free guidance,
+arXiv 2207.12598, where the other caption is the empty one). Flat weights and the empty caption
+alone give s = 2 at γ⁺ = 1. γ⁺ sets the scale, and Plackett–Luce weights lower it where the model is
+sure (w_y near 1). Weights that are constant make it Model-guidance (arXiv 2502.12154).
 """
 
 from collections.abc import Callable, Sequence
@@ -222,6 +234,25 @@ def guided_targets(
     target, guidance = _in_float32(target, guidance)
     positive, _ = candidate_masks(positives, None, guidance.shape[:2], guidance.device)
     return _guided_targets(target, guidance, positive, pos_scale, neg_scale)
+
+
+def guidance_scale(
+    positive_weight: Float[Tensor, "*B"], pos_scale: float | int = 1.0
+) -> Float[Tensor, "*B"]:
+    """s = 1/(1 − γ⁺(1 − w_y)): the sampler's guidance that training comes to rest at.
+
+    1 is no guidance. Infinite where γ⁺(1 − w_y) ≥ 1: the loop would not come to rest. The module's
+    text derives it, for γ⁻ = 0 and one matching caption.
+
+    Args:
+        positive_weight: w_y, the matching caption's weight.
+        pos_scale: γ⁺ ≥ 0.
+
+    >>> guidance_scale(torch.tensor([1.0, 0.5, 0.25]))
+    tensor([1., 2., 4.])
+    """
+    _checks.check_scale("pos_scale", pos_scale)
+    return 1 / (1 - pos_scale * (1 - positive_weight)).clamp(min=0)
 
 
 def guide(

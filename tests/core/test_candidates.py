@@ -92,6 +92,41 @@ def test_a_dropped_caption_stands_alone():
     assert Grid()(captions).mask.sum(1).tolist() == [2, 1, 2]
 
 
+@given(BATCHES, st.integers(0, 3), SEEDS)
+def test_null_adds_the_empty_caption_to_what_would_compete_without_it(rows, num_negatives, seed):
+    captions, image_ids = zip(*rows, strict=True)
+    hard = [[f"{c}+", ""][: i % 3] for i, c in enumerate(captions)]
+
+    def choose(null):
+        return Mixed(num_negatives, allow_empty=True, null=null)(
+            captions,
+            hard_negatives=hard,
+            image_ids=image_ids,
+            generator=torch.Generator().manual_seed(seed),
+        )
+
+    plain, more = choose(False), choose(True)
+    pool = caption_pool(captions, hard, null=True)
+    assert more.pool_size == len(pool) == plain.pool_size + 1 and pool[-1] == ""
+    assert torch.equal(more.index[:, :-1], plain.index)
+    assert torch.equal(more.mask[:, :-1], plain.mask)
+    # it competes once, for the images that have a caption
+    assert more.mask[:, -1].tolist() == [bool(c) for c in captions]
+    for i, caption in enumerate(captions):
+        assert more.index[i, -1] == (len(pool) - 1 if caption else i)
+
+
+def test_the_empty_caption_can_compete_alone():
+    """Also where all captions of the batch are the same."""
+    for rule, hard in ((InBatch(0, null=True), None), (Hard(null=True), [[], []])):
+        candidates = rule(["a", "a"], hard_negatives=hard)
+        assert candidates.index.tolist() == [[0, 2], [1, 2]] and candidates.mask.all()
+    with pytest.raises(ValueError, match="expected at least 1, got 0"):
+        InBatch(0)
+    with pytest.raises(ValueError, match="no image of this batch"):
+        InBatch(0, null=True)(["", ""])
+
+
 def test_ids_serve_as_captions():
     by_text = InBatch()(["a", "b", "a", "c"], generator=torch.Generator().manual_seed(1))
     by_id = InBatch()(torch.tensor([5, 6, 5, 7]), generator=torch.Generator().manual_seed(1))

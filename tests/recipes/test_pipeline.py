@@ -9,7 +9,7 @@ from common.pipeline import TextToImage
 from world.export import captioned
 
 KINDS = ("unet", "unet_sdxl", "sd3", "flux")
-TOLD = ["a red circle", "two blue circles", ""]
+TOLD = ["a red circle", "two blue circles"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -34,6 +34,31 @@ def test_prompts_are_encoded_as_the_pipeline_would(folder):
     for name, value in want.items():
         assert not torch.equal(value[0], value[1])
         torch.testing.assert_close(got[name], value)
+
+
+def test_the_empty_prompt_is_what_the_pipeline_guides_away_from(folder):
+    """SDXL's is zeros by its config; the text encoders' own is there as well."""
+    model = TextToImage.load(str(folder), torch.float32)
+    got = model.encode_prompts(["a red circle", ""])
+    pipe, kind = model.pipe, type(model.pipe).__name__
+    if kind == "FluxPipeline":  # it guides by a second call, with the empty prompt
+        want = dict(zip(got, pipe.encode_prompt("", None)[:2], strict=True))
+    else:
+        others = {"unet": (), "StableDiffusionXLPipeline": (None,)}.get(kind, (None, None))
+        found = pipe.encode_prompt(
+            "a red circle",
+            *(() if kind == "StableDiffusionPipeline" else others),
+            device="cpu",
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+        )
+        want = dict(zip(got, (found[1], found[-1]), strict=False))
+    for name, value in want.items():
+        torch.testing.assert_close(got[name][1:], value)
+        assert not torch.equal(got[name][0], got[name][1])
+    zeros = kind == "StableDiffusionXLPipeline"
+    assert all((value[1] == 0).all() == zeros for value in got.values())
+    assert all((value != 0).any() for value in model.encode_text([""]).values())
 
 
 def test_latents_decode_to_what_the_vae_would_give(folder):
