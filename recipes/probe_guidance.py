@@ -4,9 +4,9 @@
 
 AGSM's positive target points from the wrong captions' predictions to the right one's,
 tau + gamma+ (f(c) - sum_k w_k f(c_k)), so what it teaches is guidance. Here the sampler does that
-itself, f(c) + s (f(c) - mean_k f(c_k)), at several scales s, on the world's prompts. A
-direction that does not help here is unlikely to help as a target. Prints a table and
-writes it with `--output`.
+itself, f(c) + s (f(c) - mean_k f(c_k)), at several scales s, on the world's prompts; with
+`--guidance_scale` over and above classifier-free guidance. A direction that does not help here is
+unlikely to help as a target. Prints a table and writes it with `--output`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ class Options(Checked):
     """Every option, its default and its meaning."""
 
     model: str = option("recipes/models/flow", "Pipeline to sample: a folder.")
-    against: Literal["null", "in_batch", "hard", "counts", "neighbours"] = option(
+    against: Literal["null", "in_batch", "hard", "swapped", "counts", "neighbours"] = option(
         "counts",
         "Wrong captions: the empty one (classifier-free guidance, s = CFG - 1), another prompt's, "
-        "one of the hard negatives, one more and one fewer object (counts), or the same without a "
-        "single object (neighbours).",
+        "one of the hard negatives, the two objects' colours exchanged or their relation reversed "
+        "(swapped; a hard negative where there is neither), one more and one fewer object "
+        "(counts), or the same without a single object (neighbours).",
+    )
+    guidance_scale: float = option(
+        1.0, "Classifier-free guidance scale under it; 1: none.", at_least=1
     )
     scales: str = option("0,0.5,1,2", "Scales s of the guidance, separated by commas.")
-    categories: str = option("counting", "Categories of the world, separated by commas.")
+    categories: str = option("counting", "Categories of the world, separated by commas, or all.")
     fold: Literal["train", "validation", "heldout"] = option(
         "validation", "Fold of the world's prompts."
     )

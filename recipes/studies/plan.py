@@ -20,6 +20,7 @@ from world.scene import TAGS
 
 BASE = "base"
 RECIPE, AFTER = "recipe", "after"
+OF, SCALES = "of", "guidance_scales"
 SETTINGS = "settings.json"
 
 
@@ -33,6 +34,8 @@ class Plan:
         that method trains no tokens, and is itself after none.
         The untrained base is always there, under the name "base".
     references: further pipelines (name -> folder) that are scored as they are, e.g. the ceiling.
+    sampled: name -> {of, guidance_scales}: the model of the base, a reference or a method (of),
+        sampled at other guidance scales. An entry of the base shows what guidance gains it.
     panels: title -> a metric of log.jsonl, each drawn as a curve and told at the end of training.
     frontier: a metric of log.jsonl against which the validation's overall score is drawn and told.
     baselines: methods that the others are compared with, image by image, as with the base.
@@ -49,6 +52,7 @@ class Plan:
     methods: dict[str, dict[str, Any]]
     common: dict[str, Any] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
+    sampled: dict[str, dict[str, Any]] = field(default_factory=dict)
     panels: dict[str, str] = field(default_factory=dict)
     frontier: str = ""
     baselines: list[str] = field(default_factory=list)
@@ -60,6 +64,11 @@ class Plan:
     categories: list[str] = field(default_factory=lambda: list(TAGS))
     pairs: int = 0
     title: str = "Soft tokens on the embedded world"
+
+    def scales(self, method: str) -> list[float]:
+        """The guidance scales that a method is sampled at."""
+        own: list[float] = self.sampled.get(method, {}).get(SCALES, self.guidance_scales)
+        return own
 
     def prompts(self, fold: str, per_category: int) -> list[dict[str, Any]]:
         """GenEval rows of what is scored."""
@@ -75,7 +84,19 @@ def read_plan(file: Path, output_dir: str | None = None) -> Plan:
     missing = sorted({"model", "output_dir", "methods"} - set(values))
     if missing:
         raise ValueError(f"{file}: {missing} missing")
-    _check_names(file, [BASE, *values.get("references", {}), *values["methods"]])
+    models = [BASE, *values.get("references", {}), *values["methods"]]
+    sampled = values.get("sampled", {})
+    _check_names(file, [*models, *sampled])
+    for name, options in sampled.items():
+        if not isinstance(options, dict) or set(options) != {OF, SCALES}:
+            raise ValueError(
+                f"{file}: sampled: {name}: expected the keys {OF} and {SCALES}, got {options!r}"
+            )
+        if options[OF] not in models or not options[SCALES]:
+            raise ValueError(
+                f"{file}: sampled: {name}: expected {OF} one of {models} and a scale at least, got "
+                f"{options!r}"
+            )
     for name, options in values["methods"].items():
         known = [one.name for one in fields(recipe_of(f"{file}: {name}", options).Options)]
         _refuse_unknown(f"{file}: {name}", options, [*known, RECIPE, AFTER])
@@ -166,17 +187,20 @@ def folder_of(plan: Plan, method: str, seed: int) -> Path:
 
 def jobs_of(plan: Plan) -> list[tuple[str, int]]:
     """Seed by seed, so that a study that was stopped has whole seeds."""
-    methods = [BASE, *plan.references, *plan.methods]
+    methods = [BASE, *plan.references, *plan.methods, *plan.sampled]
     return [(method, seed) for seed in plan.seeds for method in methods]
 
 
 # What says which runs there are, where they are kept and how they are shown, and not what one does.
-_NOT_OF_A_RUN = {"methods", "common", "references", "seeds", "output_dir", "baselines"}
+_NOT_OF_A_RUN = {"methods", "common", "references", "sampled", "seeds", "output_dir", "baselines"}
 _NOT_OF_A_RUN |= {"title", "panels", "frontier"}
 
 
 def settings_of(plan: Plan, method: str) -> dict[str, Any]:
     """What the result of a method's runs depends on besides the seed, as JSON gives it back."""
+    if method in plan.sampled:
+        of = settings_of(plan, plan.sampled[method][OF])
+        return {**of, SCALES: plan.scales(method)}
     names = [one.name for one in fields(Plan) if one.name not in _NOT_OF_A_RUN]
     settings = {name: getattr(plan, name) for name in names}
     if method in plan.references:

@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from scipy.stats import t
 
 from studies.figures import curves, frontier, pictures
-from studies.plan import BASE, Plan, folder_of, images_of, jobs_of, log_of
+from studies.plan import BASE, OF, Plan, folder_of, images_of, jobs_of, log_of
 from world.detect import palette_error
 from world.prompts import specs
 
@@ -74,12 +74,7 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         if several
         else "score [95 % interval: Wilson's; overall: the categories' put together]"
     )
-    chosen = (
-        f"Each at the guidance scale (CFG) that was best on {plan.sweep_per_category} validation "
-        f"prompts a category, of {plan.guidance_scales}."
-        if len(plan.guidance_scales) > 1
-        else f"All at guidance scale (CFG) {plan.guidance_scales[0]:g}."
-    )
+    chosen = _scales_told(plan)
     lines = [
         f"# {_plain(plan.title)}",
         "",
@@ -106,6 +101,7 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         lines.append(f"| {_plain(name)} | " + " | ".join(cells) + " |")
     lines += ["", *_by_guidance(plan, by_method), *_preferences(plan, by_method)]
     lines += _differences(plan, by_method)
+    lines += _recovered(plan, by_method)
     lines += [*_mistakes(by_method), "", *_cleanness(plan, by_method)]
     lines += [
         "## Training",
@@ -136,6 +132,19 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
     return "\n".join(lines)
 
 
+def _scales_told(plan: Plan) -> str:
+    """One sentence on the guidance scale that each method is sampled at."""
+    best = f"the guidance scale (CFG) that was best on {plan.sweep_per_category} validation prompts"
+    if len(plan.guidance_scales) > 1:
+        return f"Each at {best} a category, of {plan.guidance_scales}."
+    told = f"All at guidance scale (CFG) {plan.guidance_scales[0]:g}"
+    for name in plan.sampled:
+        scales = plan.scales(name)
+        one = f"{scales[0]:g}" if len(scales) == 1 else f"{best} a category, of {scales}"
+        told += f", but {_plain(name)} at {one}"
+    return f"{told}."
+
+
 def _cell(summaries: Sequence[Mapping[str, Any]], key: str) -> str:
     if len(summaries) == 1:
         one = summaries[0]
@@ -146,8 +155,10 @@ def _cell(summaries: Sequence[Mapping[str, Any]], key: str) -> str:
 
 def _by_guidance(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """The sweep: what each method scores at every guidance scale, mean over the seeds."""
-    if len(plan.guidance_scales) < 2:
+    swept = {name: plan.scales(name) for name in by_method if len(plan.scales(name)) > 1}
+    if not swept:
         return []
+    every = sorted({cfg for scales in swept.values() for cfg in scales})
     lines = [
         "## By guidance scale",
         "",
@@ -156,16 +167,16 @@ def _by_guidance(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> l
             "category); the mean over seeds."
         ),
         "",
-        "| | " + " | ".join(f"CFG {cfg:g}" for cfg in plan.guidance_scales) + " |",
-        "| --- |" + " --- |" * len(plan.guidance_scales),
+        "| | " + " | ".join(f"CFG {cfg:g}" for cfg in every) + " |",
+        "| --- |" + " --- |" * len(every),
     ]
-    for name, group in by_method.items():
+    for name, scales in swept.items():
         cells = []
-        for cfg in plan.guidance_scales:
-            swept = [result["sweep"][str(cfg)] for result in group]
-            overall = np.mean([one["overall"] for one in swept])
-            counting = np.mean([one["categories"]["counting"]["score"] for one in swept])
-            cells.append(f"{overall:.3f}, {counting:.3f}")
+        for cfg in every:
+            found = [result["sweep"][str(cfg)] for result in by_method[name] if cfg in scales]
+            overall = [one["overall"] for one in found]
+            counting = [one["categories"]["counting"]["score"] for one in found]
+            cells.append(f"{np.mean(overall):.3f}, {np.mean(counting):.3f}" if found else "")
         lines.append(f"| {_plain(name)} | " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -229,6 +240,42 @@ def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> l
             )
         lines.append("")
     return lines
+
+
+def _recovered(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """What each method has of the gain that guidance brings the base, and at which cost."""
+    guided = [name for name, options in plan.sampled.items() if options[OF] == BASE]
+    if not guided:
+        return []
+    of = guided[0]
+    lines = [
+        "## What guidance gains the base, and who has it",
+        "",
+        (
+            f"Share of the difference between the base and {_plain(of)} that a method has; the "
+            "mean over seeds of both. Passes of the denoiser and seconds of one thread a picture."
+        ),
+        "",
+        "| | overall | counting | passes | seconds |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+
+    def mean(name: str, key: str | None) -> float:
+        scores = [result["heldout"] for result in by_method[name]]
+        found = [s["overall"] if key is None else s["categories"][key]["score"] for s in scores]
+        return float(np.mean(found))
+
+    for name, group in by_method.items():
+        cells = []
+        for key in (None, "counting"):
+            gain = mean(of, key) - mean(BASE, key)
+            share = (mean(name, key) - mean(BASE, key)) / gain if gain > 0 else float("nan")
+            cells.append(f"{share:.0%}" if gain > 0 else "no gain")
+        passes = [plan.num_inference_steps * (1 + (result["cfg"] > 1)) for result in group]
+        cells.append(", ".join(f"{one}" for one in dict.fromkeys(passes)))
+        cells.append(f"{np.median([result['seconds_per_image'] for result in group]):.3f}")
+        lines.append(f"| {_plain(name)} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def _mistakes(by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:

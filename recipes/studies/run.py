@@ -24,6 +24,7 @@ from common.stop import PIPED, Stop
 from studies.accuracy import implicit_accuracy
 from studies.plan import (
     AFTER,
+    OF,
     RECIPE,
     SETTINGS,
     Plan,
@@ -43,29 +44,14 @@ STUDY = Path(__file__).parents[1] / "study.py"
 def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
     """Trains, sweeps and scores one method with one seed; the result is also saved."""
     folder = begin(plan, method, seed)
-    source, extras, seconds = Path(plan.references.get(method, plan.model)), ("", ""), 0.0
-    options: dict[str, Any] = {}
+    seconds = 0.0
     if method in plan.methods:
-        options = {**plan.common, **plan.methods[method], "seed": seed, "model": plan.model}
-        trained = folder / "train"
-        options |= {"output_dir": str(trained), "resume_from_checkpoint": "latest"}
-        recipe, before = recipe_of(method, options), options.pop(AFTER, None)
-        options.pop(RECIPE, None)
-        if before is not None:
-            earlier = folder_of(plan, before, seed) / "train"
-            if (earlier / "pipeline").exists():
-                options["model"] = str(earlier / "pipeline")
-            else:
-                options["merge_lora"] = str(earlier / "lora")
+        options = _options(plan, method, seed)
         began = time.time()
-        recipe.main(flags(options))
+        recipe_of(method, plan.methods[method]).main(flags(options))
         seconds = time.time() - began
-        source = trained / "pipeline" if options.get("full") else Path(options["model"])
-        extras = tuple(str(p) if p.exists() else "" for p in (trained / "tokens", trained / "lora"))
-    model = TextToImage.load(str(source), torch.float32, arguments=pipeline_arguments)
-    if options.get("merge_lora") and not options.get("full"):
-        model.merge_lora(options["merge_lora"])
-    model.load_extras(*extras)
+    model = _load(plan, plan.sampled.get(method, {}).get(OF, method), seed)
+    scales = plan.scales(method)
 
     def score(fold: str, number: int, cfg: float, key: str) -> tuple[Any, Any]:
         asked = plan.prompts(fold, number)
@@ -80,17 +66,20 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         return images, verdicts(images, asked)
 
     sweep = {}
-    for cfg in plan.guidance_scales if len(plan.guidance_scales) > 1 else ():
+    for cfg in scales if len(scales) > 1 else ():
         _, judged = score("validation", plan.sweep_per_category, cfg, "sweep")
         sweep[str(cfg)] = summarize_with_intervals(judged)
-    best = max(plan.guidance_scales, key=lambda cfg: sweep[str(cfg)]["overall"] if sweep else 0.0)
+    best = max(scales, key=lambda cfg: sweep[str(cfg)]["overall"] if sweep else 0.0)
+    began = time.process_time()
     images, judged = score("heldout", plan.per_category, best, "heldout")
+    sampling = (time.process_time() - began) / len(images)
     np.savez_compressed(folder / "images.npz", images=images)
     result = {
         "method": method,
         "seed": seed,
         "cfg": best,
         "train_seconds": round(seconds, 1),
+        "seconds_per_image": round(sampling, 4),
         "sweep": sweep,
         "heldout": summarize_with_intervals(judged),
         "correct": [int(verdict.correct) for verdict in judged],
@@ -103,6 +92,38 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         result["implicit_accuracy"] = found
     _write(folder / "result.json", result)
     return result
+
+
+def _options(plan: Plan, method: str, seed: int) -> dict[str, Any]:
+    """The options of a method's training."""
+    output = folder_of(plan, method, seed) / "train"
+    options = {**plan.common, **plan.methods[method], "seed": seed, "model": plan.model}
+    options |= {"output_dir": str(output), "resume_from_checkpoint": "latest"}
+    options.pop(RECIPE, None)
+    before = options.pop(AFTER, None)
+    if before is not None:
+        earlier = folder_of(plan, before, seed) / "train"
+        if (earlier / "pipeline").exists():
+            options["model"] = str(earlier / "pipeline")
+        else:
+            options["merge_lora"] = str(earlier / "lora")
+    return options
+
+
+def _load(plan: Plan, method: str, seed: int) -> TextToImage:
+    """The model of the base, a reference, or a trained method."""
+    if method not in plan.methods:
+        source, options, extras = plan.references.get(method, plan.model), {}, ("", "")
+    else:
+        options = _options(plan, method, seed)
+        trained = Path(options["output_dir"])
+        source = str(trained / "pipeline") if options.get("full") else options["model"]
+        extras = tuple(str(p) if p.exists() else "" for p in (trained / "tokens", trained / "lora"))
+    model = TextToImage.load(source, torch.float32, arguments=pipeline_arguments)
+    if options.get("merge_lora") and not options.get("full"):
+        model.merge_lora(options["merge_lora"])
+    model.load_extras(*extras)
+    return model
 
 
 def begin(plan: Plan, method: str, seed: int) -> Path:
@@ -140,7 +161,8 @@ def run_all(config: Path, plan: Plan, jobs: int) -> None:
 
     def run(one: tuple[str, int]) -> None:
         method, seed = one
-        before = plan.methods.get(method, {}).get(AFTER), seed
+        options = {**plan.methods, **plan.sampled}.get(method, {})
+        before = options.get(AFTER, options.get(OF)), seed
         if before in started:  # it was started earlier, so this ends
             started[before].result()
         folder = folder_of(plan, method, seed)

@@ -72,6 +72,51 @@ def test_a_study_from_plan_to_report(flow_base, tmp_path, monkeypatch):
         study.main(["--config", str(file), "--jobs", "2"])
 
 
+def test_models_of_other_entries_sampled_at_other_scales(flow_base, tmp_path, monkeypatch):
+    """They are not trained again, wait for what they sample, and say what guidance gains."""
+    sampled = {
+        "guided": {"of": "base", "guidance_scales": [2.0]},
+        "AGSM, guided": {"of": "AGSM", "guidance_scales": [1.0, 3.0]},
+    }
+    file = plan_file(tmp_path, flow_base, sampled=sampled, seeds=[0], guidance_scales=[1.0])
+    plan = read_plan(file)
+    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: _in_process(command))
+    trained = []
+    main = recipe_of("", {}).main
+    monkeypatch.setattr(recipe_of("", {}), "main", lambda line: trained.append(main(line)))
+    study.main(["--config", str(file), "--jobs", "1"])
+    assert len(trained) == 1
+    results = {r["method"]: r for r in json.loads((tmp_path / "out/results.json").read_text())}
+    assert [name for name, _ in jobs_of(plan)] == list(results)
+    assert (results["guided"]["cfg"], results["guided"]["sweep"]) == (2.0, {})
+    assert list(results["AGSM, guided"]["sweep"]) == ["1.0", "3.0"]
+
+    def images(name):
+        return figures.images_of(plan, name, 0)
+
+    assert not np.array_equal(images("base"), images("guided"))
+    if results["AGSM, guided"]["cfg"] == 1.0:
+        assert np.array_equal(images("AGSM"), images("AGSM, guided"))
+    text = (tmp_path / "out" / "report.md").read_text()
+    gains = text.split("## What guidance gains")[1].split("##")[0]
+    rows = [line.strip("| ").split(" | ") for line in gains.splitlines() if line.startswith("| ")]
+    passes = {row[0]: row[3] for row in rows}
+    assert (passes["base"], passes["guided"]) == ("1", "2")
+    assert "All at guidance scale (CFG) 1, but AGSM, guided at the guidance scale" in text
+    swept = text.split("## By guidance scale")[1].split("##")[0]
+    assert "| AGSM, guided |" in swept and "| base |" not in swept
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"of": "A"}, {"of": "B", "guidance_scales": [2.0]}, {"of": "A", "guidance_scales": []}, "A"],
+)
+def test_bad_entries_to_sample_are_refused(tmp_path, options):
+    file = plan_file(tmp_path, "m", methods={"A": {}}, sampled={"C": options})
+    with pytest.raises(ValueError, match="sampled: C: expected"):
+        read_plan(file)
+
+
 @pytest.mark.slow
 def test_methods_of_other_recipes_and_after_one_another(flow_base, tmp_path, monkeypatch):
     dpo = {"recipe": "train_dpo", "rank": 1, "num_tokens": 0, "learning_rate": 0.05, "beta": 50.0}
