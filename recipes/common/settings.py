@@ -125,9 +125,9 @@ class AGSMOptions(Checked):
         "edits, rounded up).",
     )
     num_negatives: int = option(
-        3, "Negatives per image; 0: the empty caption alone, with --null.", at_least=0
+        3, "Negatives per image; 0: the empty caption alone, with --null_caption.", at_least=0
     )
-    null: bool = option(
+    null_caption: bool = option(
         False,
         "The empty caption competes too, besides --num_negatives: what classifier-free guidance "
         "does in the sampler is trained in.",
@@ -256,10 +256,10 @@ class PipelineOptions(
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.num_negatives or self.null):
+        if not (self.num_negatives or self.null_caption):
             raise ValueError(
-                "num_negatives: expected at least 1 without --null, got 0: nothing would compete "
-                "with the image's own caption."
+                "num_negatives: expected at least 1 without --null_caption, got 0: nothing would "
+                "compete with the image's own caption."
             )
         if self.neg_scale is None:
             chosen = 0.0 if self.rank or self.full else 0.1

@@ -127,12 +127,12 @@ class TrainedPipeline:
     ) -> AGSMRegularizer:
         """AGSM over the denoiser, with λ = weight, on so many images a micro-step."""
         options = self.options
-        if batch_size < 2 and options.candidates == "in_batch" and not options.null:
+        if batch_size < 2 and options.candidates == "in_batch" and not options.null_caption:
             raise ValueError(
                 f"batch_size: expected 2 at least of AGSM's images, got {batch_size}: with "
                 "--candidates in_batch the other captions are the batch's, and there would be "
                 "none. Take larger batches and fewer of them (--gradient_accumulation_steps), "
-                "--candidates hard or mixed, or --null."
+                "--candidates hard or mixed, or --null_caption."
             )
         temperature: Any = options.temperature
         if options.target_entropy:
@@ -147,7 +147,7 @@ class TrainedPipeline:
             EMA(self.parameters, decay=options.ema_decay),
             loss,
             weight=weight,
-            candidates=InBatch(options.num_negatives, allow_empty=True, null=options.null),
+            candidates=InBatch(options.num_negatives, allow_empty=True, null=options.null_caption),
             negatives_train=self._negatives_train(),
             passes=Passes(options.chunk_size or None, options.negatives_per_step or None),
         )
@@ -322,13 +322,13 @@ def competitors(
     batch: `image_data.Batch` or `pair_data.PairBatch`, with its edited captions.
     """
     in_batch = options.num_negatives - hard_per_image(options)
-    candidates = Mixed(in_batch, allow_empty=True, null=options.null)(
+    candidates = Mixed(in_batch, allow_empty=True, null=options.null_caption)(
         batch.captions,
         hard_negatives=batch.hard,
         image_ids=batch.image_ids,
         generator=generator,
     )
-    pool = caption_pool(batch.captions, batch.hard, null=options.null)
+    pool = caption_pool(batch.captions, batch.hard, null=options.null_caption)
     return [str(text) for text in pool], candidates
 
 
