@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from diffusers.training_utils import (
     cast_training_params,
     compute_density_for_timestep_sampling,
 )
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from agsm_loss.integrations.noise import prediction_type
@@ -125,6 +126,14 @@ class TextToImage:
         )
         cast_training_params(self.denoiser, torch.float32)
 
+    def save_lora(self, folder: Path) -> None:
+        """The LoRA as `pipe.load_lora_weights(folder)` takes it, with its alpha."""
+        part = "unet" if hasattr(self.pipe, "unet") else "transformer"
+        layers = get_peft_model_state_dict(self.denoiser)
+        metadata = self.denoiser.peft_config["default"].to_dict()
+        parts = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
+        self.pipe.save_lora_weights(folder, **parts)
+
     def merge_lora(self, lora: str) -> None:
         """Adds a LoRA, from a folder or a hub id, to the denoiser's own weights for good."""
         self.load_extras("", lora)
@@ -135,8 +144,7 @@ class TextToImage:
     def load_extras(self, tokens: str, lora: str, sampling: Sampling = Sampling.BOTH) -> None:
         """Soft tokens and a LoRA onto the denoiser, each from a folder or a hub id; "" for none."""
         if lora:
-            name = "pytorch_lora_weights.safetensors"
-            self.denoiser.load_lora_adapter(lora, prefix=None, weight_name=name)
+            self.pipe.load_lora_weights(lora)
         if tokens:
             load_soft_tokens(self.pipe, tokens, sampling)
 

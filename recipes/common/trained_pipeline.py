@@ -297,7 +297,7 @@ class TrainedPipeline:
             flags["tokens"] = str(saved[-1])
         if options.rank:
             saved.append(output / "lora")
-            self.model.denoiser.save_lora_adapter(saved[-1])
+            self.model.save_lora(saved[-1])
             flags["lora"] = str(saved[-1])
         if options.full:
             saved.append(output / "pipeline")

@@ -1,5 +1,8 @@
 """Stock pipelines of every known kind, taken apart for training and trained on."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from pipelines_tiny import speaking_pipeline
@@ -74,6 +77,46 @@ def test_latents_decode_to_what_the_vae_would_give(folder):
     far = (unscaled - spread.mean).abs() / spread.std
     assert 0 < far.mean() < 2  # a draw of the posterior
     assert not any(p.requires_grad for p in model.denoiser.parameters())
+
+
+STOCK = """
+import sys, torch
+from diffusers import DiffusionPipeline
+
+for folder in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.load_lora_weights(folder + "/lora")
+    assert "agsm_loss" not in sys.modules
+    torch.manual_seed(0)
+    images = pipe("a red circle", num_inference_steps=2, height=16, width=16, output_type="np")
+    torch.save(torch.from_numpy(images.images), folder + "/stock.pt")
+"""
+
+
+def test_a_stock_pipeline_loads_a_lora(tmp_path):
+    """In a new process, without this package: it gives the trained model's images."""
+    drawn = {}
+    for kind in KINDS:
+        folder = speaking_pipeline(kind, tmp_path / kind)
+        model = TextToImage.load(str(folder), torch.float32)
+        model.pipe.set_progress_bar_config(disable=True)
+
+        def draw(pipe):
+            torch.manual_seed(0)
+            call = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np"}
+            return torch.from_numpy(pipe("a red circle", **call).images)
+
+        before = draw(model.pipe)
+        model.add_lora(2)
+        for name, one in model.denoiser.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(one)
+        drawn[folder] = draw(model.pipe)
+        assert not torch.allclose(drawn[folder], before, atol=0.01)
+        model.save_lora(folder / "lora")
+    subprocess.run([sys.executable, "-c", STOCK, *map(str, drawn)], check=True)
+    for folder, wanted in drawn.items():
+        torch.testing.assert_close(torch.load(folder / "stock.pt"), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
