@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ def write(plan: Plan, config: Path, *, seconds: float) -> Path:
     pictures(plan, output / "images.png")
     text = markdown(plan, results, config, seconds)
     (output / "report.md").write_text(text)
-    (output / "report.html").write_text(html_page(plan.title, text))
+    (output / "report.html").write_text(html_page(plan.title, text, output))
     return output / "report.md"
 
 
@@ -77,6 +78,8 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
     chosen = _scales_told(plan)
     lines = [
         f"# {_plain(plan.title)}",
+        "",
+        in_short(plan, by_method),
         "",
         (
             f"Model: `{plan.model}`. Seeds {plan.seeds}, {plan.per_category} held-out prompts a "
@@ -130,6 +133,26 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         "",
     ]
     return "\n".join(lines)
+
+
+def in_short(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> str:
+    """Two sentences: which share of the pictures is right, and what guidance would cost."""
+
+    def share(name: str) -> str:
+        return f"{np.mean([result['heldout']['overall'] for result in by_method[name]]):.0%}"
+
+    shares = [f"{_plain(name)} {share(name)}" for name in by_method if name not in plan.sampled]
+    text = f"Right pictures, of the held-out ones: {', '.join(shares)}."
+    if guided := _guided(plan):
+        scales = {result["cfg"] for result in by_method[guided]}
+        told = "twice the cost a picture" if min(scales) > 1 else "up to twice the cost a picture"
+        text += f" Classifier-free guidance brings the base to {share(guided)}, at {told}."
+    return text
+
+
+def _guided(plan: Plan) -> str:
+    """The entry of the base under guidance, if there is one."""
+    return next((name for name, one in plan.sampled.items() if one[OF] == BASE), "")
 
 
 def _scales_told(plan: Plan) -> str:
@@ -244,10 +267,9 @@ def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> l
 
 def _recovered(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """What each method has of the gain that guidance brings the base, and at which cost."""
-    guided = [name for name, options in plan.sampled.items() if options[OF] == BASE]
-    if not guided:
+    of = _guided(plan)
+    if not of:
         return []
-    of = guided[0]
     lines = [
         "## What guidance gains the base, and who has it",
         "",
@@ -356,8 +378,12 @@ def _plain(text: str) -> str:
     return " ".join(text.split()).replace("<", "&lt;").replace("|", "&#124;")
 
 
-def html_page(title: str, text: str) -> str:
+def html_page(title: str, text: str, folder: Path) -> str:
+    """A page in one file: the folder's pictures are inside it."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    for file in folder.glob("*.png"):
+        data = base64.b64encode(file.read_bytes()).decode()
+        body = body.replace(f'src="{file.name}"', f'src="data:image/png;base64,{data}"')
     style = (
         "body{font:15px/1.5 sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}"
         "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.3em .6em}"

@@ -55,7 +55,10 @@ def test_a_study_from_plan_to_report(flow_base, tmp_path, monkeypatch):
     assert row.split(" | ")[1] == f"{overall:.3f}, {np.mean(counting):.3f}"
     cleanness = text.split("## How clean")[1].split("## ")[0]
     assert cleanness.count(" ± ") == 3 and "| AGSM | 0.00" not in cleanness
-    assert "<table>" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<table>" in page and page.count('src="data:image/png;base64,') == 2 == page.count(
+        "src="
+    )
     for name in ("curves.png", "images.png"):
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.size[0] > 300
@@ -102,6 +105,8 @@ def test_models_of_other_entries_sampled_at_other_scales(flow_base, tmp_path, mo
     rows = [line.strip("| ").split(" | ") for line in gains.splitlines() if line.startswith("| ")]
     passes = {row[0]: row[3] for row in rows}
     assert (passes["base"], passes["guided"]) == ("1", "2")
+    assert "Right pictures, of the held-out ones: base " in text
+    assert "Classifier-free guidance brings the base to " in text and "at twice the cost" in text
     assert "All at guidance scale (CFG) 1, but AGSM, guided at the guidance scale" in text
     swept = text.split("## By guidance scale")[1].split("##")[0]
     assert "| AGSM, guided |" in swept and "| base |" not in swept
@@ -325,7 +330,7 @@ def test_titles_and_names_are_text_in_every_report(name, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "log_of", lambda *_: log)
     monkeypatch.setattr(report, "images_of", lambda *_: np.zeros((1, 8, 8, 3), np.uint8))
     text = report.markdown(plan, results, tmp_path / "plan.yaml", 0.0)
-    page = report.html_page(plan.title, text)
+    page = report.html_page(plan.title, text, tmp_path)
     body = page.split("<body>")[1]
     assert "<script" not in page and "<b>" not in body and "<i>" not in body
     assert body.count("<h1>") == 1 and html.escape(name) in body
