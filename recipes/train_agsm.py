@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     from common.trained_pipeline import TrainedPipeline
     from world.task import open_task
 
-    accelerator = start(options)
+    accelerator = start(options, sharding=True)
     task = open_task(options, accelerator)
     trained = TrainedPipeline.build(options, accelerator, task)
     objective = make_objective(options, trained)

@@ -100,6 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from common.checkpoints import last_whole, opened, save
     from common.ddpo import JsonLines, extra_tracker, make_trainer, samples_sheet
+    from common.engines import check_launched
     from common.messages import paused
     from common.stop import Stop
     from common.trained_pipeline import TrainedPipeline
@@ -113,11 +114,12 @@ def main(arguments: list[str] | None = None) -> None:
             f"candidates in_batch and the defaults of timestep_*, got {options.candidates} and "
             f"{range_}."
         )
+    check_launched(sharding=False)
     # trl's parts log before they have made their own state.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     torch.manual_seed(options.seed)
     task = open_task(options, state)
-    trained = TrainedPipeline.load(options, state.device, task)
+    trained = TrainedPipeline.load(options, state, task)
     if type(trained.model.pipe).__name__ != "StableDiffusionPipeline":
         raise ValueError(
             f"model: expected a StableDiffusionPipeline, got {type(trained.model.pipe).__name__}: "
@@ -169,7 +171,13 @@ def main(arguments: list[str] | None = None) -> None:
                 stopped = stop.asked(trainer.accelerator) and not last
                 if last or stopped or (epoch + 1) % options.checkpointing_epochs == 0:
                     tracker.flush()
-                    saved = save(trainer.accelerator, output, step, trained.parameters)
+                    saved = save(
+                        trainer.accelerator,
+                        output,
+                        step,
+                        trained.parameters,
+                        trainer.accelerator.save_state,
+                    )
                 if stopped:
                     bar.close()
                     stop.end(trainer.accelerator, f"epoch {epoch + 1}", saved, options)

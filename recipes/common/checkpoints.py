@@ -1,9 +1,9 @@
 """A run's folder: one run at a time, the options that it began with, and whole checkpoints.
 
     with opened(options, accelerator) as found:          the checkpoint to go on from, or None
-        accelerator.load_state(str(found.folder))
+        state.load(found.folder)
         ...
-        save(accelerator, output, step, parameters)      the two latest are kept
+        save(accelerator, output, step, parameters, state.save)    the two latest are kept
 
 A checkpoint counts once its file `complete` is there, with the step, the lines of the log so far,
 and the SHA-256 of each file. What is damaged is put aside, and the checkpoint before it is used.
@@ -26,14 +26,14 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
+from common.engines import held
 from common.log import keep_lines, lines_of, replace_text
 from common.settings import TrainingOptions
 
 LOGGER = logging.getLogger(__name__)
-WEIGHTS, COMPLETE, KEPT = "trainable.safetensors", "complete", 2
+COMPLETE, KEPT = "complete", 2
 
 # Options that a resumed run may have otherwise; all the others make another run, the learning
 # rate too: the optimizer's and the schedule's state hold the old one.
@@ -115,27 +115,37 @@ def _open(options: TrainingOptions, lock: FileLock) -> Checkpoint | None:
 
 
 def save(
-    accelerator: Accelerator, output: Path, step: int, trained: Iterable[nn.Parameter]
+    accelerator: Accelerator,
+    output: Path,
+    step: int,
+    trained: Iterable[nn.Parameter],
+    write: Callable[[Path], Any],
 ) -> Path:
     """Saves a checkpoint, on every process; the older ones are removed but for the latest.
+
+    write: fills the folder that it is given, on every process.
 
     Raises:
         FloatingPointError: one of the trained parameters is not finite. Nothing is saved.
     """
-    broken = sum(not bool(one.isfinite().all()) for one in trained if one.requires_grad)
+    broken = sum(not bool(held(one).isfinite().all()) for one in trained if one.requires_grad)
     if int(accelerator.reduce(torch.tensor(broken, device=accelerator.device))):
         raise FloatingPointError(
             f"weights: expected finite numbers after step {step}, got others in {broken} tensors. "
             f"They are not saved. {last_whole(output)} Start anew with a lower --learning_rate."
         )
     folder = _agreed(accelerator, lambda: _make_room(output))
-    accelerator.save_state(str(folder))
+    write(folder)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         marker = {
             "step": step,
             "lines": len(lines_of(output / "log.jsonl")),
-            "sha256": {file.name: _digest(file) for file in sorted(folder.iterdir())},
+            "sha256": {
+                file.relative_to(folder).as_posix(): _digest(file)
+                for file in sorted(folder.rglob("*"))
+                if file.is_file()
+            },
         }
         replace_text(folder / COMPLETE, json.dumps(marker, indent=1) + "\n")
     accelerator.wait_for_everyone()
@@ -146,38 +156,6 @@ def last_whole(output: Path) -> str:
     """A sentence for errors: where a run can go on."""
     whole = [folder for folder in _checkpoints(output) if (folder / COMPLETE).exists()]
     return f"The last good checkpoint is {whole[-1]}." if whole else "There is no checkpoint yet."
-
-
-def only_trainable(accelerator: Accelerator) -> None:
-    """Checkpoints hold what is trained and never a second copy of a frozen backbone."""
-
-    def save(models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        if accelerator.is_main_process:
-            for number, model in enumerate(models):
-                own = {n: p.contiguous() for n, p in _trainable(accelerator, model).items()}
-                save_file(own, Path(folder) / f"{number}_{WEIGHTS}")
-        weights.clear()
-
-    def load(models: list[nn.Module], folder: str) -> None:
-        for number, model in enumerate(models):
-            saved = load_file(Path(folder) / f"{number}_{WEIGHTS}")
-            own = _trainable(accelerator, model)
-            if saved.keys() != own.keys():
-                raise ValueError(
-                    f"{folder}: expected parameters {sorted(own)}, got {sorted(saved)}. Resume "
-                    "with the options that the run began with."
-                )
-            for name, value in own.items():
-                value.copy_(saved[name])
-        models.clear()
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def _trainable(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
-    bare = accelerator.unwrap_model(model)
-    return {n: p.data for n, p in bare.named_parameters() if p.requires_grad}
 
 
 def _compare_options(options: TrainingOptions, file: Path) -> None:

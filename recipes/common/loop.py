@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -33,9 +32,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from common.checkpoints import last_whole, only_trainable, opened, save
+from common.checkpoints import last_whole, opened, save
+from common.engines import check_launched, fit, is_sharded
 from common.log import Log, flat, missing_tracker, tracker_settings
 from common.messages import paused
+from common.run_state import RunState
 from common.settings import LoopOptions
 from common.stop import Stop, signals_kept
 
@@ -53,7 +54,7 @@ class Hooks:
     loss: batch, index of the micro-step -> (scalar, metrics); called on every process.
     update_ema: called after each optimizer step.
     validate: step -> what goes into the log; `finish`: after the last step. Both run on the main
-        process only.
+        process, and on all where the engine shards the weights (`engines.is_sharded`).
     state: objects with state_dict and load_state_dict to checkpoint.
     validate_first: validate before the first step as well; the log then has a line for step 0.
     describe: batch -> what an error tells of it.
@@ -68,8 +69,15 @@ class Hooks:
     describe: Callable[[Any], Mapping[str, Any]] = rows_and_captions
 
 
-def start(options: LoopOptions) -> Accelerator:
-    """Seeds and the accelerator; call it before any weight is drawn."""
+def start(options: LoopOptions, *, sharding: bool = False) -> Accelerator:
+    """Seeds and the accelerator; call it before any weight is drawn.
+
+    sharding: whether the recipe runs in FSDP2 and DeepSpeed too.
+
+    Raises:
+        ValueError: the launcher asks for what the recipe or its options do not.
+    """
+    check_launched(sharding=sharding)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", options.mixed_precision):
         raise ValueError(
@@ -78,6 +86,7 @@ def start(options: LoopOptions) -> Accelerator:
         )
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=options.report_to or None,
         project_config=ProjectConfiguration(project_dir=options.output_dir),
         # Buffers here are constants. To exchange them would make processes that call the model a
@@ -90,6 +99,7 @@ def start(options: LoopOptions) -> Accelerator:
     )
     if options.report_to and not accelerator.log_with:  # accelerate leaves it out without a word
         raise missing_tracker(options.report_to)
+    fit(accelerator, options)
     set_seed(options.seed)
     return accelerator
 
@@ -122,18 +132,20 @@ def train(
     output = Path(options.output_dir)
     log = Log(output / "log.jsonl")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, options))
-    accelerator.register_for_checkpointing(schedule, log, *hooks.state)
-    only_trainable(accelerator)
+    state = RunState(accelerator, model, optimizer, [schedule, log, *hooks.state])
     main = accelerator.is_main_process
+    looks = main or is_sharded(accelerator)
     with opened(options, accelerator) as found:
         done = 0 if found is None else found.step
         if found is not None:
-            accelerator.load_state(str(found.folder))
+            state.load(found.folder)
         if options.report_to:
             settings = tracker_settings(options.report_to, done + 1 if done else 0)
             accelerator.init_trackers("agsm-loss", vars(options), {options.report_to: settings})
-        if hooks.validate_first and done == 0 and main:
-            log.write(0, {"scores": hooks.validate(0)})
+        if hooks.validate_first and done == 0 and looks:
+            scores = hooks.validate(0)
+            if main:
+                log.write(0, {"scores": scores})
         accelerator.wait_for_everyone()
         bar = tqdm(
             initial=done,
@@ -155,7 +167,7 @@ def train(
                     shown = {k.rsplit("/", 1)[-1]: f"{entry[k]:.4f}" for k in entry if k in _SHOWN}
                     bar.set_postfix(shown, refresh=False)
                 if step % options.validation_steps == 0 or last:
-                    if main:
+                    if looks:
                         with paused(bar):
                             entry["scores"] = hooks.validate(step)
                     accelerator.wait_for_everyone()
@@ -165,12 +177,12 @@ def train(
                         accelerator.log(flat(entry), step=step)
                 stopped = stop.asked(accelerator) and not last
                 if step % options.checkpointing_steps == 0 or last or stopped:
-                    saved = save(accelerator, output, step, model.parameters())
+                    saved = save(accelerator, output, step, model.parameters(), state.save)
                 if stopped:
                     bar.close()
                     stop.end(accelerator, f"step {step}", saved, options)
         bar.close()
-        if main:
+        if looks:
             hooks.finish()
         accelerator.wait_for_everyone()
         accelerator.end_training()
@@ -209,7 +221,6 @@ def _optimizer_step(
     step: int,
 ) -> None:
     """The micro-steps of an optimizer step, and the step, if all its numbers are finite."""
-    a_step = options.gradient_accumulation_steps
     seen: list[dict[str, Any]] = []
 
     def broken(name: str, value: Tensor, on: list[dict[str, Any]]) -> FloatingPointError:
@@ -219,17 +230,18 @@ def _optimizer_step(
             "there, or start anew with a lower --learning_rate."
         )
 
-    for micro in range(a_step):
+    for _ in range(options.gradient_accumulation_steps):
         index, batch = next(items)
         seen.append({"micro-step": index, **hooks.describe(batch)})
-        # Gradients are exchanged between processes in the last micro-step only.
-        with nullcontext() if micro + 1 == a_step else accelerator.no_sync(model):
+        with accelerator.accumulate(model):
             loss, metrics = hooks.loss(batch, index)
             if not bool(torch.isfinite(loss)):
                 raise broken("loss", loss, seen[-1:])
-            accelerator.backward(loss / a_step)
+            accelerator.backward(loss)  # DeepSpeed takes the step in here
         log.add({"loss": loss, **metrics})
-    norm = accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or float("inf"))
+    norm = torch.as_tensor(
+        accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or float("inf"))
+    )
     scaler = accelerator.scaler
     if bool(torch.isfinite(norm)):
         log.add({"grad_norm": norm})

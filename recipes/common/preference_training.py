@@ -43,7 +43,7 @@ def run_preference(
     make_step: trained pipeline, AGSM regularizer or None, the host's settings -> the step.
     run: calls the step on a batch; see `Run`.
     """
-    accelerator = start(options)
+    accelerator = start(options, sharding=True)
     task = open_task(options, accelerator)
     trained = TrainedPipeline.build(options, accelerator, task)
     agsm = None

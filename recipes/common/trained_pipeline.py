@@ -18,8 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from agsm_loss import (
@@ -37,6 +39,7 @@ from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off
 from agsm_loss.integrations.tokens.attach import backbone_of
 from agsm_loss.integrations.tokens.unet import bos_embedding
+from common.engines import blocks_of, gathered, is_sharded, run_inside
 from common.image_data import Batch
 from common.loop import Hooks, train
 from common.messages import say, say_saved, say_scores, say_validating
@@ -62,7 +65,7 @@ class TrainedPipeline:
 
     tokens: the denoiser with its soft tokens as accelerate has not wrapped it; None without tokens.
     denoiser: the module to call, `agsm_loss.Denoiser`; prepared by accelerate after `build`.
-    parameters: what is trained.
+    parameters: what is trained, as the engine holds it.
     reference: makes a context in which the denoiser, with `Bank.OFF`, is the model as it was given.
     has_agsm: whether `agsm` has been called.
     """
@@ -82,27 +85,36 @@ class TrainedPipeline:
         cls, options: PipelineLoopOptions, accelerator: Accelerator, task: Task
     ) -> TrainedPipeline:
         """Loads the pipeline and prepares what the options train of it, with its optimizer."""
-        trained = cls.load(options, accelerator.device, task)
+        trained = cls.load(options, accelerator, task)
         optimizer = torch.optim.AdamW(
             trained.parameters,
             lr=options.learning_rate,
             betas=(0.9, options.adam_beta2),
             weight_decay=options.adam_weight_decay,
         )
-        prepared = accelerator.prepare(trained.denoiser, optimizer)
-        trained.denoiser, trained.optimizer = prepared
+        module = blocks_of(trained.denoiser, trained.model.denoiser)
+        trained.denoiser, trained.optimizer = accelerator.prepare(module, optimizer)
+        # FSDP2 has put its shards in their place.
+        trained.parameters = [one for one in trained.denoiser.parameters() if one.requires_grad]
+        if options.full:  # a frozen copy of what is trained
+            trained.reference = EMA(trained.denoiser, decay=1.0).applied
         return trained
 
     @classmethod
-    def load(cls, options: PipelineOptions, device: torch.device, task: Task) -> TrainedPipeline:
+    def load(
+        cls, options: PipelineOptions, state: Accelerator | PartialState, task: Task
+    ) -> TrainedPipeline:
         """Loads the pipeline, with the LoRA and the tokens that the options ask for."""
         if options.full and options.rank:
             raise ValueError("expected --full or --rank, got both")
         if not (options.full or options.rank or options.num_tokens):
             raise ValueError("nothing to train: expected --num_tokens, --rank or --full")
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-        held = torch.float32 if options.full else dtype[options.mixed_precision]
-        model = TextToImage.load(options.model, held, device, task.pipeline_arguments)
+        casts = state.distributed_type == DistributedType.DEEPSPEED  # all of the denoiser
+        held = torch.float32 if options.full and not casts else dtype[options.mixed_precision]
+        model = TextToImage.load(options.model, held, state.device, task.pipeline_arguments)
+        if is_sharded(state):  # FSDP2 takes no channels_last
+            model.denoiser.to(memory_format=torch.contiguous_format)
         if options.merge_lora:
             model.merge_lora(options.merge_lora)
         if options.full:
@@ -116,10 +128,7 @@ class TrainedPipeline:
             model.denoiser.compile()
         module = PlainDenoiser(model.denoiser) if tokens is None else tokens
         parameters = [one for one in module.parameters() if one.requires_grad]
-        if options.full:  # a frozen copy of what is trained
-            reference: Any = EMA(module, decay=1.0).applied
-        else:
-            reference = partial(adapters_off, model.denoiser) if options.rank else nullcontext
+        reference: Any = partial(adapters_off, model.denoiser) if options.rank else nullcontext
         return cls(options, task, model, tokens, module, parameters, reference)
 
     def agsm(
@@ -144,7 +153,7 @@ class TrainedPipeline:
         self.has_agsm = True
         return AGSMRegularizer(
             self.denoiser,
-            EMA(self.parameters, decay=options.ema_decay),
+            EMA(self.denoiser, decay=options.ema_decay),
             loss,
             weight=weight,
             candidates=InBatch(options.num_negatives, allow_empty=True, null=options.null_caption),
@@ -218,15 +227,22 @@ class TrainedPipeline:
         rows = task.validation()
         if not rows:
             return {}
-        say_validating(len(rows), options.validation_inference_steps)
-        images = sample(
-            self.model.pipe,
-            [row["prompt"] for row in rows],
-            seeds=range(len(rows)),
-            num_inference_steps=options.validation_inference_steps,
-            guidance_scale=options.validation_guidance_scale,
-            arguments=self.model.arguments,
+        is_main = PartialState().is_main_process
+        if is_main:
+            say_validating(len(rows), options.validation_inference_steps)
+        images = run_inside(
+            self.denoiser,
+            lambda: sample(
+                self.model.pipe,
+                [row["prompt"] for row in rows],
+                seeds=range(len(rows)),
+                num_inference_steps=options.validation_inference_steps,
+                guidance_scale=options.validation_guidance_scale,
+                arguments=self.model.arguments,
+            ),
         )
+        if not is_main:  # it has helped with its shard of the weights
+            return {}
         judged = task.judge(images, rows)
         shown = task.shown(rows)
         file = Path(options.output_dir) / "sheets" / f"{step:06d}.png"
@@ -279,7 +295,7 @@ class TrainedPipeline:
         parts += [f"a LoRA of rank {options.rank}"] if options.rank else []
         parts += ["all weights"] if options.full else []
         gamma = f"; gamma- {options.neg_scale:g}" if self.has_agsm else ""
-        number = sum(one.numel() for one in self.parameters)
+        number = sum(getattr(one, "ds_numel", one.numel()) for one in self.parameters)
         say(
             f"Training {number:,} parameters ({' and '.join(parts)}) of {options.model} on "
             f"{self.model.device}{gamma}; output: {options.output_dir}"
@@ -291,21 +307,36 @@ class TrainedPipeline:
         # The command that samples it; generate.py loads one LoRA.
         flags = {"model": options.model, "tokens": "", "lora": options.merge_lora}
         saved = []
-        if self.tokens is not None:
-            saved.append(output / "tokens")
-            self.tokens.save_pretrained(saved[-1], base_model=options.model, training=vars(options))
-            flags["tokens"] = str(saved[-1])
-        if options.rank:
-            saved.append(output / "lora")
-            self.model.save_lora(saved[-1])
-            flags["lora"] = str(saved[-1])
-        if options.full:
-            saved.append(output / "pipeline")
-            self.model.denoiser.to(memory_format=torch.contiguous_format)  # as safetensors wants it
-            self.model.pipe.save_pretrained(saved[-1])
-            flags |= {"model": str(saved[-1]), "lora": ""}
+        with gathered(self.denoiser):
+            if not PartialState().is_main_process:
+                return
+            if self.tokens is not None:
+                saved.append(output / "tokens")
+                training = vars(options)
+                self.tokens.save_pretrained(saved[-1], base_model=options.model, training=training)
+                flags["tokens"] = str(saved[-1])
+            if options.rank:
+                saved.append(output / "lora")
+                _lora_alone(self.model.denoiser).save_lora_adapter(saved[-1])
+                flags["lora"] = str(saved[-1])
+            if options.full:
+                saved.append(output / "pipeline")
+                if not is_sharded(PartialState()):  # as safetensors wants it
+                    self.model.denoiser.to(memory_format=torch.contiguous_format)
+                self.model.pipe.save_pretrained(saved[-1])
+                flags |= {"model": str(saved[-1]), "lora": ""}
         flags["prompts"] = options.validation_prompts
         say_saved(saved, None if options.rank and options.merge_lora else flags)
+
+
+def _lora_alone(denoiser: Any) -> Any:
+    """The same denoiser with the LoRA's weights alone: to save FSDP2's own, diffusers moves it."""
+    with torch.device("meta"):
+        shell = getattr(diffusers, denoiser.config["_class_name"]).from_config(denoiser.config)
+        shell.add_adapter(denoiser.peft_config["default"])
+    own = {name: one for name, one in denoiser.named_parameters() if one.requires_grad}
+    shell.load_state_dict(own, strict=False, assign=True)
+    return shell
 
 
 def on_policy_images(options: OnPolicyOptions, task: Task, batch_size: int | None = None) -> Any:

@@ -158,7 +158,7 @@ def test_a_resumed_logs_first_line_is_the_mean_of_all_its_steps(tmp_path):
     assert entries(tmp_path / "cut")[2]["index"] == 2.0
 
 
-@pytest.mark.parametrize("file", ["optimizer.bin", "0_trainable.safetensors", "complete"])
+@pytest.mark.parametrize("file", ["optimizer.bin", "trainable.safetensors", "complete"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(file, damage, tmp_path, caplog):
     if (file, damage) == ("complete", "gone"):

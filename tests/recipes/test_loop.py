@@ -6,7 +6,7 @@ from loop_runs import Model, Numbers, entries, killed_at, options, resumed, run,
 from safetensors.torch import load_file
 from torch import nn
 
-from common import checkpoints, log, loop
+from common import log, loop, run_state
 from common.settings import LoopOptions
 
 
@@ -38,7 +38,7 @@ def test_only_trainable_parameters_are_saved(tmp_path):
     run(options(tmp_path))
     saved = sorted((tmp_path / "checkpoints").iterdir())
     assert [one.name for one in saved] == ["checkpoint_1", "checkpoint_2"]  # the two latest
-    weights = load_file(saved[-1] / f"0_{checkpoints.WEIGHTS}")
+    weights = load_file(saved[-1] / run_state.WEIGHTS)
     assert set(weights) == {"layer.weight", "layer.bias"}
     assert not list(saved[-1].glob("*model*"))
 
