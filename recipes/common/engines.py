@@ -22,6 +22,7 @@ from accelerate.utils import DistributedType, extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 from common.settings import LoopOptions
 
@@ -80,11 +81,7 @@ def fit(accelerator: Accelerator, options: LoopOptions) -> None:
                 f"it out of the config, or give --{name} {given}."
             )
         config[key] = wanted
-    if accelerator.state.deepspeed_plugin.zero3_init_flag:
-        raise ValueError(
-            "zero3_init_flag: expected false, got true, with which the frozen text encoders would "
-            "be sharded too. Set it to false, as in recipes/configs/accelerate/zero3.yaml."
-        )
+    unset_hf_deepspeed_config()  # transformers would shard the frozen text encoders too
 
 
 def is_sharded(state: Accelerator | PartialState) -> bool:

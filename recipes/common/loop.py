@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     set_seed,
@@ -126,7 +127,7 @@ def train(
     Raises:
         ValueError: `options.output_dir` cannot be used or resumed (`checkpoints.opened`).
         FloatingPointError: a loss, a gradient or a weight is not finite; it does not get into a
-            checkpoint.
+            checkpoint. DeepSpeed has taken the step by then, any other engine has not.
         SystemExit: SIGINT or SIGTERM came; there is a checkpoint.
     """
     output = Path(options.output_dir)
@@ -226,8 +227,8 @@ def _optimizer_step(
     def broken(name: str, value: Tensor, on: list[dict[str, Any]]) -> FloatingPointError:
         return FloatingPointError(
             f"{name}: expected a finite number, got {value.item()} in step {step}, on {on}. The "
-            f"step is not taken. {last_whole(Path(options.output_dir))} Leave out what is damaged "
-            "there, or start anew with a lower --learning_rate."
+            f"step is in no checkpoint. {last_whole(Path(options.output_dir))} Leave out what is "
+            "damaged there, or start anew with a lower --learning_rate."
         )
 
     for _ in range(options.gradient_accumulation_steps):
@@ -242,11 +243,16 @@ def _optimizer_step(
     norm = torch.as_tensor(
         accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or float("inf"))
     )
-    scaler = accelerator.scaler
     if bool(torch.isfinite(norm)):
         log.add({"grad_norm": norm})
-    # fp16's scaler skips such a step and lowers its scale, which helps a few times in a row.
-    elif scaler is None or scaler.get_scale() < _LEAST_SCALE:
+    elif not _skips(accelerator):
         raise broken("gradient's norm", norm, seen)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def _skips(accelerator: Accelerator) -> bool:
+    """Whether fp16's scaler skips a step that is not finite, and lowers its scale for the next."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it ends at its lowest scale
+        return bool(accelerator.mixed_precision == "fp16")
+    return accelerator.scaler is not None and accelerator.scaler.get_scale() >= _LEAST_SCALE

@@ -1,0 +1,239 @@
+"""Recipes under `accelerate launch` with the configs that are shipped, on two CPU processes.
+
+Each run trains, validates, checkpoints and saves. Another is killed in its fourth step and resumed.
+"""
+
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+from joint import joint
+from recipe_runs import log
+from safetensors.torch import load_file
+
+from common import engines
+from common.settings import LoopOptions
+
+FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "1",
+       "--validation_steps", "4", "--validation_per_category", "1", "--num_negatives", "2",
+       "--validation_inference_steps", "1", "--checkpointing_steps", "2",
+       "--learning_rate", "0.01"]  # fmt: skip
+DPO = ["--agsm_weight", "1", "--beta", "50"]
+TASKS = {  # recipe, flags
+    "tokens": ("train_agsm", ["--num_tokens", "1", "--gradient_checkpointing"]),
+    "lora": ("train_dpo", ["--num_tokens", "1", "--rank", "1", "--chunk_size", "4", *DPO]),
+    "full": ("train_agsm", ["--num_tokens", "0", "--full"]),
+    "reference": ("train_dpo", ["--num_tokens", "0", "--full", *DPO]),
+}
+SHORT, REST = ("lora", "full"), ("tokens", "reference")
+slow = pytest.mark.slow
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
+)
+ENGINES = [
+    pytest.param("fsdp2", SHORT, id="fsdp2"),
+    pytest.param("fsdp2", REST, id="fsdp2-rest", marks=slow),
+    pytest.param("ddp", SHORT + REST, id="ddp", marks=slow),
+    pytest.param("zero2", SHORT + REST, id="zero2", marks=[slow, needs_deepspeed]),
+    pytest.param("zero3", SHORT + REST, id="zero3", marks=[slow, needs_deepspeed]),
+]
+
+
+def flags(task, folder, model, *more):
+    recipe, own = TASKS[task]
+    return recipe, ["--model", str(model), "--output_dir", str(folder), *FEW, *own, *more]
+
+
+def launch(engine, folder, runs, recipes):
+    """The runs in one launch; how each ended."""
+    file = folder / "runs.json"
+    names = ("recipe", "flags", "kill")
+    file.write_text(json.dumps([dict(zip(names, run, strict=True)) for run in runs]))
+    config = recipes / "configs" / "accelerate" / f"{engine}.yaml"
+    script = recipes.parent / "tests" / "helpers" / "accelerated.py"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
+               "--mixed_precision", "no", str(script), str(file)]  # fmt: skip
+    own = {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {"ACCELERATE_USE_CPU": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **own}
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(file.with_suffix(".told").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained_by(tmp_path_factory):
+    """`trained_by(engine, tasks, model, recipes)`: the folder of the runs."""
+
+    @functools.cache
+    def of(engine, tasks, model, recipes):
+        folder = tmp_path_factory.mktemp(engine)
+        runs = []
+        for task in tasks:
+            cut = folder / f"{task}_cut"
+            runs.append((*flags(task, folder / task, model), None))
+            runs.append((*flags(task, cut, model), 4))
+            runs.append((*flags(task, cut, model, "--resume_from_checkpoint", "latest"), None))
+        assert launch(engine, folder, runs, recipes) == ["done", "killed", "done"] * len(tasks)
+        return folder
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """`alone(task, model)`: the folder of one process that trained on both processes' batches."""
+
+    @functools.cache
+    def of(task, model):
+        folder = tmp_path_factory.mktemp("alone") / task
+        both_batches(*flags(task, folder, model))
+        return folder
+
+    return of
+
+
+def both_batches(recipe, its_flags):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    with joint():
+        importlib.import_module(recipe).main([*its_flags, "--gradient_accumulation_steps", "2"])
+
+
+def weights(folder):
+    return {
+        f"{file.parent.name}/{name}": value
+        for part in ("tokens", "lora", "pipeline/transformer")
+        for file in (folder / part).glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
+def apart(one, other):
+    ours, theirs = weights(one), weights(other)
+    assert ours and ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+@pytest.mark.parametrize(("engine", "tasks"), ENGINES)
+def test_a_killed_run_ends_like_one_that_was_not(trained_by, engine, tasks, flow_base, recipes):
+    folder = trained_by(engine, tasks, flow_base, recipes)
+    for task in tasks:
+        assert apart(folder / task, folder / f"{task}_cut") == 0
+        assert log(folder / task) == log(folder / f"{task}_cut")
+
+
+@pytest.mark.parametrize(("engine", "tasks"), ENGINES)
+def test_two_processes_are_one_with_both_batches(
+    trained_by, alone, engine, tasks, flow_base, recipes
+):
+    folder = trained_by(engine, tasks, flow_base, recipes)
+    for task in tasks:
+        one = alone(task, flow_base)
+        assert apart(folder / task, one) < 3e-5
+        ours, theirs = log(folder / task), log(one)
+        assert [line["scores"] for line in (ours[0], ours[-1])] == [
+            line["scores"] for line in (theirs[0], theirs[-1])
+        ]
+        norms = [[line["grad_norm"] for line in lines[1:]] for lines in (ours, theirs)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-4) and min(norms[0]) > 0
+        first = weights(folder / task)
+        assert all(bool(torch.isfinite(value).all()) for value in first.values())
+
+
+@pytest.mark.parametrize(("engine", "tasks"), ENGINES)
+def test_another_number_of_processes_goes_on(
+    trained_by, engine, tasks, flow_base, recipes, tmp_path
+):
+    """From the second step's checkpoint; DeepSpeed's is for its own number, which is refused."""
+    folder = trained_by(engine, tasks, flow_base, recipes)
+    for task in tasks[:2]:
+        run = tmp_path / task
+        shutil.copytree(folder / task, run)
+        shutil.rmtree(run / "checkpoints" / "checkpoint_1")
+        # One process sees both batches only by this.
+        stored = json.loads((run / "options.json").read_text())
+        (run / "options.json").write_text(json.dumps(stored | {"gradient_accumulation_steps": 2}))
+        resumed = flags(task, run, flow_base, "--resume_from_checkpoint", "latest")
+        if engine.startswith("zero"):
+            with pytest.raises(ValueError, match=rf"{engine}_of_2.*got no DeepSpeed"):
+                both_batches(*resumed)
+        else:
+            both_batches(*resumed)
+            assert apart(folder / task, run) < 3e-5
+
+
+def test_stock_diffusers_loads_what_was_saved(trained_by, flow_base, recipes):
+    folder = trained_by("fsdp2", SHORT, flow_base, recipes)
+    code = """
+import sys
+from diffusers import StableDiffusion3Pipeline
+whole, base, lora = sys.argv[1:]
+pipe = StableDiffusion3Pipeline.from_pretrained(whole)
+pipe("a red circle", num_inference_steps=1, max_sequence_length=1, output_type="np")
+pipe = StableDiffusion3Pipeline.from_pretrained(base)
+name = "pytorch_lora_weights.safetensors"
+pipe.transformer.load_lora_adapter(lora, prefix=None, weight_name=name)
+assert any("lora_A" in name for name, _ in pipe.transformer.named_parameters())
+"""
+    saved = [folder / "full" / "pipeline", flow_base, folder / "lora" / "lora"]
+    command = [sys.executable, "-c", code, *map(str, saved)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("environment", "sharding", "match"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, True, "fsdp_version: expected 2"),
+        (
+            {
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_VERSION": "2",
+                "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+            },
+            True,
+            "fsdp_cpu_ram_efficient_loading: expected false",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true"}, False, "expected one process or DDP, got FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, False, "got DeepSpeed.*ddp.yaml"),
+    ],
+)
+def test_what_the_launcher_asks_for_is_refused_at_once(monkeypatch, environment, sharding, match):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=match):
+        engines.check_launched(sharding=sharding)
+
+
+def deepspeed(**config):
+    """An accelerator with this DeepSpeed config."""
+    plugin = SimpleNamespace(deepspeed_config=config)
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    return SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=state)
+
+
+def test_the_options_rule_deepspeeds_config():
+    chosen = LoopOptions(gradient_accumulation_steps=2, max_grad_norm=0.5, train_batch_size=3)
+    accelerator = deepspeed(gradient_clipping="auto")
+    engines.fit(accelerator, chosen)
+    assert accelerator.state.deepspeed_plugin.deepspeed_config == {
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "train_micro_batch_size_per_gpu": 3,
+    }
+    with pytest.raises(ValueError, match="gradient_clipping of DeepSpeed's config: expected"):
+        engines.fit(deepspeed(gradient_clipping=1.0), chosen)
+    with pytest.raises(ValueError, match="--gradient_accumulation_steps 4"):
+        engines.fit(deepspeed(gradient_accumulation_steps=4), chosen)
