@@ -185,13 +185,15 @@ def flags():
 
 
 FLAG = r"(?<=--)[a-z][\w-]*"
-THEIRS = {"proportion_empty_prompts", "unidiff_zero"}  # of the patch guide: a script's and git's
+# Of the patch guide: a script's and git's; accelerate's launcher's.
+THEIRS = {"proportion_empty_prompts", "unidiff_zero", "config_file", "num_processes"}
 
 
 @every_readme
 def test_the_commands_and_their_flags_exist(name, flags):
     everything = set().union(*flags.values()) | THEIRS
     for one in readme.code(name):
+        one = re.sub(r"^accelerate launch --config_file \S+", "accelerate launch", one)
         command = re.match(r"(?:python |accelerate launch )?(?:recipes/)?(\w+\.py)\b", one)
         launched = one.startswith(("python ", "accelerate launch "))
         if launched:
@@ -206,7 +208,7 @@ def test_the_files_exist(name):
     names = {file.name for file in (ROOT / "tests").rglob("*.py")}
     for one in readme.code(name):
         for config in re.findall(r"\b([a-z]\w*\.yaml)\b", one):
-            assert (RECIPES / "configs" / config).is_file(), one
+            assert list((RECIPES / "configs").rglob(config)), one
         for path in re.findall(r"\b(?:agsm_loss|integrations|recipes|tests)/[\w./]+\w", one):
             assert (ROOT / path).exists(), one
         assert not re.fullmatch(r"test_\w+\.py", one) or one in names

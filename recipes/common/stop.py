@@ -72,7 +72,10 @@ class Stop:
         """Ends the run, and prints the command that continues it."""
         if accelerator.is_main_process:
             command = continued_by(options)
-            print(f"Stopped after {after}, saved as {saved}. To continue: {command}", flush=True)
+            same = " with accelerate's options as before" if command.startswith("acc") else ""
+            print(
+                f"Stopped after {after}, saved as {saved}. To continue{same}: {command}", flush=True
+            )
         accelerator.end_training()
         raise self.exit()
 
