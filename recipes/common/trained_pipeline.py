@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
@@ -317,7 +316,7 @@ class TrainedPipeline:
                 flags["tokens"] = str(saved[-1])
             if options.rank:
                 saved.append(output / "lora")
-                _lora_alone(self.model.denoiser).save_lora_adapter(saved[-1])
+                self.model.save_lora(saved[-1])
                 flags["lora"] = str(saved[-1])
             if options.full:
                 saved.append(output / "pipeline")
@@ -327,16 +326,6 @@ class TrainedPipeline:
                 flags |= {"model": str(saved[-1]), "lora": ""}
         flags["prompts"] = options.validation_prompts
         say_saved(saved, None if options.rank and options.merge_lora else flags)
-
-
-def _lora_alone(denoiser: Any) -> Any:
-    """The same denoiser with the LoRA's weights alone: to save FSDP2's own, diffusers moves it."""
-    with torch.device("meta"):
-        shell = getattr(diffusers, denoiser.config["_class_name"]).from_config(denoiser.config)
-        shell.add_adapter(denoiser.peft_config["default"])
-    own = {name: one for name, one in denoiser.named_parameters() if one.requires_grad}
-    shell.load_state_dict(own, strict=False, assign=True)
-    return shell
 
 
 def on_policy_images(options: OnPolicyOptions, task: Task, batch_size: int | None = None) -> Any:
