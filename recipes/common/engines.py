@@ -94,7 +94,7 @@ def is_sharded(state: Accelerator | PartialState) -> bool:
 def blocks_of(module: nn.Module, denoiser: Any) -> nn.Module:
     """The module; FSDP2's TRANSFORMER_BASED_WRAP will shard it by diffusers' list of blocks."""
     present = {type(one).__name__ for one in denoiser.modules()}
-    module._no_split_modules = [  # type: ignore[assignment]
+    module._no_split_modules = [
         name for name in denoiser._no_split_modules or () if name in present
     ]
     return module
@@ -110,7 +110,7 @@ def run_inside(model: nn.Module, function: Callable[[], Result]) -> Result:
     if not hasattr(model, "run"):
         model.run = lambda inner: inner()
         register_fsdp_forward_method(model, "run")
-    result: Result = model.run(function)  # type: ignore[operator]
+    result: Result = model.run(function)
     return result
 
 

@@ -152,8 +152,7 @@ whole, base, lora = sys.argv[1:]
 pipe = StableDiffusion3Pipeline.from_pretrained(whole)
 pipe("a red circle", num_inference_steps=1, max_sequence_length=1, output_type="np")
 pipe = StableDiffusion3Pipeline.from_pretrained(base)
-name = "pytorch_lora_weights.safetensors"
-pipe.transformer.load_lora_adapter(lora, prefix=None, weight_name=name)
+pipe.load_lora_weights(lora)
 assert any("lora_A" in name for name, _ in pipe.transformer.named_parameters())
 """
     saved = [folder / "full" / "pipeline", model, folder / "lora" / "lora"]
