@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     from agsm_loss import Bank, draws
     from agsm_loss.integrations.hosts.base import bank_of
-    from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO, group_advantages, sample_sde
+    from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
+    from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_sde
     from common.loop import start
     from common.rewards import load
     from common.trained_pipeline import TrainedPipeline, on_policy_images

@@ -125,6 +125,7 @@ def test_the_blocks_of_the_integrations_run(tmp_path, monkeypatch):
             "flow_agsm": AGSMRegularizer(flow, EMA(flow.parameters()), AGSMLoss(neg_scale=0)),
             "flow_noise": flow_noise,
             "flow_conditioning": flow_text,
+            "flow_timesteps": times,
             "flow_images": AGSMBatch(latents, times, flow_noise, flow_text, ["a", "b", "c", "d"]),
             "denoise": lambda x, times: flow(x, times, flow_text, 0),
             "rewards_of": lambda latents: latents.mean((1, 2, 3)),

@@ -2,14 +2,15 @@
 
 Reward-driven training: images of each prompt are sampled as a group, and steps of their rollouts
 become likelier where their reward is above the group's mean. A flow's sampler is an ODE and has no
-likelihoods; the SDE with the same marginals has.
+likelihoods; the SDE with the same marginals (`rollouts.sample_sde`) has.
 
 >>> import torch
 >>> from diffusers import FlowMatchEulerDiscreteScheduler
 >>> from torch import nn
 >>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank
->>> from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO, group_advantages, sample_sde
 >>> from agsm_loss.integrations.hosts.base import AGSMBatch
+>>> from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
+>>> from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_sde
 >>> layer = nn.Linear(4 + 3, 4)
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
@@ -38,8 +39,7 @@ A step on it, with captioned images for AGSM:
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -47,160 +47,8 @@ from torch import Tensor
 
 from agsm_loss import AGSMRegularizer, Bank, Denoiser, StepOutput
 from agsm_loss.integrations.denoisers import no_grad_pass
-from agsm_loss.integrations.hosts.base import (
-    AGSMBatch,
-    Host,
-    bank_of,
-    mean_log_prob,
-    take_rows,
-)
-from agsm_loss.integrations.noise import prediction_type
-
-
-class Trajectory(NamedTuple):
-    """A rollout of B images over T steps.
-
-    Attributes:
-        states: x at each noise level, (T + 1, B, *D); the last is x_0.
-        sigmas: σ of each level, (T + 1,), from 1 to 0.
-        log_probs: of each step under the model that sampled, (T, B), averaged over an image's
-            dimensions (`mean_log_prob`); nan for the last step, which has no noise.
-    """
-
-    states: Float[Tensor, "T1 B *D"]
-    sigmas: Float[Tensor, " T1"]
-    log_probs: Float[Tensor, "T B"]
-
-    @property
-    def last(self) -> Tensor:
-        """x_0 (B, *D)."""
-        return self.states[-1]
-
-
-def sde_gaussian(
-    pred: Float[Tensor, "N *D"],
-    x: Float[Tensor, "N *D"],
-    sigma: Float[Tensor, " N"],
-    following: Float[Tensor, " N"],
-    noise_level: float = 0.7,
-    largest: float = 0.96,
-) -> tuple[Tensor, Tensor]:
-    """Mean (N, *D) and standard deviation (N, 1, …) of the next state.
-
-    arXiv 2505.05470, eq. 9 and 12. With s = a√(σ/(1 − σ)) and d = σ' − σ < 0 the mean is
-    x + (v + s²/(2σ)·(x + (1 − σ)v))d, and the standard deviation s√−d. At a = 0 it is Euler's step.
-
-    >>> x, v = torch.ones(1, 4), torch.full((1, 4), 0.5)
-    >>> sde_gaussian(v, x, torch.tensor([0.8]), torch.tensor([0.6]), noise_level=0.0)
-    (tensor([[0.9000, 0.9000, 0.9000, 0.9000]]), tensor([[0.]]))
-    >>> mean, std = sde_gaussian(v, x, torch.tensor([0.8]), torch.tensor([0.6]))
-    >>> std  # 0.7 √(0.8/0.2) √0.2
-    tensor([[0.6261]])
-
-    Args:
-        pred: v = ε − x_0 at x, (N, *D).
-        x: states (N, *D).
-        sigma, following: σ and the smaller σ' of the next state, (N,) each, in 0..1.
-        noise_level: a ≥ 0; published: 0.7.
-        largest: an upper bound of the σ in s, since s goes to infinity at σ = 1.
-
-    Computed in float32 at least: bfloat16 would round the step and its log-probability away.
-    """
-    shape = (-1,) + (1,) * (x.ndim - 1)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    sigma, following = sigma.to(x).reshape(shape), following.to(x).reshape(shape)
-    spread = noise_level * (sigma / (1 - sigma.clamp(max=largest))).sqrt()
-    step = following - sigma
-    drift = pred + spread**2 / (2 * sigma) * (x + (1 - sigma) * pred)
-    return x + drift * step, spread * (-step).sqrt()
-
-
-@no_grad_pass()
-def sample_sde(
-    denoise: Callable[[Tensor, Tensor], Tensor],
-    scheduler: Any,
-    noise: Float[Tensor, "B *D"],
-    *,
-    num_steps: int = 10,
-    noise_level: float = 0.7,
-    mu: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Trajectory:
-    """A rollout of the SDE. Its last step is Euler's, so that the images are without noise.
-
-    Args:
-        denoise: x (B, *D) and timesteps (B,) in 0..1000 to the prediction v (B, *D).
-        scheduler: a flow-matching scheduler, for its σ. Its `set_timesteps` is called.
-        noise: x at σ = 1, (B, *D).
-        num_steps: T ≥ 2; published: 10 in training.
-        noise_level: a > 0 of `sde_gaussian`.
-        mu: the shift, for a scheduler with dynamic shifting. Default: that of Flux's pipeline, by
-            the number of 2×2 patches of the latents.
-        generator: CPU generator of all draws; default: torch's own.
-
-    Raises:
-        ValueError: another kind of scheduler, fewer than two steps, a noise level not above 0, or
-            mu for a scheduler with a fixed shift.
-    """
-    if prediction_type(scheduler) != "flow" or num_steps < 2 or not noise_level > 0:
-        raise ValueError(
-            "expected a flow-matching scheduler, 2 steps at least and noise_level > 0, got "
-            f"{type(scheduler).__name__}, {num_steps} and {noise_level}."
-        )
-    _set_timesteps(scheduler, num_steps, noise, mu)
-    sigmas = scheduler.sigmas.to(noise.device)
-    x = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    states, log_probs = [x], []
-    for sigma, following in pairwise(sigmas):
-        here, there = sigma.expand(len(x)), following.expand(len(x))
-        pred = denoise(x, here * scheduler.config.num_train_timesteps)
-        last = following == 0
-        mean, std = sde_gaussian(pred, x, here, there, 0.0 if last else noise_level)
-        x = mean + std * torch.randn(x.shape, generator=generator).to(x)
-        states.append(x)
-        log_probs.append(
-            torch.full((len(x),), torch.nan).to(x) if last else mean_log_prob(x, mean, std)
-        )
-    return Trajectory(torch.stack(states), sigmas, torch.stack(log_probs))
-
-
-def _set_timesteps(scheduler: Any, number: int, noise: Tensor, mu: float | None) -> None:
-    config = scheduler.config
-    if not config.get("use_dynamic_shifting", False):
-        if mu is not None:
-            raise ValueError("mu: the scheduler's shift is fixed (use_dynamic_shifting is False).")
-        scheduler.set_timesteps(number)
-        return
-    if mu is None:
-        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        patches = (noise.shape[-2] // 2) * (noise.shape[-1] // 2)
-        mu = calculate_shift(patches, *(config[name] for name in names))
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / number, number).tolist(), mu=mu)
-
-
-def group_advantages(rewards: Float[Tensor, " B"], group: int) -> Float[Tensor, " B"]:
-    """(r − mean)/(std + 1e-6) of each reward r, within its group (GRPO, arXiv 2402.03300).
-
-    >>> group_advantages(torch.tensor([1.0, 3.0, 10.0, 10.0]), group=2)
-    tensor([-1.0000,  1.0000,  0.0000,  0.0000])
-
-    Args:
-        rewards: one an image (B,), larger is better.
-        group: images of one prompt, in consecutive rows; 2 at least.
-
-    Raises:
-        ValueError: groups of fewer than 2, or rewards that are not whole groups.
-    """
-    if group < 2 or rewards.ndim != 1 or len(rewards) % group:
-        raise ValueError(
-            f"expected groups of 2 at least and rewards (B,) in whole groups, got {group} and "
-            f"{tuple(rewards.shape)}."
-        )
-    grouped = rewards.float().reshape(-1, group)
-    spread = grouped.std(1, unbiased=False, keepdim=True)
-    return ((grouped - grouped.mean(1, keepdim=True)) / (spread + 1e-6)).flatten()
+from agsm_loss.integrations.hosts.base import AGSMBatch, Host, bank_of, mean_log_prob, take_rows
+from agsm_loss.integrations.hosts.rollouts import Trajectory, sde_gaussian
 
 
 def clipped_policy_loss(
@@ -231,9 +79,16 @@ class FlowGRPO(Host):
         scheduler: the rollout's.
         noise_level: a of the rollout.
         clip: of `clipped_policy_loss`.
+        reference: as in `DiffusionDPO`; required where `kl_weight` is not 0.
+        reference_bank: the reference's tokens: none, or ψ⁺ where the model began with its tokens.
+        kl_weight: weight of the steps' KL divergence to the reference, a mean over an image's
+            dimensions. Published: 0.04 and 0.01; 0: the reference is not run.
         agsm: the regularizer on the same denoiser; its `weight` is λ. None, or λ = 0: Flow-GRPO
             alone, bit for bit.
         autocast: returns a context for the forward passes, e.g. `accelerator.autocast`.
+
+    Raises:
+        ValueError: kl_weight below 0, or not 0 without a reference.
     """
 
     def __init__(
@@ -243,12 +98,23 @@ class FlowGRPO(Host):
         *,
         noise_level: float = 0.7,
         clip: float = 1e-4,
+        reference: Callable[[], AbstractContextManager[Any]] | None = None,
+        reference_bank: Bank = Bank.OFF,
+        kl_weight: float = 0.0,
         agsm: AGSMRegularizer | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         super().__init__(denoiser, scheduler, agsm)
+        if kl_weight < 0 or (kl_weight and reference is None):
+            raise ValueError(
+                "expected kl_weight of 0 at least, and a reference where it is not 0, got "
+                f"{kl_weight} and {reference}."
+            )
         self.noise_level = noise_level
         self.clip = clip
+        self.reference = reference
+        self.reference_bank = reference_bank
+        self.kl_weight = kl_weight
         self.autocast = autocast
 
     def __call__(
@@ -274,7 +140,8 @@ class FlowGRPO(Host):
 
         Returns:
             The loss, a scalar, and metrics: grpo/loss, grpo/approx_kl (half the mean squared
-            change of the log-probability since sampling); agsm/... of the regularizer.
+            change of the log-probability since sampling), kl (to the reference, unweighted; where
+            it is run); agsm/... of the regularizer.
 
         Raises:
             ValueError: a step outside 0..T-2, AGSM without images, or images without AGSM.
@@ -293,12 +160,20 @@ class FlowGRPO(Host):
         sigma, below = trajectory.sigmas[at], trajectory.sigmas[at + 1]
         text, image = take_rows(conditioning, rows), take_rows(dict(image_conditioning or {}), rows)
         times = sigma * self.scheduler.config.num_train_timesteps
+        given = x, times, text
         with self.autocast():
-            pred = self.denoiser(x, times, text, bank_of(Bank.POSITIVE, len(x)), **image)
+            pred = self.denoiser(*given, bank_of(Bank.POSITIVE, len(x)), **image)
         mean, std = sde_gaussian(pred.to(x), x, sigma, below, self.noise_level)
         log_prob, old = mean_log_prob(following, mean, std), trajectory.log_probs[at, rows]
         loss = clipped_policy_loss(log_prob, old, advantages.to(log_prob)[rows], self.clip)
         gap = (log_prob - old).detach()
         metrics = {"grpo/loss": loss.detach(), "grpo/approx_kl": 0.5 * gap.square().mean()}
+        if self.reference is not None and self.kl_weight:
+            with no_grad_pass(), self.reference(), self.autocast():
+                ref = self.denoiser(*given, bank_of(self.reference_bank, len(x)), **image)
+            ref_mean, _ = sde_gaussian(ref.to(x), x, sigma, below, self.noise_level)
+            kl = ((mean - ref_mean) / std).square().mean() / 2
+            loss = loss + self.kl_weight * kl
+            metrics["kl"] = kl.detach()
         with self.autocast():
             return self._with_agsm(StepOutput(loss, metrics), agsm_batch)

@@ -7,14 +7,9 @@ from pipelines_tiny import speaking_pipeline
 from preference_setup import Setup
 
 from agsm_loss import Bank
-from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on, bank_of
-from agsm_loss.integrations.hosts.flow_grpo import (
-    FlowGRPO,
-    clipped_policy_loss,
-    group_advantages,
-    sample_sde,
-    sde_gaussian,
-)
+from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off, agsm_on, bank_of
+from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO, clipped_policy_loss
+from agsm_loss.integrations.hosts.rollouts import sample_sde, sde_gaussian
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7, 1.5])
@@ -107,6 +102,33 @@ def test_agsm_is_added_and_absent_without_it():
     assert agsm.ema.num_updates == 1
 
 
+def test_the_divergence_to_the_reference_is_that_of_the_steps_gaussians():
+    setup, scheduler = Setup("sd3"), FlowMatchEulerDiscreteScheduler()
+    trajectory, advantages = rollout(setup, scheduler), torch.ones(3).double()
+    given = trajectory, advantages, setup.conditioning, torch.tensor([1])
+    kept = {"reference": lambda: adapters_off(setup.model), "kl_weight": 0.25}
+    plain = FlowGRPO(setup.denoiser, scheduler)(*given)
+    out = FlowGRPO(setup.denoiser, scheduler, **kept)(*given)
+    sigma, below = trajectory.sigmas[1:3]
+    x, times = trajectory.states[1], (sigma * 1000).expand(3)
+    with torch.no_grad():
+        pred = setup.denoiser(x, times, setup.conditioning, bank_of(Bank.POSITIVE, 3))
+        with adapters_off(setup.model):
+            ref = setup.denoiser(x, times, setup.conditioning, bank_of(Bank.OFF, 3))
+    ours, its = (
+        torch.distributions.Normal(mean, std.expand_as(mean))
+        for mean, std in (sde_gaussian(v, x, sigma.expand(3), below.expand(3)) for v in (pred, ref))
+    )
+    kl = torch.distributions.kl_divergence(ours, its).mean()
+    torch.testing.assert_close(out.metrics["kl"], kl)
+    torch.testing.assert_close(out.loss, plain.loss + 0.25 * kl)
+    grads = torch.autograd.grad(out.loss - plain.loss, setup.trained, allow_unused=True)
+    assert sum(g.abs().sum() for g in grads if g is not None) > 0
+    for wrong in ({"kl_weight": 0.1}, {**kept, "kl_weight": -1.0}):
+        with pytest.raises(ValueError, match="kl_weight"):
+            FlowGRPO(setup.denoiser, scheduler, **wrong)
+
+
 def test_dynamic_shifting_is_that_of_the_pipeline(tmp_path):
     pipe = FluxPipeline.from_pretrained(speaking_pipeline("flux", tmp_path))
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=9.0)
@@ -121,14 +143,6 @@ def test_dynamic_shifting_is_that_of_the_pipeline(tmp_path):
     assert (sigmas(mu=2.0)[1:-1] > wanted[1:-1]).all()
     with pytest.raises(ValueError, match="mu"):
         sample_sde(lambda x, t: x, FlowMatchEulerDiscreteScheduler(), noise, mu=1.0)
-
-
-def test_advantages_are_standardised_within_a_prompt():
-    found = group_advantages(torch.tensor([1.0, 3.0, 10.0, 10.0]), 2)
-    torch.testing.assert_close(found, torch.tensor([-1.0, 1.0, 0.0, 0.0]))
-    for wrong in ((torch.ones(3), 2), (torch.ones(4), 1), (torch.ones(2, 2), 2)):
-        with pytest.raises((ValueError, TypeError), match=r"groups|rewards"):
-            group_advantages(*wrong)
 
 
 def test_a_ratio_that_has_left_the_range_the_right_way_has_no_gradient():
