@@ -20,20 +20,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from common.options import option, parse
-from common.settings import (
-    ImageOptions,
-    PipelineOptions,
-    RewardOptions,
-    WarmupOptions,
-)
+from common.settings import ImageOptions, PipelineOptions, PromptOptions, RewardOptions
 from common.stop import command
 
 
 @dataclass(frozen=True)
-class Options(RewardOptions, WarmupOptions, PipelineOptions, ImageOptions):
+class Options(RewardOptions, PromptOptions, PipelineOptions, ImageOptions):
     """The recipe's own options, with trl's defaults; the shared ones are in common/settings.py."""
 
     TITLE = "DDPO"
@@ -41,9 +36,6 @@ class Options(RewardOptions, WarmupOptions, PipelineOptions, ImageOptions):
     model: str = "recipes/models/epsilon"
     rank: int = 4
     learning_rate: float = 3e-4
-    sampling_prompts: str = option(
-        "", "File of prompts to sample, one per line, in place of the data set's captions."
-    )
     num_epochs: int = option(100, "Epochs of sampling and training to run.", at_least=1)
     num_inference_steps: int = option(50, "DDIM steps per sampled image.", at_least=1)
     sample_batch_size: int = option(8, "Images per process and sampling batch.", at_least=1)
@@ -74,16 +66,6 @@ class Options(RewardOptions, WarmupOptions, PipelineOptions, ImageOptions):
     )
     validation_epochs: int = option(10, "Epochs between two validations.", at_least=1)
     checkpointing_epochs: int = option(10, "Epochs between two checkpoints.", at_least=1)
-    agsm_images: Literal["data", "best"] = option(
-        "data", "Images that AGSM trains on: the data set's, or the samples with the best rewards."
-    )
-    agsm_best: float = option(
-        0.25,
-        "Share of the samples that AGSM trains on, best reward first (for --agsm_images best).",
-        above=0,
-        at_most=1,
-    )
-    agsm_batch: int = option(8, "Images of AGSM per micro-step.", at_least=2)
     agsm_every: int = option(
         1, "Run AGSM in one of N micro-steps, with N times its weight.", at_least=1
     )
@@ -99,21 +81,23 @@ def main(arguments: list[str] | None = None) -> None:
     from tqdm.auto import tqdm
 
     from common.checkpoints import last_whole, opened, save
-    from common.ddpo import JsonLines, extra_tracker, make_trainer, samples_sheet
+    from common.ddpo import JsonLines, extra_tracker, make_trainer, sheet_of
     from common.engines import check_launched
     from common.messages import paused
+    from common.on_policy import check_best
     from common.stop import Stop
     from common.trained_pipeline import TrainedPipeline
     from world.task import open_task
 
-    own_samples = options.agsm_weight and options.agsm_images == "best"
-    range_ = (options.timestep_density, options.timestep_low)
-    if own_samples and (options.candidates != "in_batch" or range_ != ("uniform", 0.0)):
-        raise ValueError(
-            "agsm_images: best has in-batch negatives and uniform timesteps only; expected "
-            f"candidates in_batch and the defaults of timestep_*, got {options.candidates} and "
-            f"{range_}."
-        )
+    if options.agsm_weight and options.agsm_images == "best":
+        check_best(options)
+        range_ = (options.timestep_density, options.timestep_low, options.null)
+        if range_ != ("uniform", 0.0, False):
+            raise ValueError(
+                "agsm_images: best has uniform timesteps and no empty caption in trl's DDPO; "
+                "expected the defaults of timestep_density, timestep_low and null, got "
+                f"{range_}."
+            )
     check_launched(sharding=False)
     # trl's parts log before they have made their own state.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
@@ -136,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         def show(data: Any, step: int, _: Any) -> None:
             if due["sheet"]:
-                samples_sheet(data, output / "sheets" / f"samples_{step:06d}.png")
+                sheet_of(data, output / "sheets" / f"samples_{step:06d}.png")
 
         trainer = make_trainer(options, state, trained, tracker, found, show)
         trained.say_start()

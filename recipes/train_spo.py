@@ -21,7 +21,7 @@ Under `--output_dir`:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from common.options import option, parse
 from common.settings import OnPolicyOptions
@@ -62,15 +62,7 @@ class Options(OnPolicyOptions):
     clip_range: float = option(
         0.1, "Distance from 1 at which likelihood ratios are clipped.", above=0, below=1
     )
-    agsm_images: Literal["data", "best"] = option(
-        "data", "Images that AGSM trains on: the data set's, or the samples with the best scores."
-    )
-    agsm_best: float = option(
-        0.5,
-        "Share of the samples that AGSM trains on, best score first (for --agsm_images best).",
-        above=0,
-        at_most=1,
-    )
+    agsm_best: float = 0.5
     agsm_batch: int = option(
         0,
         "Images of AGSM per micro-step (for --agsm_images data); 0: those of the sampled captions.",
@@ -95,8 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     from agsm_loss.integrations.noise import prediction_type
     from common.loop import start
+    from common.on_policy import on_policy_images
     from common.rewards import load
-    from common.trained_pipeline import TrainedPipeline, on_policy_images
+    from common.trained_pipeline import TrainedPipeline, agsm_weight
     from world.task import open_task
 
     if options.agsm_batch and options.agsm_images == "best":
@@ -117,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     agsm = None
     if options.agsm_weight:
         images = options.agsm_batch or options.train_batch_size
-        agsm = trained.agsm(images, options.agsm_weight)
+        agsm = trained.agsm(images, agsm_weight(options))
     step = SPO(
         trained.denoiser,
         scheduler,
@@ -129,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         agsm=agsm,
     )
     reward = load(options.reward, accelerator.device, task.rewards)
-    batches = on_policy_images(options, task)
+    batches = on_policy_images(options, task, options.train_batch_size)
     more = None
     if options.agsm_batch and agsm is not None:
         more = on_policy_images(options, task, options.agsm_batch)

@@ -14,13 +14,11 @@ from trl import DDPOConfig
 from agsm_loss import draws
 from agsm_loss.integrations.hosts.base import AGSMBatch
 from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
-from agsm_loss.schedule import as_schedule, linear_warmup
 from common.log import append_line, flat, lines_of, missing_tracker, tracker_settings
-from common.rewards import load, to_uint8
-from common.settings import hard_per_image
-from common.sheet import sheet
-from common.task import Captions, Task
-from common.trained_pipeline import TrainedPipeline
+from common.on_policy import on_policy_images, prompts_of, samples_sheet
+from common.rewards import load
+from common.task import Task
+from common.trained_pipeline import TrainedPipeline, agsm_weight
 
 
 def make_trainer(
@@ -32,19 +30,18 @@ def make_trainer(
     show: Callable[..., None],
 ) -> Any:
     """trl's trainer with AGSM in it, where the checkpoint has left it."""
-    schedule = as_schedule(options.agsm_weight)
-    if options.agsm_warmup_steps:
-        schedule = linear_warmup(schedule, options.agsm_warmup_steps)
     own: dict[str, Any] = {}
     if options.agsm_weight:
-        own["agsm"] = lambda denoiser, parameters: trained.agsm(options.agsm_batch, schedule)
+        own["agsm"] = lambda denoiser, parameters: trained.agsm(
+            options.agsm_batch, agsm_weight(options)
+        )
         if options.agsm_images == "data":
             own["batches"] = data_batches(options, trained, state)
     pipeline = LoadedPipeline(trained.model.pipe, full=options.full)
     trainer = AGSMDDPOTrainer(
         trl_config(options, tracker, None if found is None else found.folder),
         trl_reward(options, state.device, trained.task),
-        prompts_of(options, trained.task),
+        drawn_prompts(options, trained.task),
         pipeline,
         show if state.is_main_process else None,  # trl's call asks for a tracker: only there
         attached=None if trained.tokens is None else trained.tokens.attached,
@@ -57,16 +54,12 @@ def make_trainer(
     return trainer
 
 
-def samples_sheet(data: Any, path: Path, most: int = 32) -> None:
+def sheet_of(data: Any, path: Path) -> None:
     """What an epoch sampled, with its rewards; as trl's hook is given it."""
-    images = torch.cat([images for images, *_ in data])[:most]
-    told = [
-        {"prompt": f"{float(reward):.3f} {prompt}"}
-        for _, prompts, _, rewards, _ in data
-        for prompt, reward in zip(prompts, rewards, strict=True)
-    ]
-    shown = to_uint8(2 * images.float() - 1).permute(0, 2, 3, 1).cpu().numpy()
-    sheet(shown, told[:most], None, path, side=96)
+    pixels = torch.cat([2 * images.float() - 1 for images, *_ in data])
+    prompts = [prompt for _, prompts, *_ in data for prompt in prompts]
+    rewards = torch.cat([torch.as_tensor(rewards).flatten() for _, _, _, rewards, _ in data])
+    samples_sheet(pixels, prompts, rewards, path)
 
 
 def trl_config(options: Any, tracker: GeneralTracker, resumed: Path | None) -> Any:
@@ -112,20 +105,15 @@ def trl_reward(options: Any, device: Any, task: Task) -> Callable[..., Any]:
     return reward
 
 
-def prompts_of(options: Any, task: Task) -> Callable[[], tuple[str, dict[str, Any]]]:
+def drawn_prompts(options: Any, task: Task) -> Callable[[], tuple[str, dict[str, Any]]]:
     """Draws a prompt, by torch's random numbers, which a checkpoint keeps."""
-    if options.sampling_prompts:
-        lines = Path(options.sampling_prompts).read_text().splitlines()
-        texts: Captions | list[str] = [line.strip() for line in lines if line.strip()]
-    else:
-        texts = task.captions()
+    texts = prompts_of(options, task)
     return lambda: (texts[int(torch.randint(len(texts), ()))], {})
 
 
 def data_batches(options: Any, trained: TrainedPipeline, state: Any) -> Callable[[int], AGSMBatch]:
     """AGSM's batch of each micro-step: the data set's images, noised as the options say."""
-    hard = hard_per_image(options)
-    batches = trained.task.images(options.agsm_batch, hard, options.image_column)
+    batches = on_policy_images(options, trained.task, options.agsm_batch)
 
     def agsm_batch(number: int) -> AGSMBatch:
         batch = batches[number]
@@ -150,6 +138,10 @@ def extra_tracker(options: Any, first: int) -> GeneralTracker:
         tracker.start()
     tracker.store_init_configuration(vars(options))
     return tracker
+
+
+# trl's names, as the other recipes have them.
+_NAMES = {"reward_mean": "reward/mean", "reward_std": "reward/std"}
 
 
 class JsonLines(GeneralTracker):
@@ -182,7 +174,7 @@ class JsonLines(GeneralTracker):
         if step != self.step:
             self.flush()
         self.step = self.step if step is None else step
-        scalars = {name: value.item() if hasattr(value, "item") else value
+        scalars = {_NAMES.get(name, name): value.item() if hasattr(value, "item") else value
                    for name, value in values.items() if getattr(value, "ndim", 0) == 0}  # fmt: skip
         self.line |= scalars
         if self.extra is not None:
@@ -211,7 +203,7 @@ class JsonLines(GeneralTracker):
     def shown(self) -> dict[str, float]:
         """For the progress bar."""
         now = {**self.last, **self.line}
-        return {name: now[name] for name in ("reward_mean", "loss") if name in now}
+        return {name: now[name] for name in ("reward/mean", "loss") if name in now}
 
     def finish(self) -> None:
         self.flush()

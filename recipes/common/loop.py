@@ -165,7 +165,7 @@ def train(
                 entry: dict[str, Any] = {}
                 if step % options.logging_steps == 0 or last:
                     entry = {**log.take(), "lr": schedule.get_last_lr()[0]}
-                    shown = {k.rsplit("/", 1)[-1]: f"{entry[k]:.4f}" for k in entry if k in _SHOWN}
+                    shown = {k: f"{entry[k]:.4f}" for k in entry if k in _SHOWN}
                     bar.set_postfix(shown, refresh=False)
                 if step % options.validation_steps == 0 or last:
                     if looks:
@@ -189,7 +189,7 @@ def train(
         accelerator.end_training()
 
 
-_SHOWN = ("loss", "agsm/win_rate", "agsm/score_margin", "dpo/accuracy")
+_SHOWN = ("loss", "reward/mean", "agsm/win_rate", "agsm/score_margin", "dpo/accuracy")
 _STOPPING = "the run ends after this step, with a checkpoint"
 _LEAST_SCALE = 2.0**-20
 

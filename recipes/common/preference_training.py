@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from agsm_loss import StepOutput, draws
-from agsm_loss.schedule import as_schedule, linear_warmup
 from common.loop import start
 from common.pair_data import PairBatch
 from common.settings import PreferenceOptions, hard_per_image
 from common.task import Task
-from common.trained_pipeline import TrainedPipeline, competitors
+from common.trained_pipeline import TrainedPipeline, agsm_weight, competitors
 
 
 class Pairs(NamedTuple):
@@ -48,10 +47,7 @@ def run_preference(
     trained = TrainedPipeline.build(options, accelerator, task)
     agsm = None
     if options.agsm_weight:
-        schedule = as_schedule(options.agsm_weight)
-        if options.agsm_warmup_steps:
-            schedule = linear_warmup(schedule, options.agsm_warmup_steps)
-        agsm = trained.agsm(options.train_batch_size, schedule)
+        agsm = trained.agsm(options.train_batch_size, agsm_weight(options))
     step = make_step(trained, agsm, {"beta": options.beta})
     hard = hard_per_image(options) if agsm is not None else 0
     batches = task.pairs(options.train_batch_size, hard)

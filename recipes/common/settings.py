@@ -278,12 +278,6 @@ class HostOptions(Checked):
     agsm_weight: float = option(
         0.0, "lambda: weight of AGSM in the loss; 0: {title} alone.", at_least=0
     )
-
-
-@dataclass(frozen=True)
-class WarmupOptions(HostOptions):
-    """Of the recipes in which AGSM can come in slowly."""
-
     agsm_warmup_steps: int = option(
         0, "Number of first steps in which lambda rises from 0.", at_least=0
     )
@@ -298,10 +292,29 @@ class RewardOptions(HostOptions):
         f"What scores the samples, larger is better: detector (for --data world), "
         f"{', '.join(REWARDS)}, or a CLIP model such as PickScore: a folder or a hub id.",
     )
+    agsm_images: Literal["data", "best"] = option(
+        "data", "Images that AGSM trains on: the data set's, or the samples with the best rewards."
+    )
+    agsm_best: float = option(
+        0.25,
+        "Share of the samples that AGSM trains on, best reward first (for --agsm_images best).",
+        above=0,
+        at_most=1,
+    )
+    agsm_batch: int = option(8, "Images of AGSM per process and micro-step.", at_least=2)
 
 
 @dataclass(frozen=True)
-class PreferenceOptions(WarmupOptions, PipelineLoopOptions):
+class PromptOptions(Checked):
+    """Options of the recipes that sample prompts of their own."""
+
+    sampling_prompts: str = option(
+        "", "File of prompts to sample, one per line, in place of the data set's captions."
+    )
+
+
+@dataclass(frozen=True)
+class PreferenceOptions(HostOptions, PipelineLoopOptions):
     """Options of the recipes on preference pairs."""
 
     beta: float = option(
@@ -324,6 +337,21 @@ class OnPolicyOptions(RewardOptions, PipelineLoopOptions, ImageOptions):
     """Options of hosts that sample for themselves, by the data set's captions."""
 
     train_batch_size: int = option(16, "Captions to sample per process and micro-step.", at_least=1)
+
+
+@dataclass(frozen=True)
+class GroupOptions(PromptOptions, OnPolicyOptions):
+    """Options of the hosts that compare the rewards of a prompt's samples."""
+
+    group_size: int = option(
+        4, "Images per prompt, whose rewards are compared with each other.", at_least=2
+    )
+    num_inference_steps: int = option(10, "Sampling steps per image.", at_least=2)
+    kl_weight: float = option(
+        0.0,
+        "Weight of the KL divergence to the reference (the model as it was given); 0: none.",
+        at_least=0,
+    )
 
 
 def hard_per_image(options: AGSMOptions) -> int:

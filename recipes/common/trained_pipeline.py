@@ -38,6 +38,7 @@ from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off
 from agsm_loss.integrations.tokens.attach import backbone_of
 from agsm_loss.integrations.tokens.unet import bos_embedding
+from agsm_loss.schedule import Schedule, as_schedule, linear_warmup
 from common.engines import blocks_of, gathered, is_sharded, run_inside
 from common.image_data import Batch
 from common.loop import Hooks, train
@@ -46,8 +47,8 @@ from common.pipeline import TextToImage
 from common.sampling import sample
 from common.settings import (
     AGSMOptions,
+    HostOptions,
     ModelOptions,
-    OnPolicyOptions,
     PipelineLoopOptions,
     PipelineOptions,
     hard_per_image,
@@ -328,10 +329,11 @@ class TrainedPipeline:
         say_saved(saved, None if options.rank and options.merge_lora else flags)
 
 
-def on_policy_images(options: OnPolicyOptions, task: Task, batch_size: int | None = None) -> Any:
-    """The captions to sample, with AGSM's images and, where it is on, its edited captions."""
-    hard = hard_per_image(options) if options.agsm_weight else 0
-    return task.images(batch_size or options.train_batch_size, hard, options.image_column)
+def agsm_weight(options: HostOptions) -> Schedule:
+    """lambda of each optimizer step."""
+    schedule = as_schedule(options.agsm_weight)
+    steps = options.agsm_warmup_steps
+    return linear_warmup(schedule, steps) if steps else schedule
 
 
 def competitors(

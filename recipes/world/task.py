@@ -22,6 +22,7 @@ from world.captions import caption
 from world.data import WorldBatches, WorldPairs
 from world.detector_reward import detector
 from world.prompts import draw_spec, rows
+from world.scene import IMAGE_SIDE
 from world.score import verdicts
 from world.summary import summarize_with_intervals
 
@@ -82,6 +83,7 @@ def open_task(options: Any, processes: Any) -> Task:
         "pipeline_arguments": pipeline_arguments,
     }
     if options.data == "world":
+        settings["size"] = IMAGE_SIDE
         return World(**settings, per_category=options.validation_per_category)
     return Task(**settings)
 

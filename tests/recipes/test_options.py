@@ -155,8 +155,8 @@ def test_help_has_the_own_options_first_then_sections_with_defaults(capsys):
     assert "Optimizer steps to run." in training and "--learning-rate" not in text
 
 
-COMMANDS = ("train_agsm", "train_dpo", "train_inpo", "train_spo", "train_flow_grpo", "train_base",
-            "train_ddpo", "generate", "score_images", "probe_guidance")  # fmt: skip
+COMMANDS = ("train_agsm", "train_dpo", "train_inpo", "train_spo", "train_flow_grpo", "train_nft",
+            "train_base", "train_ddpo", "generate", "score_images", "probe_guidance")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,4 +1,4 @@
-"""train_ddpo.py and train_flow_grpo.py: resume, log, either kind of image, rewards, refusals."""
+"""train_ddpo.py: resume, log, either kind of image, rewards, refusals."""
 
 import os
 import signal
@@ -11,7 +11,6 @@ from datasets import Dataset as Table
 from recipe_runs import killing, log, trained
 
 import train_ddpo
-import train_flow_grpo
 from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer
 from common import ddpo, rewards
 from common.task import Task
@@ -31,8 +30,8 @@ DDPO = ["--num_epochs", "3", "--sample_batch_size", "4", "--sample_num_batches_p
         "--validation_epochs", "3", "--checkpointing_epochs", "1"]  # fmt: skip
 
 
-def train(recipe, model, folder, *flags):
-    recipe.main(["--model", str(model), "--output_dir", str(folder), *FEW, *flags])
+def train(model, folder, *flags):
+    train_ddpo.main(["--model", str(model), "--output_dir", str(folder), *FEW, *flags])
     return trained(folder)
 
 
@@ -43,23 +42,21 @@ def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path
     flags = [*DDPO, "--agsm_weight", "0.5", "--candidates", negatives, "--agsm_images", images,
              "--agsm_every", "3", "--per_prompt_stat_tracking",
              "--guidance_scale", "1"]  # fmt: skip
-    whole = train(train_ddpo, epsilon_base, tmp_path / "whole", *flags)
+    whole = train(epsilon_base, tmp_path / "whole", *flags)
     lines = log(tmp_path / "whole")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert all({"reward_mean", "loss", "agsm/loss"} <= line.keys() for line in lines[:3])
+    assert all({"reward/mean", "loss", "agsm/loss"} <= line.keys() for line in lines[:3])
     assert lines[3]["scores"]["n"] == 6 and lines[0]["agsm/loss"] > 0
     sheets = {file.name for file in (tmp_path / "whole" / "sheets").glob("*.png")}
     assert sheets == {"samples_000002.png", "000003.png"}
     redness = rewards.redness
     monkeypatch.setattr(rewards, "redness", killing(redness, 3))
     with pytest.raises(KeyboardInterrupt):
-        train(train_ddpo, epsilon_base, tmp_path / "cut", *flags)
+        train(epsilon_base, tmp_path / "cut", *flags)
     monkeypatch.setattr(rewards, "redness", redness)
     with pytest.raises(ValueError, match="--resume_from_checkpoint"):
-        train(train_ddpo, epsilon_base, tmp_path / "cut", *flags)
-    resumed = train(
-        train_ddpo, epsilon_base, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest"
-    )
+        train(epsilon_base, tmp_path / "cut", *flags)
+    resumed = train(epsilon_base, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
     assert whole.keys() == resumed.keys() and any(name.startswith("lora/") for name in whole)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert log(tmp_path / "cut") == lines
@@ -73,18 +70,18 @@ THREE_STEPS = [*DDPO, "--num_epochs", "2", "--sample_num_batches_per_epoch", "3"
 def test_a_run_killed_within_an_epoch_logs_nothing_twice(epsilon_base, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(train_ddpo, epsilon_base, tmp_path / "whole", *THREE_STEPS)
+    train(epsilon_base, tmp_path / "whole", *THREE_STEPS)
     lines = log(tmp_path / "whole")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 3, 4, 5, 6]
     # The first epoch has 18 micro-steps; here in the third step of the second.
     loss = AGSMDDPOTrainer.calculate_loss
     monkeypatch.setattr(AGSMDDPOTrainer, "calculate_loss", killing(loss, 33))
     with pytest.raises(KeyboardInterrupt):
-        train(train_ddpo, epsilon_base, tmp_path / "cut", *THREE_STEPS)
+        train(epsilon_base, tmp_path / "cut", *THREE_STEPS)
     assert [line["step"] for line in log(tmp_path / "cut")] == [0, 1, 2, 3, 3]
     monkeypatch.setattr(AGSMDDPOTrainer, "calculate_loss", loss)
     again = [*THREE_STEPS, "--resume_from_checkpoint", "latest"]
-    train(train_ddpo, epsilon_base, tmp_path / "cut", *again)
+    train(epsilon_base, tmp_path / "cut", *again)
     assert log(tmp_path / "cut") == lines
     events = EventAccumulator(str(tmp_path / "cut" / "agsm-loss")).Reload()
     assert [one.step for one in events.Scalars("loss")] == [0, 1, 2, 3, 4, 5]
@@ -98,12 +95,12 @@ def test_rewards_that_are_no_numbers_end_the_run(epsilon_base, tmp_path, monkeyp
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     flags = [*DDPO, "--sampling_prompts", str(tmp_path / "prompts.txt")]
     with pytest.raises(FloatingPointError, match=r"epoch 1.*a red circle.*checkpoint_0\.$"):
-        train(train_ddpo, epsilon_base, tmp_path / "run", *flags)
+        train(epsilon_base, tmp_path / "run", *flags)
     assert not (tmp_path / "run" / "tokens").exists() and len(log(tmp_path / "run")) == 2
 
 
 def test_a_signal_ends_a_run_after_its_epoch(epsilon_base, tmp_path, monkeypatch, capsys):
-    whole = train(train_ddpo, epsilon_base, tmp_path / "whole", *DDPO)
+    whole = train(epsilon_base, tmp_path / "whole", *DDPO)
     redness = rewards.redness
 
     def asked(pixels, prompts):
@@ -112,12 +109,12 @@ def test_a_signal_ends_a_run_after_its_epoch(epsilon_base, tmp_path, monkeypatch
 
     monkeypatch.setattr(rewards, "redness", asked)
     with pytest.raises(SystemExit, match="143"):
-        train(train_ddpo, epsilon_base, tmp_path / "cut", *DDPO)
+        train(epsilon_base, tmp_path / "cut", *DDPO)
     told = capsys.readouterr().out
     assert "Stopped after epoch 1, saved as " in told and "recipes/train_ddpo.py --" in told
     monkeypatch.setattr(rewards, "redness", redness)
     again = [*DDPO, "--resume_from_checkpoint", "latest"]
-    resumed = train(train_ddpo, epsilon_base, tmp_path / "cut", *again)
+    resumed = train(epsilon_base, tmp_path / "cut", *again)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
 
@@ -125,16 +122,16 @@ def test_a_signal_ends_a_run_after_its_epoch(epsilon_base, tmp_path, monkeypatch
 def test_with_guidance_and_all_of_the_model_it_trains_too(epsilon_base, tmp_path):
     flags = [*DDPO, "--num_epochs", "1", "--rank", "0", "--full", "--guidance_scale", "2",
              "--report_to", "tensorboard"]  # fmt: skip
-    train(train_ddpo, epsilon_base, tmp_path, *flags)
+    train(epsilon_base, tmp_path, *flags)
     assert list(tmp_path.rglob("events.out.tfevents*"))
     assert (tmp_path / "pipeline" / "unet").is_dir() and log(tmp_path)[-1]["scores"]["n"] == 6
 
 
-@pytest.mark.parametrize("flags", [["--candidates", "hard"], ["--timestep_low", "0.5"]])
+@pytest.mark.parametrize("flags", [["--candidates", "hard"], ["--timestep_low", "0.5"], ["--null"]])
 def test_what_its_own_samples_cannot_follow_is_refused(flags, epsilon_base, tmp_path):
     flags = [*DDPO, "--agsm_weight", "1", "--agsm_images", "best", *flags]
     with pytest.raises(ValueError, match=r"agsm_images"):
-        train(train_ddpo, epsilon_base, tmp_path, *flags)
+        train(epsilon_base, tmp_path, *flags)
 
 
 def test_prompts_come_from_a_file(epsilon_base, tmp_path, monkeypatch):
@@ -147,31 +144,13 @@ def test_prompts_come_from_a_file(epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "redness", watching)
     (tmp_path / "prompts.txt").write_text("a red circle\n\ntwo blue squares\n")
     flags = [*DDPO, "--num_epochs", "2", "--sampling_prompts", str(tmp_path / "prompts.txt")]
-    train(train_ddpo, epsilon_base, tmp_path / "run", *flags)
+    train(epsilon_base, tmp_path / "run", *flags)
     assert seen == {"a red circle", "two blue squares"}
 
 
 def test_a_flow_is_sent_to_its_own_recipe(flow_base, tmp_path):
     with pytest.raises(ValueError, match=r"train_flow_grpo"):
-        train(train_ddpo, flow_base, tmp_path, *DDPO)
-
-
-def test_flow_grpo_resumes_and_has_agsm_in_it(flow_base, tmp_path, monkeypatch):
-    flags = ["--max_train_steps", "3", "--train_batch_size", "2", "--group_size", "2",
-             "--train_timesteps", "2", "--logging_steps", "1", "--validation_steps", "3",
-             "--checkpointing_steps", "1", "--agsm_weight", "0.5",
-             "--candidates", "hard"]  # fmt: skip
-    whole = train(train_flow_grpo, flow_base, tmp_path / "whole", *flags)
-    assert all(line["agsm/loss"] > 0 and "reward_mean" in line for line in log(tmp_path / "whole"))
-    redness = rewards.redness
-    monkeypatch.setattr(rewards, "redness", killing(redness, 3))
-    with pytest.raises(KeyboardInterrupt):
-        train(train_flow_grpo, flow_base, tmp_path / "cut", *flags)
-    monkeypatch.setattr(rewards, "redness", redness)
-    resumed = train(
-        train_flow_grpo, flow_base, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest"
-    )
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        train(flow_base, tmp_path, *DDPO)
 
 
 def test_rewards_of_hand_made_pictures():
@@ -204,5 +183,5 @@ def test_a_prompt_is_one_draw_of_its_row_or_of_its_scene(tmp_path):
         torch.manual_seed(4)
         expected = [(text(int(torch.randint(number, ()))), {}) for _ in range(8)]
         torch.manual_seed(4)
-        draw = ddpo.prompts_of(SimpleNamespace(sampling_prompts=file), task)
+        draw = ddpo.drawn_prompts(SimpleNamespace(sampling_prompts=file), task)
         assert [draw() for _ in range(8)] == expected

@@ -1,0 +1,190 @@
+"""DiffusionNFT on a pipeline, alone or with AGSM in its step.
+
+    python recipes/train_nft.py --reward redness --agsm_weight 1
+    python recipes/train_nft.py --model recipes/models/epsilon --agsm_weight 1 --agsm_images best
+
+A rollout samples `--sample_num_batches_per_epoch` batches of images without guidance, by the
+pipeline's own scheduler, and scores them by `--reward`. It is trained on
+`--train_num_inner_epochs` times, each time at fresh timesteps and noise. Prompts are the data set's
+captions, or the lines of `--sampling_prompts`. AGSM trains on the data set's images (`--agsm_images
+data`), or on the samples with the best rewards (`best`).
+
+Under `--output_dir`:
+    tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights
+    log.jsonl, options.json       losses, metrics and validation scores; the run's options
+    sheets/                       images of the validation prompts and of a rollout
+    checkpoints/                  for `--resume_from_checkpoint latest`, which continues exactly
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from common.options import option, parse
+from common.settings import GroupOptions
+from common.stop import command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from common.on_policy import PromptBatch
+
+
+@dataclass(frozen=True)
+class Options(GroupOptions):
+    """The recipe's own options; the shared ones are in common/settings.py."""
+
+    TITLE = "DiffusionNFT"
+    output_dir: str = "runs/nft"
+    num_tokens: int = 0
+    rank: int = 8
+    learning_rate: float = 3e-4
+    group_size: int = 8
+    kl_weight: float = option(
+        1e-4,
+        "Weight of the mean squared difference of the predictions to the reference's (the model as "
+        "it was given); 0: none.",
+        at_least=0,
+    )
+    sample_batch_size: int = option(16, "Images per process and sampling batch.", at_least=1)
+    sample_num_batches_per_epoch: int = option(4, "Batches to sample per rollout.", at_least=1)
+    train_batch_size: int = option(16, "Sampled images per process and micro-step.", at_least=1)
+    train_num_inner_epochs: int = option(1, "Passes over a rollout's samples.", at_least=1)
+    beta: float = option(
+        1.0,
+        "beta of {title}: distance of the implicit policies from the old one, in units of the "
+        "model's. Published: 1; 0.1 for several rewards.",
+        above=0,
+    )
+    train_adv_clip_max: float = option(5.0, "Size to which advantages are clipped.", above=0)
+    old_decay_slope: float = option(
+        0.001, "Rise per optimizer step of the old policy's decay, from 0.", at_least=0
+    )
+    old_decay_max: float = option(
+        0.5,
+        "Largest decay of the old policy, which moves once per rollout; 0: it is the model as each "
+        "rollout begins.",
+        at_least=0,
+        at_most=1,
+    )
+    old_decay_start: int = option(
+        0, "Optimizer steps in which the old policy's decay is 0 still.", at_least=0
+    )
+
+
+class Rollout(NamedTuple):
+    """A rollout's number, and its images with their prompts, rewards and advantages."""
+
+    number: int
+    captions: list[str]
+    latents: Tensor
+    rewards: Tensor
+    advantages: Tensor
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, validates, checkpoints and saves."""
+    options = parse(Options, __doc__, arguments)
+
+    import torch
+
+    from agsm_loss import EMA, draws
+    from agsm_loss.integrations.hosts.base import take_rows
+    from agsm_loss.integrations.hosts.diffusion_nft import DiffusionNFT, rising_decay
+    from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_latents
+    from common.loop import start
+    from common.on_policy import OnPolicy
+    from common.trained_pipeline import TrainedPipeline
+    from world.task import open_task
+
+    images = options.sample_batch_size * options.sample_num_batches_per_epoch
+    batch_size, group = options.train_batch_size, options.group_size
+    passes = images // batch_size  # micro-steps a pass
+    micro_steps = passes * options.train_num_inner_epochs
+    steps, rest = divmod(micro_steps, options.gradient_accumulation_steps)
+    if images % group or images % batch_size or rest:
+        raise ValueError(
+            f"sample_num_batches_per_epoch: expected a rollout of whole groups, micro-steps and "
+            f"optimizer steps, got {images} images in groups of {group}, {batch_size} a micro-step "
+            f"(--train_batch_size), and {micro_steps} micro-steps in "
+            f"--gradient_accumulation_steps {options.gradient_accumulation_steps}."
+        )
+    accelerator = start(options)
+    task = open_task(options, accelerator)
+    trained = TrainedPipeline.build(options, accelerator, task)
+    own = OnPolicy(options, accelerator, trained, prompts=images // group, micro_steps=micro_steps)
+    scheduler = trained.model.pipe.scheduler
+    step = DiffusionNFT(
+        trained.denoiser,
+        scheduler,
+        old=EMA(trained.denoiser),
+        reference=trained.reference,
+        beta=options.beta,
+        clip=options.train_adv_clip_max,
+        kl_weight=options.kl_weight,
+        old_decay=rising_decay(
+            options.old_decay_slope, options.old_decay_max, options.old_decay_start
+        ),
+        steps_per_epoch=steps,
+        agsm=own.agsm,
+        autocast=accelerator.autocast,
+    )
+
+    def sampled(number: int, prompts: list[str]) -> Rollout:
+        """A function of the old policy, which rests meanwhile: a resumed run samples it again."""
+        generator = draws(options.seed, number, accelerator.process_index, "rollout")
+        captions = own.grouped(prompts)
+        parts = []
+        for first in range(0, images, options.sample_batch_size):
+            text, image = own.conditioning(captions[first : first + options.sample_batch_size])
+            with step.old.applied(), accelerator.autocast():
+                parts.append(
+                    sample_latents(
+                        own.denoise(text, image),
+                        scheduler,
+                        own.noise(options.sample_batch_size, generator),
+                        num_steps=options.num_inference_steps,
+                        generator=generator,
+                    )
+                )
+        latents = torch.cat(parts)
+        rewards = own.rewards(latents, captions, number * micro_steps)
+        advantages = group_advantages(rewards, group, global_std=True)
+        return Rollout(number, captions, latents, rewards, advantages)
+
+    latest: Rollout | None = None
+
+    def loss(batch: PromptBatch, index: int) -> Any:
+        nonlocal latest
+        number, inside = divmod(index, micro_steps)
+        if latest is None or latest.number != number:
+            latest = sampled(number, batch.captions)
+        turn, place = divmod(inside, passes)
+        order = torch.randperm(
+            images, generator=draws(options.seed, number, accelerator.process_index, turn)
+        )
+        rows = order[place * batch_size : (place + 1) * batch_size]
+        text, image = own.conditioning([latest.captions[int(row)] for row in rows])
+        latents, advantages = take_rows(
+            (latest.latents, latest.advantages), rows.to(latest.latents.device)
+        )
+        generator = draws(options.seed, index, accelerator.process_index, "noise")
+        out = step(
+            latents,
+            advantages,
+            text,
+            trained.timesteps(batch_size, generator),
+            own.noise(batch_size, generator),
+            image_conditioning=image,
+            agsm_batch=own.agsm_batch(
+                batch, index, latest.latents, latest.captions, latest.rewards
+            ),
+        )
+        return out.loss, {**out.metrics, **own.metrics(latest.rewards)}
+
+    trained.train(accelerator, own.batches, loss, step)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,214 @@
+"""train_flow_grpo.py and train_nft.py: resume, prompts, rewards, either kind of image, refusals."""
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from recipe_runs import killing, log, trained
+
+import train_flow_grpo
+import train_nft
+from common import on_policy, rewards
+from common.trained_pipeline import TrainedPipeline
+from world.captions import caption
+from world.prompts import specs
+from world.scene import TAGS
+from world.task import open_task
+
+FEW = ["--rank", "2", "--num_tokens", "2", "--validation_per_category", "1", "--group_size", "2",
+       "--validation_inference_steps", "2", "--num_inference_steps", "3", "--num_negatives", "2",
+       "--reward", "redness", "--learning_rate", "0.01", "--skip_first_validation",
+       "--logging_steps", "1", "--checkpointing_steps", "1", "--agsm_batch", "3"]  # fmt: skip
+GRPO = ["--max_train_steps", "3", "--train_batch_size", "2", "--train_timesteps", "2",
+        "--validation_steps", "3"]  # fmt: skip
+# A rollout of 8 images, 4 a micro-step, twice each, in 2 optimizer steps.
+NFT = ["--max_train_steps", "4", "--sample_batch_size", "4", "--sample_num_batches_per_epoch", "2",
+       "--train_batch_size", "4", "--train_num_inner_epochs", "2", "--validation_steps", "3",
+       "--gradient_accumulation_steps", "2"]  # fmt: skip
+
+
+def train(recipe, model, folder, *flags):
+    own = {train_flow_grpo: GRPO, train_nft: NFT}[recipe]
+    recipe.main(["--model", str(model), "--output_dir", str(folder), *FEW, *own, *flags])
+    return trained(folder)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--candidates", "hard"], marks=pytest.mark.slow, id="data"),
+        pytest.param(["--agsm_images", "best", "--kl_weight", "0.1"], id="best"),
+    ],
+)
+def test_flow_grpo_resumes_and_has_agsm_in_it(flags, flow_base, tmp_path, monkeypatch):
+    flags = ["--agsm_weight", "0.5", *flags]
+    whole = train(train_flow_grpo, flow_base, tmp_path / "whole", *flags)
+    lines = log(tmp_path / "whole")
+    assert all(line["agsm/loss"] > 0 and {"reward/mean", "reward/std"} <= line.keys()
+               for line in lines)  # fmt: skip
+    assert [("kl" in line) for line in lines] == ["--kl_weight" in flags] * 3
+    redness = rewards.redness
+    monkeypatch.setattr(rewards, "redness", killing(redness, 3))
+    with pytest.raises(KeyboardInterrupt):
+        train(train_flow_grpo, flow_base, tmp_path / "cut", *flags)
+    monkeypatch.setattr(rewards, "redness", redness)
+    again = [*flags, "--resume_from_checkpoint", "latest"]
+    assert same(whole, train(train_flow_grpo, flow_base, tmp_path / "cut", *again))
+    assert log(tmp_path / "cut") == lines
+
+
+@pytest.mark.parametrize(
+    ("base", "images", "place"),
+    [("flow", "data", "start"), pytest.param("epsilon", "best", "within", marks=pytest.mark.slow)],
+)
+def test_nft_resumes_within_a_rollout_and_at_its_start(
+    base, images, place, request, tmp_path, monkeypatch
+):
+    """The second rollout begins with micro-step 5, in step 3; micro-step 7 is in step 4."""
+    base = request.getfixturevalue(f"{base}_base")
+    flags = ["--agsm_weight", "0.5", "--agsm_images", images, "--agsm_warmup_steps", "2"]
+    whole = train(train_nft, base, tmp_path / "whole", *flags)
+    lines = log(tmp_path / "whole")
+    assert [line["agsm/weight"] for line in lines] == [0.0, 0.25, 0.5, 0.5]
+    assert lines[0]["reward/mean"] == lines[1]["reward/mean"] != lines[2]["reward/mean"]
+    assert lines[1]["nft/old_distance"] > 0 and lines[1]["kl"] > 0 and lines[2]["agsm/loss"] > 0
+    sheets = {file.name for file in (tmp_path / "whole" / "sheets").iterdir()}
+    assert sheets == {"000003.png", "samples_000004.png", "000004.png"}
+    owner, name, call = {
+        "start": (rewards, "redness", 2),
+        "within": (TrainedPipeline, "timesteps", 2 * 6 + 1),  # AGSM draws its own, too
+    }[place]
+    function = getattr(owner, name)
+    monkeypatch.setattr(owner, name, killing(function, call))
+    with pytest.raises(KeyboardInterrupt):
+        train(train_nft, base, tmp_path / "cut", *flags)
+    monkeypatch.setattr(owner, name, function)
+    assert len(log(tmp_path / "cut")) == {"start": 2, "within": 3}[place]
+    again = [*flags, "--resume_from_checkpoint", "latest"]
+    assert same(whole, train(train_nft, base, tmp_path / "cut", *again))
+    assert log(tmp_path / "cut") == lines
+
+
+@pytest.mark.parametrize("recipe", [train_flow_grpo, train_nft])
+def test_the_host_alone_samples_what_it_samples_with_agsm(recipe, flow_base, tmp_path):
+    name = {train_flow_grpo: "grpo/loss", train_nft: "nft/loss"}[recipe]
+    train(recipe, flow_base, tmp_path / "host", "--max_train_steps", "1")
+    flags = ["--max_train_steps", "1", "--agsm_weight", "1"]
+    train(recipe, flow_base, tmp_path / "both", *flags)
+    (host,), (both,) = log(tmp_path / "host"), log(tmp_path / "both")
+    assert host[name] == both[name] and host["reward/mean"] == both["reward/mean"]
+    assert "agsm/loss" not in host and both["agsm/loss"] > 0
+
+
+@pytest.mark.parametrize("recipe", [train_flow_grpo, train_nft])
+def test_prompts_of_a_file_are_sampled_in_groups_without_a_data_set(
+    recipe, flow_base, tmp_path, monkeypatch
+):
+    seen, redness = [], rewards.redness
+
+    def watching(pixels, prompts):
+        seen.append((pixels, prompts))
+        return redness(pixels, prompts)
+
+    monkeypatch.setattr(rewards, "redness", watching)
+    (tmp_path / "prompts.txt").write_text("a red circle\n\ntwo blue squares\n")
+    flags = ["--sampling_prompts", str(tmp_path / "prompts.txt"), "--data", "there/is/none",
+             "--resolution", "24", "--agsm_weight", "1", "--agsm_images", "best"]  # fmt: skip
+    train(recipe, flow_base, tmp_path / "run", *flags)
+    prompts = [text for _, texts in seen for text in texts]
+    assert set(prompts) == {"a red circle", "two blue squares"}
+    assert all(texts[0::2] == texts[1::2] for _, texts in seen)
+    rollouts, images = {train_flow_grpo: (3, 4), train_nft: (2, 8)}[recipe]
+    assert [pixels.shape for pixels, _ in seen] == [(images, 3, 24, 24)] * rollouts
+    first = seen[0][0]
+    assert not torch.equal(first[0], first[1])  # each image has noise of its own
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(ValueError, match="expected a prompt"):
+        train(recipe, flow_base, tmp_path / "none", *flags)
+
+
+def test_items_are_functions_of_their_number_in_any_process():
+    """Of the world: its training prompts, which the micro-steps of a rollout share."""
+    options = train_nft.Options(agsm_weight=1.0, candidates="mixed")
+    task = open_task(options, SimpleNamespace(process_index=0, num_processes=1))
+    items = on_policy.PromptBatches(options, task, 3, micro_steps=2, images=4)
+    worker = pickle.loads(pickle.dumps(items))
+    known = {caption(spec) for tag in TAGS for spec in specs(tag)}
+    for index in (0, 1, 7):
+        one, other = items[index], worker[index]
+        assert one.captions == other.captions and len(one.captions) == 3
+        assert set(one.captions) <= known and len(one.images.captions) == 4
+        assert torch.equal(one.images.pixels, other.images.pixels)
+    assert items[0].captions == items[1].captions != items[2].captions
+    assert items[0].images.captions != items[1].images.captions
+
+
+def test_the_old_policy_samples_and_the_samples_are_trained_on_afresh(
+    flow_base, tmp_path, monkeypatch
+):
+    from agsm_loss.integrations.hosts.diffusion_nft import DiffusionNFT
+
+    seen, call = [], DiffusionNFT.__call__
+
+    def watching(self, latents, advantages, text, timesteps, noise, **more):
+        applied = [one.clone() for one in self.old.shadow]
+        seen.append((latents, advantages, timesteps, noise, applied))
+        return call(self, latents, advantages, text, timesteps, noise, **more)
+
+    monkeypatch.setattr(DiffusionNFT, "__call__", watching)
+    train(train_nft, flow_base, tmp_path / "run", "--old_decay_max", "0")
+    rollout = [torch.cat([one[0], two[0]]) for one, two in zip(seen[::2], seen[1::2], strict=True)]
+    flat = [sorted(x.flatten(1).sum(1).tolist()) for x in rollout]
+    assert flat[0] == flat[1] and flat[2] == flat[3] and flat[0] != flat[2]  # two passes each
+    assert not torch.equal(seen[0][0], seen[2][0])  # in another order
+    for place in (2, 3):
+        values = [one[place].flatten()[0].item() for one in seen]
+        assert len(set(values)) == len(values)
+    advantages = torch.cat([seen[0][1], seen[1][1]])
+    assert advantages.sum().abs() < 1e-5 and advantages.std(unbiased=False) <= 1.0001
+    still, moved = (seen[0][4], seen[3][4]), (seen[3][4], seen[4][4])
+    assert all(torch.equal(a, b) for a, b in zip(*still, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(*moved, strict=True))
+
+
+def test_the_best_samples_are_those_with_the_best_rewards(flow_base, tmp_path, monkeypatch):
+    asked, batch = [], on_policy.OnPolicy.agsm_batch
+
+    def watching(self, prompts, index, latents, captions, values):
+        made = batch(self, prompts, index, latents, captions, values)
+        asked.append((latents, values, made))
+        return made
+
+    monkeypatch.setattr(on_policy.OnPolicy, "agsm_batch", watching)
+    flags = ["--agsm_weight", "1", "--agsm_images", "best", "--agsm_best", "0.5"]
+    train(train_nft, flow_base, tmp_path / "run", *flags)
+    for latents, values, made in asked:
+        best = latents[values.argsort(descending=True)[:4]]
+        assert len(made.latents) == 3
+        assert all(any(torch.equal(one, x) for x in best) for one in made.latents)
+    assert not torch.equal(asked[0][2].latents, asked[1][2].latents)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--group_size", "3"], "groups of 3"),
+        (["--train_batch_size", "3"], "3 a micro-step"),
+        (["--gradient_accumulation_steps", "3"], "4 micro-steps"),
+        (["--agsm_weight", "1", "--agsm_images", "best", "--candidates", "hard"], "agsm_images"),
+    ],
+)
+def test_what_does_not_fit_is_refused(flags, named, flow_base, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        train(train_nft, flow_base, tmp_path, *flags)
+
+
+def test_all_of_the_denoiser_can_be_trained(flow_base, tmp_path):
+    flags = ["--full", "--rank", "0", "--num_tokens", "0", "--kl_weight", "1"]
+    train(train_nft, flow_base, tmp_path, *flags)
+    assert (tmp_path / "pipeline" / "transformer").is_dir() and log(tmp_path)[-1]["kl"] > 0
