@@ -60,3 +60,14 @@ def test_ddpo_with_agsm(epsilon_base, tmp_path):
              "--agsm_batch", "2"]  # fmt: skip
     log = launch(epsilon_base, tmp_path, "train_ddpo", "", flags)
     assert [line["step"] for line in log] == [0, 1, 2] and log[1]["agsm/loss"] > 0
+
+
+@pytest.mark.slow
+def test_nft_with_agsm_on_its_best_samples(flow_base, tmp_path):
+    flags = [*LOOP, "--max_train_steps", "3", "--reward", "redness", "--group_size", "2",
+             "--sample_batch_size", "4", "--sample_num_batches_per_epoch", "1",
+             "--num_inference_steps", "3", "--agsm_weight", "1", "--agsm_images", "best",
+             "--agsm_batch", "2"]  # fmt: skip
+    log = launch(flow_base, tmp_path, "train_nft", "", flags)
+    assert all(line["grad_norm"] > 0 and line["agsm/loss"] > 0 for line in log)
+    assert log[0]["reward/mean"] == log[1]["reward/mean"] != log[2]["reward/mean"]
