@@ -91,11 +91,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.agsm_weight and options.agsm_images == "best":
         check_best(options)
-        range_ = (options.timestep_density, options.timestep_low, options.null)
+        range_ = (options.timestep_density, options.timestep_low, options.null_caption)
         if range_ != ("uniform", 0.0, False):
             raise ValueError(
                 "agsm_images: best has uniform timesteps and no empty caption in trl's DDPO; "
-                "expected the defaults of timestep_density, timestep_low and null, got "
+                "expected the defaults of timestep_density, timestep_low and null_caption, got "
                 f"{range_}."
             )
     check_launched(sharding=False)

@@ -127,7 +127,9 @@ def test_with_guidance_and_all_of_the_model_it_trains_too(epsilon_base, tmp_path
     assert (tmp_path / "pipeline" / "unet").is_dir() and log(tmp_path)[-1]["scores"]["n"] == 6
 
 
-@pytest.mark.parametrize("flags", [["--candidates", "hard"], ["--timestep_low", "0.5"], ["--null"]])
+@pytest.mark.parametrize(
+    "flags", [["--candidates", "hard"], ["--timestep_low", "0.5"], ["--null_caption"]]
+)
 def test_what_its_own_samples_cannot_follow_is_refused(flags, epsilon_base, tmp_path):
     flags = [*DDPO, "--agsm_weight", "1", "--agsm_images", "best", *flags]
     with pytest.raises(ValueError, match=r"agsm_images"):
