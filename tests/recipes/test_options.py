@@ -156,7 +156,8 @@ def test_help_has_the_own_options_first_then_sections_with_defaults(capsys):
 
 
 COMMANDS = ("train_agsm", "train_dpo", "train_inpo", "train_spo", "train_flow_grpo", "train_nft",
-            "train_base", "train_ddpo", "generate", "score_images", "probe_guidance")  # fmt: skip
+            "train_base", "train_ddpo", "generate", "score_images", "probe_guidance",
+            "diagnose")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)

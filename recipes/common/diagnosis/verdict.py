@@ -1,0 +1,222 @@
+"""What the numbers mean for a training run: sentences, and the options that follow from them.
+
+findings = verdict(numbers, chosen)
+for one in findings:
+    print(one.text)
+options_of(findings)             # of train_agsm.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from agsm_loss import functional as AF
+from common.diagnosis.levels import DEFAULT_TEMPERATURE, Levels, Numbers
+from common.diagnosis.measure import KINDS, Measured
+
+TOO_EASY = 0.95
+"""Win rate from which a kind of competitor has little left to teach."""
+SAME_DIRECTION = 0.9
+"""Cosine from which captions of the batch guide as the empty one does."""
+UNCHANGED = 0.01
+"""Share of the prediction below which captions do not change it."""
+FALSE_NEGATIVES = 0.02
+"""Share of suspected pairs that is worth a sentence."""
+AT_CHANCE, SATURATED = 0.1, 0.9
+"""Share of the way of w⁺ from chance to 1 below and above which T is wrong."""
+WEAK_SCALE = 1.2
+"""Effective guidance scale below which the sampler's guidance is still needed."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A case of the verdict, its sentence, and the options of train_agsm.py that it asks for."""
+
+    name: str
+    text: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def options_of(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Of all findings together."""
+    return {name: value for one in findings for name, value in one.options.items()}
+
+
+def columns_of(options: Mapping[str, Any]) -> list[int]:
+    """The measured columns of the competitors that the options ask for."""
+    kind = {"hard": "edited", "in_batch": "in_batch"}[options["candidates"]]
+    return [
+        *KINDS[kind][: options["num_negatives"]],
+        *(KINDS["empty"] if options["null_caption"] else ()),
+    ]
+
+
+def competitors(numbers: Numbers) -> list[Finding]:
+    """Where captions decide, and which of them to train against."""
+    where = numbers.decides
+    if not where.any():
+        return [_nothing_decides(numbers)]
+    found = [_where(numbers)]
+    edited, others, empty = (numbers.kinds[name] for name in ("edited", "in_batch", "empty"))
+    hard, easy = _mean(edited.win_rate, where), _mean(others.win_rate, where)
+    cosine = float(np.median(others.mean_toward_cfg[where]))
+    has_edits = hard >= numbers.decided_from
+    if easy >= TOO_EASY:
+        remedy = "use edited ones" if has_edits else "they teach little"
+        found.append(
+            Finding("easy", f"In-batch captions are too easy (win rate {easy:.2f}): {remedy}.")
+        )
+    if hard < numbers.decided_from:
+        found.append(
+            Finding(
+                "edits_at_chance",
+                f"The model cannot tell edited captions apart (win rate {hard:.2f}, chance 0.5): "
+                "guidance only strengthens what the model knows, so leave them out.",
+            )
+        )
+    same = cosine >= SAME_DIRECTION
+    if same:
+        found.append(
+            Finding(
+                "same_direction",
+                f"In-batch captions guide in the direction of the empty one (cosine {cosine:.2f}): "
+                "the empty caption alone does the same for one pass.",
+            )
+        )
+    null = _knows_empty(others, empty, where)
+    if not null:
+        found.append(
+            Finding(
+                "empty_unknown",
+                "The empty caption does worse than a wrong one: the model was hardly trained "
+                "without captions, so do not use --null_caption.",
+            )
+        )
+    if has_edits:
+        chosen: dict[str, Any] = {"candidates": "hard", "num_negatives": 1}
+        names = ["one edit of the image's own"]
+    elif null and (same or easy >= TOO_EASY or np.isnan(easy)):
+        chosen, names = {"candidates": "in_batch", "num_negatives": 0}, []
+    else:
+        chosen = {"candidates": "in_batch", "num_negatives": 2}
+        names = ["two captions of the batch"]
+    names += ["the empty caption"] if null else []
+    text = f"Competitors to start with: {' and '.join(names)}."
+    return [
+        *found,
+        Finding("competitors", text, {"objective": "agsm", **chosen, "null_caption": null}),
+    ]
+
+
+def verdict(
+    numbers: Numbers, choice: Sequence[Finding], chosen: Levels, entropy: float
+) -> list[Finding]:
+    """The rest, where captions decide: T, false negatives, and how to sample afterwards.
+
+    choice: of `competitors`. chosen: the numbers of the competitors that it chose. entropy: the
+    target that `chosen` has its T for.
+    """
+    where = numbers.decides
+    if not where.any():
+        return []
+    found, weight = [], chosen.weight
+    mean = _mean(chosen.default_weight, where)
+    share = (mean - chosen.chance) / (1 - chosen.chance)
+    adaptive = {"target_entropy": entropy}
+    at = f"w+ is {mean:.2f}, chance {chosen.chance:.2f}"
+    use = f"use --target_entropy {entropy:g} (T = {chosen.one_temperature:.2g} here)"
+    if share <= AT_CHANCE:
+        text = f"At T = {DEFAULT_TEMPERATURE} the weights are at chance ({at}): {use}."
+        found.append(Finding("at_chance", text, adaptive))
+    elif share >= SATURATED:
+        text = f"At T = {DEFAULT_TEMPERATURE} the weights are saturated ({at}): the guidance "
+        text += f"vanishes; {use}."
+        found.append(Finding("saturated", text, adaptive))
+    else:
+        weight = chosen.default_weight
+        text = f"T = {DEFAULT_TEMPERATURE} ranks the captions ({at})."
+        found.append(Finding("temperature", text, {"temperature": DEFAULT_TEMPERATURE}))
+    suspected = len(numbers.suspects) / max(numbers.pairs, 1)
+    if suspected >= FALSE_NEGATIVES:
+        text = f"{suspected:.1%} of the compared captions of other images explain the image better "
+        text += "than its own: they fit it too, or its own is wrong. Images with several captions "
+        text += "need one row with a list of them, or edited competitors."
+        found.append(Finding("false_negatives", text))
+    scale = AF.guidance_scale(torch.from_numpy(weight[where])).numpy()
+    low, middle, high = np.quantile(scale, [0, 0.5, 1])
+    built_in = f"At its fixed point the model has guidance built in, of scale {middle:.1f} "
+    built_in += f"({low:.1f} to {high:.1f} by noise level)"
+    if not options_of(choice)["null_caption"]:
+        text = f"{built_in}, away from other captions and not from the empty one: sample as before."
+        found.append(Finding("sample_as_before", text))
+    elif middle < WEAK_SCALE:
+        found.append(Finding("sample_with", f"{built_in}: go on sampling with guidance."))
+    else:
+        text = f"{built_in}: sample without guidance, at half the cost."
+        found.append(Finding("sample_without", text, {"validation_guidance_scale": 1.0}))
+    return found
+
+
+def cost(measured: Measured, options: Mapping[str, Any]) -> Finding:
+    """What a step of AGSM costs against one of plain denoising, in passes, time and memory.
+
+    A training pass (forward and backward) counts as three forward passes.
+    """
+    number = 1 + len(columns_of(options))
+    seconds = measured.pass_seconds
+    text = (
+        f"A step makes {number} passes of the EMA (K = {number}) and, with gamma- = 0, one "
+        f"training pass: about {(number + 3) / 3:.1f} times a step of plain denoising. A pass of "
+        f"{measured.batch_size} images took {seconds:.2g} s here, so a step takes about "
+        f"{(number + 3) * seconds:.2g} s. The EMA holds one more copy of what is trained (of all "
+        f"weights: {measured.trainable * 4 / 2**20:.0f} MiB)."
+    )
+    if measured.peak_bytes:
+        text += f" This measurement took {measured.peak_bytes / 2**20:.0f} MiB of GPU memory."
+    return Finding("cost", text)
+
+
+def _nothing_decides(numbers: Numbers) -> Finding:
+    kinds = [numbers.kinds[name] for name in ("edited", "in_batch")]
+    best = np.nanmax([kind.win_rate for kind in kinds])
+    size = np.nanmax([kind.size for kind in kinds])
+    text = "The matching caption has the smaller error no more often than by chance, at any noise "
+    text += f"level (win rate {best:.2f} at most): AGSM has nothing to work with. "
+    options = {"objective": "denoising"}
+    if size < UNCHANGED:
+        text += f"The model ignores its text: another caption changes at most {size:.1%} of its "
+        return Finding("ignores_text", text + "prediction. Train it on captions first.", options)
+    text += (
+        "Captions change the prediction, so look at the data: they may not belong to the images."
+    )
+    return Finding("captions_do_not_fit", text, options)
+
+
+def _where(numbers: Numbers) -> Finding:
+    where = numbers.decides
+    levels = np.flatnonzero(where)
+    first, last = float(levels[0]) / len(where), float(levels[-1] + 1) / len(where)
+    if where.all():
+        return Finding("decides", "Captions decide at all noise levels.")
+    if first == 0:
+        return Finding(
+            "decides_in_part", f"Captions decide below {last:.0%} of the noise schedule."
+        )
+    parts = f"above {first:.0%}" if last == 1 else f"between {first:.0%} and {last:.0%}"
+    text = f"Captions decide {parts} of the noise schedule: use --timestep_low {first:g}."
+    return Finding("decides_in_part", text, {"timestep_low": first})
+
+
+def _knows_empty(others: Levels, empty: Levels, where: Any) -> bool:
+    """An unconditional prediction has a smaller error than one under a wrong caption."""
+    worst = _mean(others.excess, where)
+    return bool(_mean(empty.win_rate, where) > 0.5 and not _mean(empty.excess, where) > worst)
+
+
+def _mean(values: Any, where: Any) -> float:
+    return float(np.mean(values[where]))

@@ -1,0 +1,72 @@
+"""Tells before any training whether AGSM can help a model on a data set, and with which options.
+
+    python recipes/diagnose.py --model recipes/models/flow --output_dir runs/diagnose
+    python recipes/train_agsm.py --config runs/diagnose/config.yaml --full
+    python recipes/diagnose.py --model <folder or hub id> --data <parquet, folder or hub id>
+
+Every image is noised at ten noise levels and denoised under its own caption, two edits of it, two
+captions of its batch and the empty one: about 60 forward passes an image, and no training.
+
+Under `--output_dir`:
+    verdict.txt              what is printed: where captions decide, which competitors and T to take
+    config.yaml              the options that follow, for train_agsm.py --config
+    diagnosis.png, .json     the numbers by noise level
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from common.options import option, parse
+from common.settings import DataOptions, ImageOptions
+from common.stop import command
+
+
+@dataclass(frozen=True)
+class Options(DataOptions, ImageOptions):
+    """Every option, its default and its meaning."""
+
+    model: str = option("recipes/models/flow", "Pipeline to diagnose: a folder or a hub id.")
+    data: str = option(
+        "world",
+        "Captioned images to measure on: world (the embedded one, rendered), or a table as of "
+        "train_agsm.py.",
+    )
+    num_images: int = option(256, "Images to measure, rounded up to whole batches.", at_least=1)
+    batch_size: int = option(16, "Images per forward pass.", at_least=1)
+    target_entropy: float = option(
+        0.7, "Entropy of the weights to find T for, as a share of its maximum.", above=0, below=1
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Type of the weights.")
+    seed: int = option(0, "Seed of data, noise and competitors.", at_least=0)
+    output_dir: str = option("runs/diagnose", "Folder for the verdict, config, numbers and plot.")
+    validation_prompts, validation_per_category = "", 1  # of the task; nothing is sampled
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, prints and writes."""
+    options = parse(Options, __doc__, arguments)
+
+    import torch
+    from accelerate import PartialState
+
+    from common.diagnosis.measure import EDITS, measure
+    from common.diagnosis.report import report
+    from common.pipeline import TextToImage
+    from world.task import open_task
+
+    state = PartialState()
+    task = open_task(options, state)
+    model = TextToImage.load(
+        options.model, getattr(torch, options.dtype), state.device, task.pipeline_arguments
+    )
+    images = task.images(options.batch_size, EDITS, options.image_column)
+    batches = -(-options.num_images // options.batch_size)
+    measured = measure(model, images, batches=batches, seed=options.seed)
+    print("\n".join(report(measured, options, Path(options.output_dir))))
+
+
+if __name__ == "__main__":
+    command(main)
