@@ -11,12 +11,12 @@ Under `--output_dir`:
     verdict.txt              what is printed: where captions decide, which competitors and T to take
     config.yaml              the options that follow, for train_agsm.py --config
     diagnosis.png, .json     the numbers by noise level
+    suspects.png             images that a caption of another image seems to fit better
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from common.options import option, parse
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     images = task.images(options.batch_size, EDITS, options.image_column)
     batches = -(-options.num_images // options.batch_size)
     measured = measure(model, images, batches=batches, seed=options.seed)
-    print("\n".join(report(measured, options, Path(options.output_dir))))
+    print("\n".join(report(measured, images, options)))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from agsm_loss import functional as AF
 from common.diagnosis.measure import EMPTY, KINDS, Measured
 
 DEFAULT_TEMPERATURE = 0.1  # of AGSMLoss and of the recipes
+CLEAR, MOSTLY = 0.8, 0.6  # of suspected false negatives: win rate of a level, share of the levels
 TIE = 1e-9  # of the own error: nearer ones differ by rounding
 
 Floats = npt.NDArray[np.float64]
@@ -60,11 +61,13 @@ class Levels:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A caption of another image that explains the image `row` better than its own does.
+    """A caption of another image that mostly explains an image better than its own does.
 
-    gain: by how much its error is smaller, as a share of the own caption's.
+    image: which of the measured ones. row: its row of the data. gain: by how much the error is
+    smaller over all levels that were compared, as a share of the own caption's.
     """
 
+    image: int
     row: int
     own: str
     other: str
@@ -75,11 +78,12 @@ class Suspect:
 class Numbers:
     """Everything that the verdict is about.
 
-    images: how many were measured. kinds: edited, in_batch, empty. pairs: (image, caption of
-    another image) that were compared.
+    images: how many were measured. with_edits: the share of them whose caption has an edit. kinds:
+    edited, in_batch, empty. pairs: (image, caption of another image) that were compared.
     """
 
     images: int
+    with_edits: float
     kinds: dict[str, Levels]
     suspects: list[Suspect]
     pairs: int
@@ -92,20 +96,22 @@ class Numbers:
     @property
     def decides(self) -> npt.NDArray[np.bool_]:
         """(L,): where the own caption wins against captions of other images, or against edits."""
-        return _decides([self.kinds[name] for name in ("edited", "in_batch")], self.decided_from)
+        rates = [self.kinds[name].win_rate for name in ("edited", "in_batch")]
+        return np.nan_to_num(rates, nan=0.0).max(0) >= self.decided_from
 
 
 def summarize(measured: Measured, *, entropy: float) -> Numbers:
     """The numbers of each kind of competitor; entropy: as of `against`."""
     kinds = {name: against(measured, places, entropy=entropy) for name, places in KINDS.items()}
-    numbers = Numbers(len(measured.mask), kinds, [], 0)
     pairs = int(measured.mask[:, KINDS["in_batch"]].sum())
     if not pairs and not measured.mask[:, KINDS["edited"]].any():
         raise ValueError(
             "data: expected images with different captions, got none with a competitor. Take a "
             "larger --batch_size, or look at --caption_column."
         )
-    return Numbers(numbers.images, kinds, suspects(measured, numbers.decides), pairs)
+    found = suspects(measured, kinds["in_batch"].win_rate)
+    with_edits = float(measured.mask[:, KINDS["edited"]].any(1).double().mean())
+    return Numbers(len(measured.mask), with_edits, kinds, found, pairs)
 
 
 def against(
@@ -155,30 +161,24 @@ def against(
     )
 
 
-def suspects(
-    measured: Measured, decides: npt.NDArray[np.bool_], share: float = 0.9
-) -> list[Suspect]:
-    """Captions of other images with the smaller error at `share` of the levels that decide.
+def suspects(measured: Measured, win_rate: Floats) -> list[Suspect]:
+    """Captions of other images with the smaller error at most of the levels, widest gain first.
 
-    Widest gain first; none where fewer than three levels decide, as chance would name some.
+    win_rate: (L,), against such captions. Levels below `CLEAR` are left out, and with fewer than
+    three levels nothing is suspected: chance would name some.
     """
-    if decides.sum() < 3:
+    clear = win_rate >= CLEAR
+    if clear.sum() < 3:
         return []
-    errors = measured.errors[:, torch.from_numpy(decides)]
+    errors = measured.errors[:, torch.from_numpy(clear)]
     found = []
     for column in KINDS["in_batch"]:
-        better = errors[..., column] < errors[..., 0]
-        often = (better.double().mean(1) >= share) & measured.mask[:, column]
+        better = (errors[..., column] < errors[..., 0]).double().mean(1) >= MOSTLY
         gain = 1 - errors[..., column].sum(1) / errors[..., 0].sum(1)
-        for i in often.nonzero().flatten().tolist():
-            texts = measured.captions[i]
-            found.append(Suspect(measured.image_ids[i], texts[0], texts[column], float(gain[i])))
+        for i in (better & measured.mask[:, column]).nonzero().flatten().tolist():
+            own, other = measured.captions[i][0], measured.captions[i][column]
+            found.append(Suspect(i, measured.image_ids[i], own, other, float(gain[i])))
     return sorted(found, key=lambda one: -one.gain)
-
-
-def _decides(kinds: Sequence[Levels], win_rate: float) -> npt.NDArray[np.bool_]:
-    rates = np.nan_to_num([kind.win_rate for kind in kinds], nan=0.0)
-    return rates.max(0) >= win_rate
 
 
 def _temperature(errors: Tensor, mask: Tensor, entropy: float) -> float:

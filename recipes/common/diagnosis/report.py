@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
+from torch.utils.data import Dataset
 
-from common.diagnosis.levels import Numbers, against, summarize
+from common.diagnosis.levels import Numbers, Suspect, against, summarize
 from common.diagnosis.measure import Measured
 from common.diagnosis.plot import draw
 from common.diagnosis.verdict import Finding, columns_of, competitors, cost, options_of, verdict
+from common.image_data import Batch
+from common.rewards import to_uint8
+from common.sheet import sheet
 
-SHOWN = 5
-"""Suspected false negatives that the verdict lists; diagnosis.json has all of them."""
+SHOWN = 6
+"""Suspected false negatives that are listed and shown; diagnosis.json has all of them."""
 
 
-def report(measured: Measured, options: Any, folder: Path) -> list[str]:
-    """Writes verdict.txt, config.yaml, diagnosis.json and diagnosis.png.
+def report(measured: Measured, images: Dataset[Batch], options: Any) -> list[str]:
+    """Writes what diagnose.py names under its `output_dir`; returns the lines of verdict.txt.
 
-    Returns the lines of verdict.txt.
-
-    options: of diagnose.py.
+    images: that were measured, for pictures. options: of diagnose.py.
     """
+    folder = Path(options.output_dir)
     numbers, findings = conclude(measured, options.target_entropy)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{options.model} on {numbers.images} images of {options.data}:"]
-    lines += [f"- {one.text}" for one in findings]
-    if any(one.name == "false_negatives" for one in findings):
-        for one in numbers.suspects[:SHOWN]:
-            lines.append(f"  row {one.row}: {one.other!r} beats {one.own!r}")
+    for finding in findings:
+        lines.append(f"- {finding.text}")
+        if finding.name == "false_negatives":
+            shown = numbers.suspects[:SHOWN]
+            _pictures(shown, images, options.batch_size, folder / "suspects.png")
+            lines += [f"  row {one.row}: {one.other!r} beats {one.own!r}" for one in shown]
     config = folder / "config.yaml"
     lines.append(f"Train with: python recipes/train_agsm.py --config {config} --full, or --rank 16")
     (folder / "verdict.txt").write_text("\n".join(lines) + "\n")
@@ -57,6 +64,13 @@ def conclude(measured: Measured, entropy: float) -> tuple[Numbers, list[Finding]
     chosen = against(measured, columns_of(options), entropy=entropy, first=first)
     findings += verdict(numbers, findings, chosen, entropy)
     return numbers, [*findings, cost(measured, options)]
+
+
+def _pictures(shown: Sequence[Suspect], images: Any, batch_size: int, file: Path) -> None:
+    pixels = [images[one.image // batch_size].pixels[one.image % batch_size] for one in shown]
+    told = [{"prompt": f"own: {one.own}; other: {one.other}"} for one in shown]
+    grid = to_uint8(torch.stack(pixels)).permute(0, 2, 3, 1).cpu().numpy()
+    sheet(grid, told, None, file, columns=len(shown), side=240)
 
 
 def _config(findings: list[Finding], options: Any) -> dict[str, Any]:

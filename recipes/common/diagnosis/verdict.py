@@ -21,11 +21,13 @@ from common.diagnosis.measure import KINDS, Measured
 
 TOO_EASY = 0.95
 """Win rate from which a kind of competitor has little left to teach."""
+MANY_EDITS = 0.5
+"""Share of the images with an edited caption below which edits alone leave too many without."""
 SAME_DIRECTION = 0.9
 """Cosine from which captions of the batch guide as the empty one does."""
 UNCHANGED = 0.01
 """Share of the prediction below which captions do not change it."""
-FALSE_NEGATIVES = 0.02
+FALSE_NEGATIVES = 0.01
 """Share of suspected pairs that is worth a sentence."""
 AT_CHANCE, SATURATED = 0.1, 0.9
 """Share of the way of w⁺ from chance to 1 below and above which T is wrong."""
@@ -49,11 +51,10 @@ def options_of(findings: Sequence[Finding]) -> dict[str, Any]:
 
 def columns_of(options: Mapping[str, Any]) -> list[int]:
     """The measured columns of the competitors that the options ask for."""
-    kind = {"hard": "edited", "in_batch": "in_batch"}[options["candidates"]]
-    return [
-        *KINDS[kind][: options["num_negatives"]],
-        *(KINDS["empty"] if options["null_caption"] else ()),
-    ]
+    number = options["num_negatives"]
+    edits = {"in_batch": 0, "hard": number, "mixed": -(-number // 2)}[options["candidates"]]
+    columns = [*KINDS["edited"][:edits], *KINDS["in_batch"][: number - edits]]
+    return [*columns, *(KINDS["empty"] if options["null_caption"] else ())]
 
 
 def competitors(numbers: Numbers) -> list[Finding]:
@@ -97,16 +98,19 @@ def competitors(numbers: Numbers) -> list[Finding]:
                 "without captions, so do not use --null_caption.",
             )
         )
-    if has_edits:
-        chosen: dict[str, Any] = {"candidates": "hard", "num_negatives": 1}
-        names = ["one edit of the image's own"]
+    if has_edits and numbers.with_edits < MANY_EDITS:
+        chosen: dict[str, Any] = {"candidates": "mixed", "num_negatives": 2}
+        names = [f"an edit of the image's own ({numbers.with_edits:.0%} of the images have one)"]
+        names += ["a caption of the batch"]
+    elif has_edits:
+        chosen, names = {"candidates": "hard", "num_negatives": 1}, ["an edit of the image's own"]
     elif null and (same or easy >= TOO_EASY or np.isnan(easy)):
         chosen, names = {"candidates": "in_batch", "num_negatives": 0}, []
     else:
         chosen = {"candidates": "in_batch", "num_negatives": 2}
         names = ["two captions of the batch"]
     names += ["the empty caption"] if null else []
-    text = f"Competitors to start with: {' and '.join(names)}."
+    text = f"Competitors to start with: {', '.join(names)}."
     return [
         *found,
         Finding("competitors", text, {"objective": "agsm", **chosen, "null_caption": null}),
@@ -141,14 +145,18 @@ def verdict(
         weight = chosen.default_weight
         text = f"T = {DEFAULT_TEMPERATURE} ranks the captions ({at})."
         found.append(Finding("temperature", text, {"temperature": DEFAULT_TEMPERATURE}))
-    suspected = len(numbers.suspects) / max(numbers.pairs, 1)
-    if suspected >= FALSE_NEGATIVES:
-        text = f"{suspected:.1%} of the compared captions of other images explain the image better "
-        text += "than its own: they fit it too, or its own is wrong. Images with several captions "
-        text += "need one row with a list of them, or edited competitors."
+    text = f"With one T for all noise levels w+ is {weight[where].min():.2f} to "
+    text += f"{weight[where].max():.2f} by level: where it is large the guidance is weak."
+    found.append(Finding("weights", text))
+    if len(numbers.suspects) >= FALSE_NEGATIVES * numbers.pairs > 0:
+        text = (
+            f"{len(numbers.suspects)} of {numbers.pairs} captions of other images mostly explain "
+        )
+        text += "the image better than its own: they may fit it too, or its own is wrong. If one "
+        text += "image has several captions, put them as a list into one row."
         found.append(Finding("false_negatives", text))
     scale = AF.guidance_scale(torch.from_numpy(weight[where])).numpy()
-    low, middle, high = np.quantile(scale, [0, 0.5, 1])
+    low, middle, high = scale.min(), np.median(scale), scale.max()
     built_in = f"At its fixed point the model has guidance built in, of scale {middle:.1f} "
     built_in += f"({low:.1f} to {high:.1f} by noise level)"
     if not options_of(choice)["null_caption"]:
