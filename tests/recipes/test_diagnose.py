@@ -68,19 +68,21 @@ def test_the_numbers_are_those_of_plain_loops(columns):
         assert got.spread[level] == pytest.approx(here.std(-1).mean())
         assert got.weight[level] == pytest.approx(share[:, level, 0].mean())
         assert got.default_weight[level] == pytest.approx(softmax(here, 0.1)[:, 0].mean())
-        delta, cfg, to_target = [], [], []
+        delta, cfg, to_target, away = [], [], [], []
         for i in range(len(pred)):
             p, w = pred[i, level], share[i, level]
             delta.append(p[0] - sum(w[n] * p[k] for n, k in enumerate([0, *columns])))
             cfg.append(p[0] - p[5])
+            away.append(p[0] - p[list(columns)].mean(0))
             to_target.append(target[i, level] - p[0])
-        delta, cfg, to_target = map(np.ravel, (delta, cfg, to_target))
+        delta, cfg, to_target, away = map(np.ravel, (delta, cfg, to_target, away))
 
         def cosine(a, b):
             return a @ b / np.sqrt((a @ a) * (b @ b))
 
         power = (pred[:, level, 0] ** 2).mean()
         assert got.size[level] == pytest.approx(np.sqrt((delta**2).mean() / power))
+        assert got.strength[level] == pytest.approx(np.linalg.lstsq(away[:, None], delta)[0][0])
         assert got.toward_cfg[level] == pytest.approx(cosine(delta, cfg))
         assert got.toward_target[level] == pytest.approx(cosine(delta, to_target))
     assert got.chance == pytest.approx(1 / errors.shape[-1])
@@ -131,6 +133,19 @@ def test_ties_are_half_a_win():
     assert got.win_rate == pytest.approx(0.5)
 
 
+def test_equal_weights_leave_all_the_guidance_and_the_rest_goes_by_how_captions_differ():
+    """Where a caption changes the prediction much, the weights take its guidance away first."""
+    pred, target = predictions(images=400, levels=1)
+    pred[:, :, 0] = target
+    pred[:200, :, 5], pred[200:, :, 5] = target[:200] + 0.1, target[200:] + 1.0
+    got = against(measured_of(pred, target), EMPTY, entropy=0.7)
+    equal = against(measured_of(pred, target), EMPTY, entropy=0.9999)
+    assert equal.strength == pytest.approx(0.5, abs=0.01)
+    small, large = (1 / (1 + np.exp(gap / got.one_temperature)) for gap in (0.01, 1.0))
+    assert got.strength == pytest.approx((0.01 * small + 1.0 * large) / 1.01)
+    assert got.strength < 1 - got.weight - 0.1
+
+
 # The verdict.
 
 
@@ -139,7 +154,7 @@ def levels(win=0.8, *, number=10, **changes):
     usual = {
         "win_rate": win, "excess": 0.1, "spread": 0.1, "temperature": 0.1, "weight": 0.6,
         "default_weight": 0.6, "size": 0.1, "toward_cfg": 0.5, "toward_target": 0.0,
-        "mean_toward_cfg": 0.5,
+        "mean_toward_cfg": 0.5, "strength": 0.4, "default_strength": 0.4,
     } | changes  # fmt: skip
     single = {name: usual.pop(name, 0.5) for name in ("one_temperature", "chance")}
     arrays = {name: np.broadcast_to(np.asarray(v, float), number) for name, v in usual.items()}
@@ -198,13 +213,13 @@ HARD = {"candidates": "hard", "num_negatives": 1, "null_caption": True}
      "(w+ is 0.52, chance 0.50): use --target_entropy 0.7 (T = 0.002", {"target_entropy": 0.7}),
     (numbers(), levels(default_weight=0.99), "saturated", "(w+ is 0.99, chance 0.50)",
      {"target_entropy": 0.7}),
-    (numbers(), levels(default_weight=0.52, weight=np.arange(10) / 10), "weights",
-     "0.00 to 0.90 by level", {}),
+    (numbers(), levels(default_weight=0.52, weight=np.arange(10) / 10, strength=0.1), "weights",
+     "0.00 to 0.90 by level, and the weights leave 20% of the guidance", {}),
     (numbers(), levels(default_weight=0.7), "temperature", "T = 0.1 ranks", {"temperature": 0.1}),
     (numbers(suspects=PAIRS), None, "false_negatives", "5 of 100", {}),
-    (numbers(), levels(default_weight=0.52, weight=0.5), "sample_without", "of scale 2.0",
+    (numbers(), levels(default_weight=0.52, strength=0.5), "sample_without", "of scale 2.0",
      {"validation_guidance_scale": 1.0}),
-    (numbers(), levels(default_weight=0.9), "sample_with", "of scale 1.1", {}),
+    (numbers(), levels(default_strength=0.1), "sample_with", "of scale 1.1", {}),
     (numbers(empty=levels(0.9, excess=0.2)), None, "sample_as_before", "sample as before", {}),
 ])  # fmt: skip
 def test_the_cases_of_the_verdict(given, chosen, name, says, options):

@@ -51,6 +51,12 @@ class Levels:
     """Cosine of Δ with p_own − p_empty, the direction of classifier-free guidance."""
     toward_target: Floats
     """Cosine of Δ with τ − p_own: above 0, Δ points to this image."""
+    strength: Floats
+    """g: what is left of p_own − p̄ in Δ, with p̄ the competitors' mean, in the least-squares sense.
+    1 − w⁺ if all weights are alike; less where the weights are largest on the images whose
+    captions differ most. A model at its fixed point has guidance of scale 1/(1 − g) built in."""
+    default_strength: Floats
+    """The same at T = 0.1."""
     mean_toward_cfg: Floats
     """Cosine of the mean guidance of many such captions, equally weighted, with CFG's direction."""
     one_temperature: float
@@ -126,7 +132,7 @@ def against(
     rows = measured.mask[:, columns].any(1)
     number = measured.gram.shape[1]
     if not rows.any():
-        return Levels(*[np.full(number, np.nan)] * 10, math.nan, math.nan)
+        return Levels(*[np.full(number, np.nan)] * 12, math.nan, math.nan)
     gram, power, mask = measured.gram[rows], measured.power[rows], measured.mask[rows][:, kept]
     errors = gram.diagonal(dim1=-2, dim2=-1)[..., kept]
     wide = mask[:, None].expand(errors.shape)
@@ -137,9 +143,17 @@ def against(
     won = (1 + gaps.sign() * (gaps.abs() > TIE * errors[..., :1])) / 2 * competes
 
     # Each is a sum Σ_k c_k (p_k − τ): Δ and CFG's direction because their c sum to 0.
-    delta, cfg, target = (torch.zeros(gram.shape[:3], dtype=gram.dtype) for _ in range(3))
-    delta[..., kept] = -weights
-    delta[..., 0] += 1
+    def away_from(shares: Tensor) -> Tensor:
+        """p_own − Σ_k shares_k p_k."""
+        found = torch.zeros(gram.shape[:3], dtype=gram.dtype)
+        found[..., kept] = -shares
+        found[..., 0] += 1
+        return found
+
+    nobody = torch.zeros_like(competes[..., :1])
+    equal = torch.cat([nobody, competes / competes.sum(-1, keepdim=True)], dim=-1)
+    delta, others = away_from(weights), away_from(equal)
+    cfg, target = torch.zeros_like(delta), torch.zeros_like(delta)
     cfg[measured.mask[rows, EMPTY], :, 0] = 1
     cfg[..., EMPTY] = -cfg[..., 0]
     target[..., 0] = -1
@@ -155,6 +169,8 @@ def against(
         size=(_inner(delta, gram, delta).sum(0) / power.sum(0)).clamp(min=0).sqrt().numpy(),
         toward_cfg=_cosine(delta, cfg, gram),
         toward_target=_cosine(delta, target, gram),
+        strength=_strength(delta, others, gram),
+        default_strength=_strength(away_from(default), others, gram),
         mean_toward_cfg=_mean_toward_cfg(measured, columns),
         one_temperature=one,
         chance=float((1 / mask.sum(1)).mean()),
@@ -211,6 +227,13 @@ def _cosine(one: Tensor, other: Tensor, gram: Tensor) -> Floats:
         (_inner(a, gram, b) * both).sum(0) for a, b in ((one, other), (one, one), (other, other))
     )
     return (inner / (first * second).clamp(min=0).sqrt()).numpy()
+
+
+def _strength(delta: Tensor, others: Tensor, gram: Tensor) -> Floats:
+    """(L,): the multiple of `others` that is nearest to `delta`, of all images together; 0 where
+    captions change nothing."""
+    along, length = (_inner(one, gram, others).sum(0) for one in (delta, others))
+    return torch.where(length > 0, along / length, 0.0).numpy()
 
 
 def _mean_toward_cfg(measured: Measured, columns: Sequence[int]) -> Floats:

@@ -43,7 +43,7 @@ def draw(numbers: Numbers, title: str, file: Path) -> None:
         if kind != "empty":
             line(direction, levels.toward_cfg, label=f"{name}, CFG's")
         line(direction, levels.toward_target, "--", f"{name}, the image's")
-        line(scale, AF.guidance_scale(torch.from_numpy(levels.weight)))
+        line(scale, AF.guidance_scale(torch.from_numpy(1 - levels.strength)))
     win.axhline(0.5, color="grey", linestyle=":", linewidth=1)
     temperature.axhline(DEFAULT_TEMPERATURE, color="grey", linewidth=1)
     direction.axhline(0, color="grey", linewidth=1)
@@ -57,11 +57,11 @@ def draw(numbers: Numbers, title: str, file: Path) -> None:
     ):
         axis.set_title(text, fontsize=10)
         axis.grid(alpha=0.3)
-        axis.margins(x=0)
+        axis.set_xlim(0, 1)
         for level in np.flatnonzero(~numbers.decides):
             axis.axvspan(level / number, (level + 1) / number, color="black", alpha=0.08, lw=0)
-    for axis in (temperature, size):
-        axis.set_yscale("log")
+    temperature.set_yscale("log")
+    size.set_ylim(bottom=0)
     for axis in (win, weight, direction):
         axis.legend(fontsize=7)
     for axis in grid[1]:

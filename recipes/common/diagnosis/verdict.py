@@ -128,7 +128,7 @@ def verdict(
     where = numbers.decides
     if not where.any():
         return []
-    found, weight = [], chosen.weight
+    found, weight, strength = [], chosen.weight, chosen.strength
     mean = _mean(chosen.default_weight, where)
     share = (mean - chosen.chance) / (1 - chosen.chance)
     adaptive = {"target_entropy": entropy}
@@ -142,11 +142,13 @@ def verdict(
         text += f"vanishes; {use}."
         found.append(Finding("saturated", text, adaptive))
     else:
-        weight = chosen.default_weight
+        weight, strength = chosen.default_weight, chosen.default_strength
         text = f"T = {DEFAULT_TEMPERATURE} ranks the captions ({at})."
         found.append(Finding("temperature", text, {"temperature": DEFAULT_TEMPERATURE}))
+    left = _mean(strength, where) / (1 - chosen.chance)
     text = f"With one T for all noise levels w+ is {weight[where].min():.2f} to "
-    text += f"{weight[where].max():.2f} by level: where it is large the guidance is weak."
+    text += f"{weight[where].max():.2f} by level, and the weights leave {left:.0%} of the guidance "
+    text += "that equal ones would give."
     found.append(Finding("weights", text))
     if len(numbers.suspects) >= FALSE_NEGATIVES * numbers.pairs > 0:
         text = (
@@ -155,7 +157,7 @@ def verdict(
         text += "the image better than its own: they may fit it too, or its own is wrong. If one "
         text += "image has several captions, put them as a list into one row."
         found.append(Finding("false_negatives", text))
-    scale = AF.guidance_scale(torch.from_numpy(weight[where])).numpy()
+    scale = AF.guidance_scale(torch.from_numpy(1 - strength[where])).numpy()
     low, middle, high = scale.min(), np.median(scale), scale.max()
     built_in = f"At its fixed point the model has guidance built in, of scale {middle:.1f} "
     built_in += f"({low:.1f} to {high:.1f} by noise level)"
@@ -163,7 +165,8 @@ def verdict(
         text = f"{built_in}, away from other captions and not from the empty one: sample as before."
         found.append(Finding("sample_as_before", text))
     elif middle < WEAK_SCALE:
-        found.append(Finding("sample_with", f"{built_in}: go on sampling with guidance."))
+        text = f"{built_in}: go on sampling with guidance, or take a larger --target_entropy."
+        found.append(Finding("sample_with", text))
     else:
         text = f"{built_in}: sample without guidance, at half the cost."
         found.append(Finding("sample_without", text, {"validation_guidance_scale": 1.0}))
