@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from common.options import option, parse
-from common.settings import ImageOptions, PipelineLoopOptions
+from common.settings import ImageOptions, PipelineLoopOptions, PrecomputeOptions
 from common.stop import command
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options(PipelineLoopOptions, ImageOptions):
+class Options(PipelineLoopOptions, ImageOptions, PrecomputeOptions):
     """The recipe's own options; the shared ones are in common/settings.py."""
 
     TITLE = "objective"
@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss import draws
     from common.loop import start
     from common.objectives import hard_of, make_objective, prepare
+    from common.precompute import precompute
     from common.trained_pipeline import TrainedPipeline
     from world.task import open_task
 
@@ -64,7 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         with accelerator.autocast():
             return objective(inputs)
 
-    trained.train(accelerator, batches, loss, objective)
+    fill = precompute(options.precompute, trained.model, accelerator)
+    trained.train(accelerator, batches, loss, objective, fill)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ MAY_CHANGE = frozenset(
         *("validation_inference_steps", "validation_guidance_scale"),
         # How it runs: the same but for rounding.
         *("compile", "gradient_checkpointing", "chunk_size", "dataloader_num_workers"),
+        "precompute",
         # What is kept, and where.
         *("checkpointing_steps", "checkpointing_epochs", "output_dir", "resume_from_checkpoint"),
     )

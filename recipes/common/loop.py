@@ -59,6 +59,8 @@ class Hooks:
     state: objects with state_dict and load_state_dict to checkpoint.
     validate_first: validate before the first step as well; the log then has a line for step 0.
     describe: batch -> what an error tells of it.
+    precompute: called on every process before the first step, with (index, batch) of each
+        micro-step to come, and their number.
     """
 
     loss: Callable[[Any, int], tuple[Tensor, Mapping[str, Tensor]]]
@@ -68,6 +70,7 @@ class Hooks:
     state: Sequence[Any] = field(default_factory=tuple)
     validate_first: bool = False
     describe: Callable[[Any], Mapping[str, Any]] = rows_and_captions
+    precompute: Callable[[Iterator[tuple[int, Any]], int], None] | None = None
 
 
 def start(options: LoopOptions, *, sharding: bool = False) -> Accelerator:
@@ -143,6 +146,9 @@ def train(
         if options.report_to:
             settings = tracker_settings(options.report_to, done + 1 if done else 0)
             accelerator.init_trackers("agsm-loss", vars(options), {options.report_to: settings})
+        if hooks.precompute is not None:
+            number = (options.max_train_steps - done) * options.gradient_accumulation_steps
+            hooks.precompute(_items(options, batches, done), number)
         if hooks.validate_first and done == 0 and looks:
             scores = hooks.validate(0)
             if main:

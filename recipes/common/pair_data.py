@@ -33,6 +33,11 @@ class PairBatch:
     image_ids: list[int]
     hard: list[list[str]]
 
+    @property
+    def pixels(self) -> Tensor:
+        """(2 B, 3, H, W): the winners, then the losers."""
+        return torch.cat([self.winner, self.loser])
+
 
 class TablePairs(Dataset[PairBatch]):
     """A table in Pick-a-Pic's columns, or with the winner's and the loser's images in two."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,13 @@ def _hold_in_float32(vae: Any) -> None:
     vae.decode = cast
 
 
-def _bytes_of(encoded: dict[str, Tensor]) -> int:
+Row = dict[str, Tensor]
+"""What one item is encoded as."""
+Encoder = Callable[[Sequence[Any]], list[Row]]
+"""Items -> a row each."""
+
+
+def _bytes_of(encoded: Row) -> int:
     return sum(value.nbytes for value in encoded.values())
 
 
@@ -68,6 +75,10 @@ class TextToImage:
         cached_bytes: so much of the latest prompts' encodings is kept, on the CPU.
         guidance: the distilled guidance scale that Flux.1-dev is given in training.
         arguments: what its prompts are encoded and its images sampled with, besides the prompts.
+
+    Attributes:
+        text_rows: prompts -> their conditioning, on the CPU.
+        image_rows: images (3, H, W) -> "mean", and "std" where the VAE has one, of their latents.
     """
 
     def __init__(
@@ -89,8 +100,11 @@ class TextToImage:
         self.guidance = guidance
         self.cached_bytes = cached_bytes
         self.arguments = dict(arguments or {})
-        self._cache: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self.text_rows: Encoder = self._text_rows
+        self.image_rows: Encoder = self._image_rows
+        self._cache: OrderedDict[str, Row] = OrderedDict()
         self._cached = 0
+        self._offloaded = False
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
@@ -157,7 +171,29 @@ class TextToImage:
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
-    @torch.no_grad()
+    def offload(self) -> None:
+        """Moves all but the denoiser to the CPU; `loaded` brings it back for a while."""
+        self._move_encoders("cpu")
+        self._offloaded = True
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """What runs inside has the whole pipeline on the denoiser's device."""
+        if not self._offloaded:
+            yield
+            return
+        self._move_encoders(self.device)
+        self._offloaded = False
+        try:
+            yield
+        finally:
+            self.offload()
+
+    def _move_encoders(self, device: torch.device | str) -> None:
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module) and part is not self.denoiser:
+                part.to(device)
+
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """One row a prompt in every tensor, as `TokenDenoiser` names them.
 
@@ -175,14 +211,9 @@ class TextToImage:
     def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """What the text encoders make of the prompts, the empty one too."""
         missing = [text for text in dict.fromkeys(prompts) if text not in self._cache]
-        for first in range(0, len(missing), ENCODED):
-            group = missing[first : first + ENCODED]
-            encoded = self._encode(group + group[-1:] * (ENCODED - len(group)))
-            for row, text in enumerate(group):
-                # Clones, as a row would keep its whole batch.
-                kept = {name: value[row].cpu().clone() for name, value in encoded.items()}
-                self._cache[text] = kept
-                self._cached += _bytes_of(kept)
+        for text, row in zip(missing, self.text_rows(missing), strict=True):
+            self._cache[text] = row
+            self._cached += _bytes_of(row)
         rows = [self._cache[text] for text in prompts]
         for text in prompts:
             self._cache.move_to_end(text)
@@ -190,7 +221,21 @@ class TextToImage:
             self._cached -= _bytes_of(self._cache.popitem(last=False)[1])
         return {n: torch.stack([row[n] for row in rows]).to(self.device) for n in rows[0]}
 
-    def _encode(self, prompts: list[str]) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def _text_rows(self, prompts: Sequence[str]) -> list[Row]:
+        rows = []
+        with self.loaded():
+            for first in range(0, len(prompts), ENCODED):
+                group = list(prompts[first : first + ENCODED])
+                encoded = self._encode(group + group[-1:] * (ENCODED - len(group)))
+                # Clones, as a row would keep its whole batch.
+                rows += [
+                    {name: value[row].cpu().clone() for name, value in encoded.items()}
+                    for row in range(len(group))
+                ]
+        return rows
+
+    def _encode(self, prompts: list[str]) -> Row:
         known = inspect.signature(self.pipe.encode_prompt).parameters
         wanted = {
             "prompt": prompts,
@@ -206,20 +251,31 @@ class TextToImage:
         assert self.outputs is not None
         return {name: encoded[place] for name, place in self.outputs.items()}
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w) in float32."""
-        vae = self.pipe.vae
-        encoded = vae.encode(pixels.to(self.device, vae.dtype))
-        if hasattr(encoded, "latents"):
-            latents = encoded.latents
-        else:
+        vae, rows = self.pipe.vae, self.image_rows(pixels)
+        spread = {n: torch.stack([row[n] for row in rows]).to(self.device) for n in rows[0]}
+        latents = spread["mean"]
+        if "std" in spread:
             # The generator lives on the CPU, so that any device draws alike.
-            spread = encoded.latent_dist
-            noise = torch.randn(spread.mean.shape, generator=generator).to(spread.mean)
-            latents = spread.mean + spread.std * noise
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            latents = latents + spread["std"] * noise
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return (latents.float() - shift) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def _image_rows(self, images: Sequence[Tensor]) -> list[Row]:
+        """An image a pass, always: the last bits of a latent depend on what shares its pass."""
+        vae, rows = self.pipe.vae, []
+        with self.loaded():
+            for image in images:
+                encoded = vae.encode(image[None].to(self.device, vae.dtype))
+                if hasattr(encoded, "latents"):
+                    rows.append({"mean": encoded.latents[0]})
+                else:
+                    spread = encoded.latent_dist
+                    rows.append({"mean": spread.mean[0], "std": spread.std[0]})
+        return rows
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:

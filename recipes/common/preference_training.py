@@ -11,6 +11,7 @@ from torch import Tensor
 from agsm_loss import StepOutput, draws
 from common.loop import start
 from common.pair_data import PairBatch
+from common.precompute import precompute
 from common.settings import PreferenceOptions, hard_per_image
 from common.task import Task
 from common.trained_pipeline import TrainedPipeline, agsm_weight, competitors
@@ -55,8 +56,7 @@ def run_preference(
     def loss(batch: PairBatch, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         generator = draws(options.seed, index, accelerator.process_index)
         model = trained.model
-        both = model.encode_images(torch.cat([batch.winner, batch.loser]), generator)
-        winner, loser = both.chunk(2)
+        winner, loser = model.encode_images(batch.pixels, generator).chunk(2)
         extra: dict[str, Any] = {}
         pool = batch.captions
         # AGSM's own draws: the host's stay what they are without it.
@@ -70,4 +70,5 @@ def run_preference(
             out = run(step, trained, pairs, image_conditioning=image, **extra)
         return out.loss, out.metrics
 
-    trained.train(accelerator, batches, loss, step)
+    fill = precompute(options.precompute, trained.model, accelerator)
+    trained.train(accelerator, batches, loss, step, fill)

@@ -78,6 +78,19 @@ class ImageOptions(Checked):
 
 
 @dataclass(frozen=True)
+class PrecomputeOptions(Checked):
+    """Of the recipes whose images and captions are all known before the first step."""
+
+    SECTION = "data"
+    precompute: str = option(
+        "",
+        "Folder in which latents and text embeddings are kept, made before the first step; the VAE "
+        "and the text encoders are then off the accelerator. Runs can share it. Empty: everything "
+        "is encoded in each step.",
+    )
+
+
+@dataclass(frozen=True)
 class AGSMOptions(Checked):
     """The loss. A negative is a caption that does not match the image."""
 
@@ -314,7 +327,7 @@ class PromptOptions(Checked):
 
 
 @dataclass(frozen=True)
-class PreferenceOptions(HostOptions, PipelineLoopOptions):
+class PreferenceOptions(HostOptions, PipelineLoopOptions, PrecomputeOptions):
     """Options of the recipes on preference pairs."""
 
     beta: float = option(

@@ -230,17 +230,18 @@ class TrainedPipeline:
         is_main = PartialState().is_main_process
         if is_main:
             say_validating(len(rows), options.validation_inference_steps)
-        images = run_inside(
-            self.denoiser,
-            lambda: sample(
-                self.model.pipe,
-                [row["prompt"] for row in rows],
-                seeds=range(len(rows)),
-                num_inference_steps=options.validation_inference_steps,
-                guidance_scale=options.validation_guidance_scale,
-                arguments=self.model.arguments,
-            ),
-        )
+        with self.model.loaded():
+            images = run_inside(
+                self.denoiser,
+                lambda: sample(
+                    self.model.pipe,
+                    [row["prompt"] for row in rows],
+                    seeds=range(len(rows)),
+                    num_inference_steps=options.validation_inference_steps,
+                    guidance_scale=options.validation_guidance_scale,
+                    arguments=self.model.arguments,
+                ),
+            )
         if not is_main:  # it has helped with its shard of the weights
             return {}
         judged = task.judge(images, rows)
@@ -257,12 +258,17 @@ class TrainedPipeline:
         return scores
 
     def train(
-        self, accelerator: Accelerator, batches: Any, loss: Callable[..., Any], step: Any
+        self,
+        accelerator: Accelerator,
+        batches: Any,
+        loss: Callable[..., Any],
+        step: Any,
+        fill: Callable[..., None] | None = None,
     ) -> None:
         """Runs the shared loop (`loop.train`), with this pipeline's validation and saving.
 
         step: the host or objective; its `update_ema` follows each optimizer step, and a checkpoint
-        holds its state.
+        holds its state. fill: of `precompute.precompute`.
         """
         options = self.options
         assert isinstance(options, PipelineLoopOptions)
@@ -280,6 +286,7 @@ class TrainedPipeline:
                 step.update_ema,
                 (step,),
                 not options.skip_first_validation,
+                precompute=fill,
             ),
         )
 
