@@ -167,7 +167,7 @@ def precompute(folder: str, model: TextToImage, accelerator: Accelerator) -> Fil
         try:
             for _, batch in tqdm(items, "Precomputing", number, disable=not shown, mininterval=2):
                 images.want(batch.pixels)
-                texts.want(caption_pool(batch.captions, batch.hard))
+                texts.want(caption_pool(batch.captions, batch.hard, null=True))
                 for one in (texts, images):
                     one.make(ENCODED)
             for one in (texts, images):
