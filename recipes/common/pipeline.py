@@ -67,6 +67,12 @@ def _bytes_of(encoded: Row) -> int:
 ENCODED = 8
 
 
+def add_lora(denoiser: Any, rank: int) -> None:
+    """A trainable LoRA (arXiv 2106.09685) in float32 on every attention projection."""
+    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_ATTENTION)))
+    cast_training_params(denoiser, torch.float32)
+
+
 class TextToImage:
     """A frozen pipeline.
 
@@ -135,10 +141,7 @@ class TextToImage:
 
     def add_lora(self, rank: int) -> None:
         """A trainable LoRA (arXiv 2106.09685) in float32 on every attention projection."""
-        self.denoiser.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_ATTENTION))
-        )
-        cast_training_params(self.denoiser, torch.float32)
+        add_lora(self.denoiser, rank)
 
     def save_lora(self, folder: Path) -> None:
         """The LoRA as `pipe.load_lora_weights(folder)` takes it, with its alpha."""
