@@ -209,8 +209,8 @@ def parts_of(options: Options, module: Any, others: dict[str, Any], low: Any) ->
     if options.fsdp:
         parts = {name: value / options.num_processes for name, value in parts.items()}
         blocks = [part for part in module.modules() if type(part).__name__ == "ModuleList"]
-        largest = max(size(one.parameters(), low.itemsize) for part in blocks for one in part)
-        parts["two gathered blocks"] = 2 * largest
+        sizes = [size(one.parameters(), low.itemsize) for part in blocks for one in part]
+        parts["two gathered blocks"] = 2 * max(sizes)
     elif options.num_processes > 1:
         parts["DDP's buckets"] = size(trained)
     if not options.precompute:
@@ -234,13 +234,14 @@ def table(options: Options, found: Needs) -> list[str]:
     lines += [of_bytes(name, value, value) for name, value in found.parts.items()]
     lines.append(of_bytes(f"passes: batch {batch}, K {captions}", *found.passes(batch, captions)))
     lines.append(of_bytes("in all", *found.total(batch, captions)))
-    for what, needed in (
-        (f"largest K at batch {batch}", lambda k: found.total(batch, k)),
-        (f"largest batch at K {captions}", lambda n: found.total(n, captions)),
+    for what, least, needed in (
+        (f"largest K at batch {batch}", 2, lambda k: found.total(batch, k)),
+        (f"largest batch at K {captions}", 1, lambda n: found.total(n, captions)),
     ):
         lines += ["", line(what, "plain", "checkpointed")]
         for card in CARDS:
-            lines.append(line(f"  {card} GB", *(most or "-" for most in largest(needed, card))))
+            most = (one if one >= least else "-" for one in largest(needed, card))
+            lines.append(line(f"  {card} GB", *most))
     return lines
 
 
