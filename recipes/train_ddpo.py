@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
                         output,
                         step,
                         trained.parameters,
-                        trainer.accelerator.save_state,
+                        lambda folder: trainer.accelerator.save_state(str(folder)),
                     )
                 if stopped:
                     bar.close()
