@@ -1,7 +1,7 @@
 """Tells before any training whether AGSM can help a model on a data set, and with which options.
 
     python recipes/diagnose.py --model recipes/models/flow --output_dir runs/diagnose
-    python recipes/train_agsm.py --config runs/diagnose/config.yaml --full
+    python recipes/train_agsm.py --config runs/diagnose/config.yaml
     python recipes/diagnose.py --model <folder or hub id> --data <parquet, folder or hub id>
 
 Every image is noised at ten noise levels and denoised under its own caption, two edits of it, two
