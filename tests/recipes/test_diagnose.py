@@ -215,6 +215,10 @@ HARD = {"candidates": "hard", "num_negatives": 1, "null_caption": True}
      {"target_entropy": 0.7}),
     (numbers(), levels(default_weight=0.52, weight=np.arange(10) / 10, strength=0.1), "weights",
      "0.00 to 0.90 by level, and the weights leave 20% of the guidance", {}),
+    (numbers(), levels(default_weight=0.52, strength=0.1), "equal_weights",
+     "the empty caption alone",
+     {"target_entropy": 0.0, "temperature": 0.1, "num_negatives": 0, "null_caption": True,
+      "validation_guidance_scale": 1.0}),
     (numbers(), levels(default_weight=0.7), "temperature", "T = 0.1 ranks", {"temperature": 0.1}),
     (numbers(suspects=PAIRS), None, "false_negatives", "5 of 100", {}),
     (numbers(), levels(default_weight=0.52, strength=0.5), "sample_without", "of scale 2.0",
@@ -243,6 +247,7 @@ def test_the_columns_of_the_options(candidates, number, null, columns):
 @pytest.mark.parametrize(("given", "absent"), [
     (numbers(), {"easy", "edits_at_chance", "same_direction", "empty_unknown", "false_negatives"}),
     (numbers(levels(0.5), levels(0.5)), {"competitors", "temperature", "sample_without"}),
+    (numbers(empty=levels(0.9, excess=0.2)), {"equal_weights"}),
 ])  # fmt: skip
 def test_what_the_verdict_does_not_say(given, absent):
     assert not absent & set(told(given))

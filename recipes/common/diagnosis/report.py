@@ -63,7 +63,7 @@ def conclude(measured: Measured, entropy: float) -> tuple[Numbers, list[Finding]
     first = round(options.get("timestep_low", 0) * len(numbers.decides))
     chosen = against(measured, columns_of(options), entropy=entropy, first=first)
     findings += verdict(numbers, findings, chosen, entropy)
-    return numbers, [*findings, cost(measured, options)]
+    return numbers, [*findings, cost(measured, options_of(findings))]
 
 
 def _pictures(shown: Sequence[Suspect], images: Any, batch_size: int, file: Path) -> None:

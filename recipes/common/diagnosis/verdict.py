@@ -31,6 +31,8 @@ FALSE_NEGATIVES = 0.01
 """Share of suspected pairs that is worth a sentence."""
 AT_CHANCE, SATURATED = 0.1, 0.9
 """Share of the way of w⁺ from chance to 1 below and above which T is wrong."""
+LITTLE_LEFT = 0.4
+"""Share of the guidance of equal weights below which those are better (study_cfg_free)."""
 WEAK_SCALE = 1.2
 """Effective guidance scale below which the sampler's guidance is still needed."""
 
@@ -150,6 +152,16 @@ def verdict(
     text += f"{weight[where].max():.2f} by level, and the weights leave {left:.0%} of the guidance "
     text += "that equal ones would give."
     found.append(Finding("weights", text))
+    null = options_of(choice)["null_caption"]
+    if null and left < LITTLE_LEFT and share <= AT_CHANCE:
+        text = (
+            f"That is little: train against the empty caption alone, at T = {DEFAULT_TEMPERATURE} "
+        )
+        text += "and so with equal weights."
+        equal = {"target_entropy": 0.0, "temperature": DEFAULT_TEMPERATURE}
+        alone = {"candidates": "in_batch", "num_negatives": 0}
+        found.append(Finding("equal_weights", text, {**equal, **alone}))
+        strength = np.full_like(strength, 0.5)  # of two captions
     if len(numbers.suspects) >= FALSE_NEGATIVES * numbers.pairs > 0:
         text = (
             f"{len(numbers.suspects)} of {numbers.pairs} captions of other images mostly explain "
@@ -161,7 +173,7 @@ def verdict(
     low, middle, high = scale.min(), np.median(scale), scale.max()
     built_in = f"At its fixed point the model has guidance built in, of scale {middle:.1f} "
     built_in += f"({low:.1f} to {high:.1f} by noise level)"
-    if not options_of(choice)["null_caption"]:
+    if not null:
         text = f"{built_in}, away from other captions and not from the empty one: sample as before."
         found.append(Finding("sample_as_before", text))
     elif middle < WEAK_SCALE:
