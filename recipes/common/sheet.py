@@ -32,8 +32,8 @@ def sheet(
     side: int = 144,
     titles: Sequence[str] = (),
 ) -> None:
-    """Saves a PNG of images (N, H, W, 3), enlarged or reduced to `side` pixels, with prompt and,
-    where they were judged, verdict under each. titles: one a column, above them."""
+    """Saves a PNG of images (N, H, W, 3), enlarged or reduced to `side` pixels. Under each are its
+    verdict, where they were judged, and its prompt. titles: one a column, above them."""
     height = width = side
     cell_width, cell_height = width + 8, height + 52
     lines = -(-len(images) // columns)
@@ -52,14 +52,15 @@ def sheet(
         crisp = max(image.shape[:2]) <= side
         filter_ = Image.Resampling.NEAREST if crisp else Image.Resampling.LANCZOS
         page.paste(Image.fromarray(image).resize((width, height), filter_), (left, top))
+        below = top + height + 1
+        if judged is not None:
+            verdict = judged[index]
+            text, colour = (
+                ("right", "green") if verdict.correct else (str(verdict.reason)[: side // 6], "red")
+            )
+            draw.text((left, below), text, fill=colour)
+            below += 12
         told = textwrap.wrap(row["prompt"], width=side // 6)[:3]
-        draw.multiline_text((left, top + height + 1), "\n".join(told), fill="black", spacing=1)
-        if judged is None:
-            continue
-        verdict = judged[index]
-        text, colour = (
-            ("right", "green") if verdict.correct else (str(verdict.reason)[: side // 6], "red")
-        )
-        draw.text((left, top + height + 37), text, fill=colour)
+        draw.multiline_text((left, below), "\n".join(told), fill="black", spacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)

@@ -142,7 +142,7 @@ def in_short(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> str:
         return f"{np.mean([result['heldout']['overall'] for result in by_method[name]]):.0%}"
 
     shares = [f"{_plain(name)} {share(name)}" for name in by_method if name not in plan.sampled]
-    text = f"Right pictures, of the held-out ones: {', '.join(shares)}."
+    text = f"Right pictures, of the held-out ones: {'; '.join(shares)}."
     if guided := _guided(plan):
         scales = {result["cfg"] for result in by_method[guided]}
         told = "twice the cost a picture" if min(scales) > 1 else "up to twice the cost a picture"
