@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_state_dict,
+    get_model_state_dict,
+    get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
@@ -65,7 +66,12 @@ class RunState:
             whole = StateDictOptions(
                 full_state_dict=True, cpu_offload=True, ignore_frozen_params=True
             )
-            weights, state = get_state_dict(self.model, self.optimizer.optimizer, options=whole)
+            optimizer = self.optimizer.optimizer
+            weights = get_model_state_dict(self.model, options=whole)
+            if _has_torchs_state(optimizer):
+                state = get_optimizer_state_dict(self.model, optimizer, options=whole)
+            else:
+                state = optimizer.state_dict()
             if accelerator.is_main_process:
                 own = {name: weights[name].contiguous() for name in self._trained()}
                 save_file(own, folder / WEIGHTS)
@@ -120,7 +126,16 @@ class RunState:
         whole = StateDictOptions(full_state_dict=True, strict=False)
         set_model_state_dict(self.model, weights, options=whole)
         state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
-        set_optimizer_state_dict(self.model, self.optimizer.optimizer, state, options=whole)
+        optimizer = self.optimizer.optimizer
+        if _has_torchs_state(optimizer):
+            set_optimizer_state_dict(self.model, optimizer, state, options=whole)
+        else:
+            optimizer.load_state_dict(state)
 
     def _trained(self) -> list[str]:
         return [name for name, one in bare(self.model).named_parameters() if one.requires_grad]
+
+
+def _has_torchs_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Not so of an optimizer of several, such as `world.muon`'s: its state is its own."""
+    return {"state", "param_groups"} <= optimizer.state_dict().keys()
