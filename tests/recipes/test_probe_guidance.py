@@ -16,6 +16,20 @@ PROMPTS = ["two circles", "a red square", "three triangles"]
 SEEDS = [(3, i) for i in range(len(PROMPTS))]
 
 
+def test_it_goes_over_and_above_the_pipelines_guidance(any_base):
+    """Away from the empty caption twice is the pipeline's own guidance, further."""
+    model = TextToImage.load(str(any_base), torch.float32)
+    for scale in (0.0, 0.5):
+        got = guided_samples(
+            model, PROMPTS, [[""]] * len(PROMPTS), scale=scale, num_inference_steps=4,
+            seeds=SEEDS, guidance_scale=1.7,
+        )  # fmt: skip
+        wanted = sample(
+            model.pipe, PROMPTS, seeds=SEEDS, num_inference_steps=4, guidance_scale=1.7 + scale
+        )
+        assert np.abs(got.astype(int) - wanted).max() <= 1
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.7])
 def test_away_from_the_empty_caption_it_is_the_pipelines_own_guidance(any_base, scale):
     model = TextToImage.load(str(any_base), torch.float32)
@@ -53,6 +67,12 @@ def test_the_wrong_captions():
                       ["three red circles"] * 2]  # fmt: skip
     near = wrong_captions([two, three], "neighbours", rng)
     assert near == [["three circles"] * 2, ["two circles", "four circles"]]
+    pair = (Group("circle", 1, "red"), Group("square", 1, "blue"))
+    swapped = [Spec("color_attr", pair), Spec("position", pair, "left of"), two]
+    bound, placed, other = wrong_captions(swapped, "swapped", rng)
+    assert bound == ["a blue circle and a red square"]
+    assert placed == ["a red circle right of a blue square"]
+    assert other[0] != caption(two)
     asked = list(specs("position", "train"))
     for against in ("hard", "in_batch"):
         for spec, wrong in zip(asked, wrong_captions(asked, against, rng), strict=True):

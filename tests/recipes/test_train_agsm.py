@@ -27,6 +27,21 @@ def train(model, folder, *flags):
     return load_file(folder / "tokens" / "model.safetensors")
 
 
+@pytest.mark.parametrize(("flags", "captions"), [
+    (["--num_negatives", "0"], 2), (["--num_negatives", "1", "--candidates", "hard"], 3),
+])  # fmt: skip
+def test_the_empty_caption_competes_too(flow_base, tmp_path, flags, captions):
+    train(flow_base, tmp_path, *flags, "--null_caption", "--max_train_steps", "1")
+    (line,) = log(tmp_path)
+    assert line["agsm/chance_weight"] == pytest.approx(1 / captions)
+
+
+def test_something_has_to_compete(flow_base, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(flow_base, tmp_path, "--num_negatives", "0")
+    assert "expected at least 1 without --null_caption" in capsys.readouterr().err
+
+
 def test_a_killed_run_resumes_to_the_same_tokens(any_base, tmp_path, monkeypatch):
     flags = [
         "--target_entropy",
