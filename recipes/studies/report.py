@@ -11,15 +11,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from markdown_it import MarkdownIt
 from scipy.stats import t
+from torch import Tensor
 
+from common.rewards import load
 from studies.figures import curves, frontier, pictures
 from studies.plan import BASE, OF, Plan, folder_of, images_of, jobs_of, log_of
 from world.detect import palette_error
 from world.prompts import specs
 
 Floats = npt.NDArray[np.float64]
+# Rewards that need no prompt, so that they can be told of the base's pictures too.
+_OF_PICTURES_ALONE = ("jpeg_compressibility", "jpeg_incompressibility", "redness")
 
 
 def write(plan: Plan, config: Path, *, seconds: float) -> Path:
@@ -106,6 +111,7 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
     lines += _differences(plan, by_method)
     lines += _recovered(plan, by_method)
     lines += [*_mistakes(by_method), "", *_cleanness(plan, by_method)]
+    lines += _rewards(plan, by_method)
     lines += [
         "## Training",
         "",
@@ -334,6 +340,36 @@ def _cleanness(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> lis
         errors = [palette_error(images_of(plan, name, r["seed"])).mean() for r in group]
         lines.append(f"| {_plain(name)} | {_told(*spread(errors), digits=2)} |")
     return [*lines, ""]
+
+
+def _rewards(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
+    """Of the held-out pictures, where the methods train on a reward that ignores the prompt."""
+    name = plan.common.get("reward", "")
+    if name not in _OF_PICTURES_ALONE:
+        return []
+    lines = [
+        "## Reward",
+        "",
+        f"{name} of the held-out pictures, beside the share of right ones.",
+        "",
+        f"| | {name} | overall | palette error |",
+        "| --- | --- | --- | --- |",
+    ]
+    for method, group in by_method.items():
+        images = [images_of(plan, method, result["seed"]) for result in group]
+        rewards = [float(load(name)(_pixels(one), []).mean()) for one in images]
+        cells = [
+            _told(*spread(rewards)),
+            _told(*spread([result["heldout"]["overall"] for result in group])),
+            _told(*spread([palette_error(one).mean() for one in images]), digits=2),
+        ]
+        lines.append(f"| {_plain(method)} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _pixels(images: npt.NDArray[np.uint8]) -> Tensor:
+    """(N, H, W, 3) of 0..255 as rewards take it, (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def _final_metrics(plan: Plan) -> list[str]:

@@ -423,3 +423,20 @@ def test_a_frontier_sets_scores_beside_what_was_logged_before_them(tmp_path):
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert figures.frontier(plan, "A") == [(2, 2.5, 0.5), (3, 7.5, 0.3)]
     assert "| A | 0.500 at 2.500 | 0.300 at 7.500 |" in report.frontier_table(plan)
+
+
+def test_the_reward_of_the_heldout_pictures_stands_beside_their_score(tmp_path):
+    """Where the methods train on a reward that needs no prompt."""
+    plan = Plan("m", str(tmp_path), {"A": {}}, common={"reward": "redness"})
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    images[0, ..., 0] = 255
+    by_method = {}
+    for name, shown in (("base", images[1:]), ("A", images)):
+        folder = folder_of(plan, name, 0)
+        folder.mkdir(parents=True)
+        np.savez(folder / "images.npz", images=shown)
+        by_method[name] = [{"seed": 0, "heldout": {"overall": 0.25}}]
+    text = "\n".join(report._rewards(plan, by_method))
+    assert "| base | 0.000 | 0.250 | " in text and "| A | 0.500 | 0.250 | " in text
+    for reward in ("detector", "PickScore", ""):
+        assert report._rewards(Plan("m", "", {}, common={"reward": reward}), by_method) == []
