@@ -1,5 +1,9 @@
-"""Several gloo processes on the CPU, for the tests."""
+"""Several gloo processes on the CPU, for the tests.
 
+They are forked from a server that has imported the libraries once.
+"""
+
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -9,6 +13,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+multiprocessing.set_forkserver_preload(
+    [
+        "torch",
+        "accelerate",
+        "peft",
+        "diffusers.models.unets.unet_2d_condition",
+        "diffusers.models.transformers.transformer_sd3",
+    ]
+)
+
 
 def run_ranks(worker, world_size=2, *arguments):
     """`worker(rank, *arguments)` in each of `world_size` gloo processes; the results by rank."""
@@ -17,7 +31,7 @@ def run_ranks(worker, world_size=2, *arguments):
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         given = (worker, world_size, port, folder, arguments)
-        mp.spawn(_rank, args=given, nprocs=world_size)
+        mp.start_processes(_rank, args=given, nprocs=world_size, start_method="forkserver")
         return {rank: torch.load(f"{folder}/{rank}.pt") for rank in range(world_size)}
 
 
