@@ -167,10 +167,12 @@ def _scales_told(plan: Plan) -> str:
     if len(plan.guidance_scales) > 1:
         return f"Each at {best} a category, of {plan.guidance_scales}."
     told = f"All at guidance scale (CFG) {plan.guidance_scales[0]:g}"
+    others: dict[str, list[str]] = {}
     for name in plan.sampled:
         scales = plan.scales(name)
         one = f"{scales[0]:g}" if len(scales) == 1 else f"{best} a category, of {scales}"
-        told += f", but {_plain(name)} at {one}"
+        others.setdefault(one, []).append(_plain(name))
+    told += "".join(f", but {'; '.join(names)} at {one}" for one, names in others.items())
     return f"{told}."
 
 

@@ -42,5 +42,6 @@ def _rank(rank, worker, world_size, port, folder, arguments):
     patience = timedelta(seconds=120)
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=patience)
     torch.save(worker(rank, *arguments), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a recipe ends it itself
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,27 +1,30 @@
-"""Run by torchrun in the tests: a recipe, whose processes may find different pairs.
-
-    two_processes.py RECIPE FOUND FOLDER flags...
-
-FOUND: a letter a step: "b" both processes find SPO's pairs, "1" the second one alone, "n" none.
-Each process leaves what it trained in FOLDER.
-"""
+"""What each process does in the recipes' tests with two (importable by the forked ones)."""
 
 import importlib
 import os
 import sys
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-
-from common.trained_pipeline import TrainedPipeline
-from world import task
+RECIPES = str(Path(__file__).parents[2] / "recipes")
 
 
-def main():
-    recipe, found, folder, *flags = sys.argv[1:]
-    rank, scored, built = int(os.environ["RANK"]), [], []
+def recipe(rank, name, flags):
+    """A recipe's run."""
+    sys.path.insert(0, RECIPES)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    importlib.import_module(name).main(flags)
+
+
+def paired(rank, name, found, flags):
+    """A recipe's run, whose processes may find different pairs; what it trained.
+
+    found: a letter a step: "b" both processes find SPO's pairs, "1" the second one alone, "n" none.
+    """
+    sys.path.insert(0, RECIPES)
+    from common.trained_pipeline import TrainedPipeline
+    from world import task
+
+    scored, built = [], []
 
     def score(pixels, prompts):
         """Once a rollout (of 3 steps, pairs from step 1 on), for a pair of states a prompt."""
@@ -38,10 +41,6 @@ def main():
 
     task.detector = score
     TrainedPipeline.load = kept
-    importlib.import_module(recipe).main(["--output_dir", f"{folder}/run", *flags])
+    recipe(rank, name, flags)
     assert len(scored) == len(found), (scored, found)
-    torch.save([p.detach() for p in built[0].parameters], f"{folder}/rank_{rank}.pt")
-
-
-if __name__ == "__main__":
-    main()
+    return [p.detach() for p in built[0].parameters]

@@ -2,12 +2,11 @@
 
 import inspect
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+import two_processes
+from ranks import run_ranks
 from recipe_runs import log
 from safetensors.torch import load_file
 
@@ -213,15 +212,9 @@ def test_the_negatives_train_the_tokens_alone(flow_base, tmp_path, flags):
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_tokens_on_other_batches(flow_base, tmp_path, recipes):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node", "2", str(recipes / "train_agsm.py"), "--model", str(flow_base),
-               "--output_dir", str(tmp_path / "two"), *FEW]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+def test_two_processes_train_the_same_tokens_on_other_batches(flow_base, tmp_path):
+    flags = ["--model", str(flow_base), "--output_dir", str(tmp_path / "two"), *FEW]
+    run_ranks(two_processes.recipe, 2, "train_agsm", flags)
     two = load_file(tmp_path / "two" / "tokens" / "model.safetensors")
     alone = train(flow_base, tmp_path / "alone")
     assert all(bool(torch.isfinite(value).all()) for value in two.values())

@@ -1,13 +1,10 @@
 """Recipes on two processes: they neither hang nor drift apart."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+import two_processes
+from ranks import run_ranks
+from recipe_runs import log
 
 FEW = ["--validation_per_category", "1", "--validation_inference_steps", "1",
        "--skip_first_validation",
@@ -19,37 +16,30 @@ SPO = ["--num_inference_steps", "3", "--first_step", "1", "--num_candidates", "2
 
 
 def launch(model, folder, recipe, found, flags):
-    script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc-per-node", "2", str(script), recipe, found, str(folder),
-               "--model", str(model), *FEW, *flags]  # fmt: skip
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    first, second = (torch.load(folder / f"rank_{rank}.pt") for rank in (0, 1))
+    """Its log, after both processes have trained the same."""
+    run = folder / "run"
+    given = ["--output_dir", str(run), "--model", str(model), *FEW, *flags]
+    first, second = run_ranks(two_processes.paired, 2, recipe, found, given).values()
     assert first and all(torch.equal(*pair) for pair in zip(first, second, strict=True))
-    lines = (folder / "run" / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return log(run)
 
 
 @pytest.mark.slow
 def test_spo_where_one_process_or_none_finds_a_pair(epsilon_base, tmp_path):
-    log = launch(
+    lines = launch(
         epsilon_base, tmp_path, "train_spo", "b1nb", [*LOOP, "--max_train_steps", "4", *SPO]
     )
     # The log is the first process's; the gradients are both's.
-    assert [line["spo/pairs"] for line in log] == [2, 0, 0, 2]
-    assert log[0]["grad_norm"] > 0 and log[1]["grad_norm"] > 0 and log[2]["grad_norm"] == 0
+    assert [line["spo/pairs"] for line in lines] == [2, 0, 0, 2]
+    assert lines[0]["grad_norm"] > 0 and lines[1]["grad_norm"] > 0 and lines[2]["grad_norm"] == 0
 
 
 @pytest.mark.slow
 def test_dpo_with_agsm(flow_base, tmp_path):
     flags = [*LOOP, "--max_train_steps", "2", "--agsm_weight", "1", "--beta", "50",
              "--chunk_size", "3"]  # fmt: skip
-    log = launch(flow_base, tmp_path, "train_dpo", "", flags)
-    assert all(line["grad_norm"] > 0 and line["agsm/loss"] > 0 for line in log)
+    lines = launch(flow_base, tmp_path, "train_dpo", "", flags)
+    assert all(line["grad_norm"] > 0 and line["agsm/loss"] > 0 for line in lines)
 
 
 @pytest.mark.slow
@@ -58,8 +48,8 @@ def test_ddpo_with_agsm(epsilon_base, tmp_path):
              "--sample_batch_size", "4", "--sample_num_batches_per_epoch", "1",
              "--train_batch_size", "4", "--num_inference_steps", "3", "--agsm_weight", "1",
              "--agsm_batch", "2"]  # fmt: skip
-    log = launch(epsilon_base, tmp_path, "train_ddpo", "", flags)
-    assert [line["step"] for line in log] == [0, 1, 2] and log[1]["agsm/loss"] > 0
+    lines = launch(epsilon_base, tmp_path, "train_ddpo", "", flags)
+    assert [line["step"] for line in lines] == [0, 1, 2] and lines[1]["agsm/loss"] > 0
 
 
 @pytest.mark.slow
@@ -68,6 +58,6 @@ def test_nft_with_agsm_on_its_best_samples(flow_base, tmp_path):
              "--sample_batch_size", "4", "--sample_num_batches_per_epoch", "1",
              "--num_inference_steps", "3", "--agsm_weight", "1", "--agsm_images", "best",
              "--agsm_batch", "2"]  # fmt: skip
-    log = launch(flow_base, tmp_path, "train_nft", "", flags)
-    assert all(line["grad_norm"] > 0 and line["agsm/loss"] > 0 for line in log)
-    assert log[0]["reward/mean"] == log[1]["reward/mean"] != log[2]["reward/mean"]
+    lines = launch(flow_base, tmp_path, "train_nft", "", flags)
+    assert all(line["grad_norm"] > 0 and line["agsm/loss"] > 0 for line in lines)
+    assert lines[0]["reward/mean"] == lines[1]["reward/mean"] != lines[2]["reward/mean"]
