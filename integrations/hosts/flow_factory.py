@@ -27,7 +27,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +50,17 @@ def _differs(what: str) -> str:
 
 
 try:
-    from flow_factory.hparams import DPOTrainingArguments, GRPOTrainingArguments
-    from flow_factory.hparams import NFTTrainingArguments
+    from flow_factory.hparams import (
+        DPOTrainingArguments,
+        GRPOTrainingArguments,
+        NFTTrainingArguments,
+    )
     from flow_factory.trainers.dpo import DPOTrainer
     from flow_factory.trainers.grpo import GRPOTrainer
     from flow_factory.trainers.nft import DiffusionNFTTrainer
     from flow_factory.utils.dist import reduce_loss_info
 except ImportError as error:
-    found = "none" if find_spec("flow_factory") is None else f"another layout: {error}"
+    found = "none" if error.name == "flow_factory" else f"another layout: {error}"
     raise ImportError(_differs(found)) from error
 
 
