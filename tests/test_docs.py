@@ -27,6 +27,7 @@ def test_make_docs_builds_every_public_module(tmp_path):
     pages = {page.relative_to(tmp_path).with_suffix("").parts for page in tmp_path.rglob("*.html")}
     folder = ROOT / "integrations"
     modules = {one.relative_to(folder).with_suffix("").parts for one in folder.rglob("[!_]*.py")}
+    modules.remove(("hosts", "flow_factory"))  # needs Flow-Factory, which is no extra of ours
     assert {("agsm_loss", "integrations", *parts) for parts in modules} <= pages
     page = (tmp_path / "agsm_loss.html").read_text()
     for name in ("AGSMLoss", "AGSMRegularizer", "EMA", "SoftTokens", "Candidates"):

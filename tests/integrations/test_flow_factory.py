@@ -8,7 +8,9 @@ from types import ModuleType
 import flow_factory_fake as fake
 import numpy as np
 import pytest
+import readme
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 from pipelines_tiny import speaking_pipeline
 
@@ -198,6 +200,17 @@ def test_a_model_that_needs_more_than_its_prompt_is_named(ours, monkeypatch):
 def test_options_out_of_range_are_named(options, ours):
     with pytest.raises(ValueError, match=rf"{next(iter(options))}: expected"):
         ours.AGSMGRPO(**options)
+
+
+def test_the_guides_yaml_names_every_option_and_its_default(ours):
+    (block,) = readme.blocks("integrations/README.md", "yaml")
+    shown = yaml.safe_load(block.text)["train"]
+    path = shown.pop("trainer_type")
+    defaults = ours.AGSMArguments.__dataclass_fields__
+    assert path.rpartition(".")[0] == NAME and hasattr(ours, path.rpartition(".")[2])
+    assert {"agsm_null_caption": False, **shown}.keys() == defaults.keys()
+    for name, value in shown.items():
+        assert name == "agsm_null_caption" or value == defaults[name].default
 
 
 @pytest.fixture(scope="module")
