@@ -24,7 +24,7 @@ bench: $(SETUP)
 	$(BIN)/python recipes/bench_backbones.py
 
 docs: $(SETUP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -W error -m pdoc --docformat google --output-directory build/docs agsm_loss agsm_loss.integrations !agsm_loss.integrations.hosts.flow_factory
+	HF_HUB_OFFLINE=1 $(BIN)/python -W error -m pdoc --docformat google --output-directory build/docs agsm_loss agsm_loss.integrations
 
 $(SETUP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -164,6 +164,10 @@ class AGSMTrainer:
 
     Attributes:
         agsm: the `AGSMRegularizer`.
+
+    Raises:
+        ValueError: a model that `AdapterDenoiser` refuses; `resume_type: state`.
+        RuntimeError: (in `optimize`) Flow-Factory's trainer made no step that AGSM could join.
     """
 
     accelerator: Any
@@ -175,7 +179,12 @@ class AGSMTrainer:
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        options = self.training_args
+        options, resume_path = self.training_args, self.config.model_args.resume_path
+        if resume_path and self.config.model_args.resume_type == "state":
+            raise ValueError(
+                "resume_type: expected lora or full, got state, with which Flow-Factory loads no "
+                "weights: it does so before accelerator.prepare. Save with save_model_only: true."
+            )
         weight = as_schedule(options.agsm_weight)
         if options.agsm_warmup_steps:
             weight = linear_warmup(weight, options.agsm_warmup_steps)
@@ -196,7 +205,7 @@ class AGSMTrainer:
         self._null = self._encoded_null() if options.agsm_null_caption else {}
         self._images: list[Any] = []
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
-        self._load_agsm(self.config.model_args.resume_path)
+        self._load_agsm(resume_path)
 
     def agsm_images(self, samples: Sequence[Any]) -> list[Any]:
         """The samples that AGSM trains on: those with the best advantages, in this process."""

@@ -157,12 +157,12 @@ def modules():
     return made
 
 
-def trainer(kind, resume_path=None, **options):
+def trainer(kind, resume_path=None, resume_type=None, **options):
     """A trainer by a class of ours, made as Flow-Factory's loader makes it."""
     torch.manual_seed(0)
     config = SimpleNamespace(
         training_args=kind(**options),
-        model_args=SimpleNamespace(resume_path=resume_path),
+        model_args=SimpleNamespace(resume_path=resume_path, resume_type=resume_type),
         data_args=SimpleNamespace(enable_preprocess=True),
     )
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)

@@ -148,6 +148,8 @@ def test_a_checkpoint_holds_the_ema(ours, tmp_path):
         assert other.agsm.step == 2 and other.agsm.calls == 4
     without = fake.trainer(ours.AGSMDPO, resume_path=str(tmp_path))  # a checkpoint without AGSM
     assert without.agsm.step == 0
+    with pytest.raises(ValueError, match="resume_type: expected lora or full, got state"):
+        fake.trainer(ours.AGSMDPO, resume_path=folder, resume_type="state")
 
 
 class Missing:
