@@ -1,7 +1,7 @@
 """Training steps of other methods, with AGSM as a term.
 
-A file for each method; `base` holds what they share, `ddpo_parts` what `trl_ddpo` needs without
-trl.
+A file for each method; `base` holds what they share, `ddpo_parts` and `flow_factory_parts` what
+`trl_ddpo` and `flow_factory` need without trl and Flow-Factory.
 """
 
 # The modules that `make docs` describes. Left out is `flow_factory`: Flow-Factory is no extra.
@@ -10,6 +10,7 @@ __all__ = [
     "ddpo_parts",
     "diffusion_dpo",
     "diffusion_nft",
+    "flow_factory_parts",
     "flow_grpo",
     "inpo",
     "rollouts",

@@ -22,7 +22,6 @@ samples with the best advantages, or DPO's chosen ones: it takes these for true 
 prompts, and so repeats the reward's mistakes.
 """
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,10 +30,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
+from torch import Tensor
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch, draws
 from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on, best_rows
+from agsm_loss.integrations.hosts.flow_factory_parts import (
+    AdapterDenoiser,
+    AGSMArguments,
+    RolloutArguments,
+    noised,
+)
 from agsm_loss.schedule import as_schedule, linear_warmup
 
 COMMIT = "a0b2bc5a2b4fbf9125429b3fb70c0c5d7631047c"
@@ -62,101 +68,6 @@ try:
 except ImportError as error:
     found = "none" if error.name == "flow_factory" else f"another layout: {error}"
     raise ImportError(_differs(found)) from error
-
-
-@dataclass
-class AGSMArguments:
-    """AGSM's options, under `train:` in Flow-Factory's YAML file.
-
-    Args:
-        agsm_weight: λ; with 0 the trained weights are those of Flow-Factory's trainer, bit for bit.
-        agsm_warmup_steps: first optimizer steps, in which λ rises from 0.
-        agsm_batch: images of AGSM in a process and micro-step (a forward and backward pass).
-        agsm_best: share of a process's samples that AGSM trains on, best advantage first, in
-            (0, 1]; of no effect in DPO, whose chosen images are taken.
-        agsm_num_negatives: prompts of other images that compete with an image's own.
-        agsm_null_caption: the empty caption competes too.
-        agsm_pos_scale, agsm_temperature: γ⁺ and T of `AGSMLoss`; γ⁻ is 0, as weights are trained.
-        agsm_ema_decay: decay of AGSM's own EMA per optimizer step.
-
-    Raises:
-        ValueError: a value that is out of range.
-    """
-
-    agsm_weight: float = 1.0
-    agsm_warmup_steps: int = 0
-    agsm_batch: int = 8
-    agsm_best: float = 0.25
-    agsm_num_negatives: int = 3
-    agsm_null_caption: bool = False
-    agsm_pos_scale: float = 1.0
-    agsm_temperature: float = 0.1
-    agsm_ema_decay: float = 0.9999
-
-    def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]  # Flow-Factory's, of the classes below
-        for name, at_least in (
-            ("agsm_weight", 0),
-            ("agsm_warmup_steps", 0),
-            ("agsm_num_negatives", 0 if self.agsm_null_caption else 1),
-            ("agsm_batch", 2 if self.agsm_num_negatives else 1),
-        ):
-            if getattr(self, name) < at_least:
-                raise ValueError(
-                    f"{name}: expected at least {at_least}, got {getattr(self, name)}."
-                )
-        if not 0 < self.agsm_best <= 1:
-            raise ValueError(f"agsm_best: expected a share in (0, 1], got {self.agsm_best}.")
-
-
-class AdapterDenoiser(nn.Module):
-    """What Flow-Factory trains, as `AGSMRegularizer` calls it (an `agsm_loss.Denoiser`).
-
-    It runs the `forward` of Flow-Factory's model adapter, which knows the architecture; without
-    classifier-free guidance.
-
-    Args:
-        adapter: Flow-Factory's, after `accelerator.prepare`.
-
-    Raises:
-        ValueError: the adapter's `forward` needs more than latents, timesteps and the prompt.
-    """
-
-    def __init__(self, adapter: Any) -> None:
-        super().__init__()
-        self.model = nn.ModuleList(adapter.trainable_components)
-        self._adapter = (adapter,)  # in a tuple, as it is no part of what is trained
-        parameters = inspect.signature(adapter.forward).parameters
-        self.names = [
-            name
-            for name, one in parameters.items()
-            if "prompt" in name and one.default is one.empty
-        ]
-        needed = {name for name, one in parameters.items() if one.default is one.empty}
-        more = sorted(needed - {"t", "latents", *self.names})
-        if more:
-            raise ValueError(
-                "model_type: expected a model whose forward needs latents and prompts alone, as "
-                f"sd3-5, got a {type(adapter).__name__}, which needs {more} too."
-            )
-
-    def forward(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], bank: Tensor
-    ) -> Tensor:
-        (adapter,) = self._adapter
-        output = adapter.forward(
-            t=timesteps,
-            t_next=torch.zeros_like(timesteps),
-            latents=noisy,
-            next_latents=noisy,  # not read; without it the scheduler would draw noise
-            guidance_scale=1.0,
-            compute_log_prob=False,
-            return_kwargs=["noise_pred"],
-            noise_level=0.0,
-            **conditioning,
-        )
-        pred: Tensor = output.noise_pred
-        return pred
 
 
 class AGSMTrainer:
@@ -225,7 +136,7 @@ class AGSMTrainer:
         self._images = []
 
     def save_checkpoint(self, save_directory: str, epoch: int | None = None) -> None:
-        """Flow-Factory's checkpoint, with AGSM's state in it: of one kind or the other."""
+        """Flow-Factory's checkpoint, with AGSM's state in it."""
         folder = Path(save_directory) / ("" if epoch is None else f"checkpoint-{epoch}")
         super().save_checkpoint(str(folder))  # type: ignore[misc]
         state = self.agsm.state_dict()  # in every process, where the EMA is sharded
@@ -275,32 +186,21 @@ class AGSMTrainer:
             raise RuntimeError(_differs("one whose optimize names no images for AGSM"))
         generator = draws(self.agsm.seed, self.agsm.calls, "images")
         rows = torch.randperm(len(self._images), generator=generator)
-        shown = [self._images[int(row)] for row in rows[: self.training_args.agsm_batch]]
-        device = self.accelerator.device
-        latents = torch.stack([one.all_latents[-1] for one in shown]).to(device, torch.float32)
-        noise = torch.randn(latents.shape, generator=generator)
-        times = torch.rand(len(shown), generator=generator)
-        text = {
-            name: torch.stack([getattr(one, name) for one in shown]).to(device)
-            for name in self._denoiser.names
-        }
-        for name, row in self._null.items():
-            text[name] = torch.cat([text[name], row.to(text[name])])
-        return AGSMBatch(
-            latents,
-            times.to(device) * self.adapter.scheduler.config.num_train_timesteps,
-            noise.to(device),
-            text,
-            [one.prompt for one in shown],
+        batch = noised(
+            [self._images[int(row)] for row in rows[: self.training_args.agsm_batch]],
+            self._denoiser.names,
+            generator,
+            null=self._null,
+            steps=self.adapter.scheduler.config.num_train_timesteps,
         )
+        return AGSMBatch(*send_to_device(tuple(batch), self.accelerator.device))
 
     @torch.no_grad()
     def _encoded_null(self) -> dict[str, Tensor]:
         """The empty caption as the prompts are encoded, a row each; the encoders' place is kept."""
         adapter, modules = self.adapter, self.adapter.preprocessing_modules
         adapter.on_load_components(modules, self.accelerator.device)
-        options = {**self.training_args, "guidance_scale": 1.0}
-        row = adapter.preprocess_func([""], **options)
+        row = adapter.preprocess_func([""], **{**self.training_args, "guidance_scale": 1.0})
         if self.config.data_args.enable_preprocess:
             adapter.off_load_components(modules)
             adapter.on_load_components(adapter.inference_modules, self.accelerator.device)
@@ -345,14 +245,14 @@ class _TrainerToo:
 
 
 @dataclass
-class AGSMGRPO(_TrainerToo, AGSMArguments, GRPOTrainingArguments):
+class AGSMGRPO(_TrainerToo, RolloutArguments, GRPOTrainingArguments):
     """`trainer_type` for GRPO with AGSM: Flow-Factory's arguments and AGSM's."""
 
     trainer = AGSMGRPOTrainer
 
 
 @dataclass
-class AGSMNFT(_TrainerToo, AGSMArguments, NFTTrainingArguments):
+class AGSMNFT(_TrainerToo, RolloutArguments, NFTTrainingArguments):
     """`trainer_type` for DiffusionNFT with AGSM: Flow-Factory's arguments and AGSM's."""
 
     trainer = AGSMNFTTrainer

@@ -107,7 +107,8 @@ def test_it_logs_moves_the_ema_and_leaves_the_hosts_draws(kind, ours):
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_images_are_the_best_or_the_chosen_ones(kind, ours, monkeypatch):
     seen = seen_batches(ours, monkeypatch)
-    made = optimized(getattr(ours, kind), agsm_best=0.5, agsm_batch=2)
+    best = {} if kind == "AGSMDPO" else {"agsm_best": 0.5}
+    made = optimized(getattr(ours, kind), agsm_batch=2, **best)
     rows = [1, 3, 5] if kind == "AGSMDPO" else [3, 4, 5]
     rollout = fake.samples(made.adapter)
     shown = set()
@@ -208,7 +209,7 @@ def test_the_guides_yaml_names_every_option_and_its_default(ours):
     (block,) = readme.blocks("integrations/README.md", "yaml")
     shown = yaml.safe_load(block.text)["train"]
     path = shown.pop("trainer_type")
-    defaults = ours.AGSMArguments.__dataclass_fields__
+    defaults = ours.RolloutArguments.__dataclass_fields__
     assert path.rpartition(".")[0] == NAME and hasattr(ours, path.rpartition(".")[2])
     assert {"agsm_null_caption": False, **shown}.keys() == defaults.keys()
     for name, value in shown.items():
