@@ -19,7 +19,7 @@
 ...     for text in ("a dog", "a cat")
 ... ]
 >>> batch = noised(rollout, denoiser.names, torch.Generator())
->>> denoiser(batch.latents, batch.timesteps, batch.conditioning, bank=None).shape
+>>> denoiser(batch.latents, batch.timesteps, batch.conditioning, torch.zeros(2)).shape
 torch.Size([2, 4])
 """
 
