@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch, draws
@@ -186,14 +185,14 @@ class AGSMTrainer:
             raise RuntimeError(_differs("one whose optimize names no images for AGSM"))
         generator = draws(self.agsm.seed, self.agsm.calls, "images")
         rows = torch.randperm(len(self._images), generator=generator)
-        batch = noised(
+        return noised(
             [self._images[int(row)] for row in rows[: self.training_args.agsm_batch]],
             self._denoiser.names,
             generator,
             null=self._null,
             steps=self.adapter.scheduler.config.num_train_timesteps,
+            device=self.accelerator.device,
         )
-        return AGSMBatch(*send_to_device(tuple(batch), self.accelerator.device))
 
     @torch.no_grad()
     def _encoded_null(self) -> dict[str, Tensor]:

@@ -149,20 +149,22 @@ def noised(
     *,
     null: Mapping[str, Tensor] | None = None,
     steps: int = 1000,
+    device: torch.device | str = "cpu",
 ) -> AGSMBatch:
-    """B of Flow-Factory's samples as images for AGSM, at uniform timesteps, on the CPU.
+    """B of Flow-Factory's samples as images for AGSM, at uniform timesteps.
 
     Args:
-        shown: the samples; the last of `all_latents` (T, *D) is clean.
+        shown: the samples, each on any device; the last of `all_latents` (T, *D) is clean.
         names: of the samples' fields that encode the prompt.
         generator: of noise and timesteps, on the CPU.
         null: the empty caption's fields, a row each; None where it does not compete.
         steps: training timesteps of the scheduler.
+        device: of the batch.
     """
-    latents = torch.stack([one.all_latents[-1] for one in shown]).float().cpu()
-    text = {name: torch.stack([getattr(one, name) for one in shown]).cpu() for name in names}
+    latents = torch.stack([one.all_latents[-1].to(device, torch.float32) for one in shown])
+    text = {name: torch.stack([getattr(one, name).to(device) for one in shown]) for name in names}
     for name, row in (null or {}).items():
         text[name] = torch.cat([text[name], row.to(text[name])])
-    noise = torch.randn(latents.shape, generator=generator)
-    times = torch.rand(len(shown), generator=generator) * steps
+    noise = torch.randn(latents.shape, generator=generator).to(device)
+    times = torch.rand(len(shown), generator=generator).to(device) * steps
     return AGSMBatch(latents, times, noise, text, [one.prompt for one in shown])
