@@ -1,11 +1,17 @@
-"""Scores images in GenEval's layout: a table with 95 % intervals, JSON, and a sheet of pictures.
+r"""Scores folders of images in GenEval's layout: one table with 95 % intervals for all of them.
 
-    python recipes/score_images.py --images runs/a                 by the embedded world's detector
+    python recipes/score_images.py --images runs/a runs/b            by the world's detector
     python recipes/score_images.py --images runs/a --results results.jsonl    by GenEval's evaluator
+    python recipes/score_images.py --images runs/a \
+        --detector facebook/mask2former-swin-small-coco-instance    by GenEval's rules, no mmdet
 
-The second form reads what GenEval's own `evaluate_images.py` writes for real models (one row an
-image: filename, tag, correct, reason). Writes scores.json, scores.md and sheet.png into --images;
-by the detector also how far the pixels are from the world's colours, which no verdict shows.
+`--detector` applies GenEval's rules to what a detector of transformers finds, and writes
+detector_results.jsonl into each folder, in the columns of GenEval's evaluator. Such scores are not
+GenEval's own: say which detector they are by. `--results` reads what GenEval's `evaluate_images.py`
+wrote (one row an image: filename, tag, correct, reason), or detector_results.jsonl.
+
+Writes scores.json, scores.md and sheet.png into each folder; by the world's detector also how far
+the pixels are from the world's colours (of 255; a rendered scene has 0), which no verdict shows.
 """
 
 from __future__ import annotations
@@ -22,11 +28,30 @@ from common.stop import command
 class Options(Checked):
     """Every option, its default and its meaning."""
 
-    images: str = option("runs/images", "Folder that generate.py wrote.")
-    results: str = option(
-        "", "File of results of GenEval's evaluator, in place of the world's detector."
+    images: list[str] = option(["runs/images"], "Folders that generate.py wrote.")
+    detector: str = option(
+        "",
+        "Detector to judge by, in place of the world's: a folder or a hub id of an instance "
+        "segmentation model (Mask2Former) or of an open-vocabulary one (OWLv2, Grounding DINO).",
     )
-    sheet: int = option(48, "Images to show on the sheet.", at_least=1)
+    clip: str = option(
+        "openai/clip-vit-large-patch14",
+        "CLIP model that names the objects' colours (for --detector): a folder or a hub id.",
+    )
+    results: list[str] = option(
+        [],
+        "Files of results of GenEval's evaluator, one for each folder, in place of a detector.",
+    )
+    sheet: int = option(48, "Images to show on a sheet.", at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.results and (self.detector or len(self.results) != len(self.images)):
+            raise ValueError(
+                f"results: expected one file for each folder and no --detector, got "
+                f"{len(self.results)} files, {len(self.images)} folders and --detector "
+                f"{self.detector!r}."
+            )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,37 +59,46 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(Options, __doc__, arguments)
 
     import numpy as np
+    import torch
 
+    from common.compositional.evaluator import Evaluator
     from common.sheet import sheet
     from world.detect import palette_error
-    from world.geneval_folder import pixels, read_images, read_results
+    from world.geneval_folder import judge_folder, pixels, read_images, read_results
     from world.score import verdicts
-    from world.summary import summarize_with_intervals, table
+    from world.summary import mean_with_interval, summarize_with_intervals, table
 
-    folder = Path(options.images)
-    files, rows = read_images(folder)
-    dirt: dict[str, float] = {}
-    if options.results:
-        judged = read_results(Path(options.results), files, folder)
-    else:
-        images = np.stack([pixels(file) for file in files])
-        judged = verdicts(images, rows)
-        dirt["palette_error"] = float(palette_error(images).mean())
-    summary = summarize_with_intervals(judged) | dirt
-    text = table({folder.name: summary})
-    for value in dirt.values():
-        text += f"\n\nPalette error (of 255; a rendered scene has 0): {value:.2f}"
-    (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (folder / "scores.md").write_text(text + "\n")
-    shown = np.linspace(0, len(files) - 1, min(options.sheet, len(files))).astype(int)
-    sheet(
-        np.stack([pixels(files[i]) for i in shown]),
-        [rows[i] for i in shown],
-        [judged[i] for i in shown],
-        folder / "sheet.png",
-    )
-    print(text)
-    print(f"scores.json, scores.md and sheet.png are in {folder}")
+    folders = [Path(path) for path in options.images]
+    contents = [read_images(folder) for folder in folders]
+    if options.detector:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        evaluator = Evaluator(options.detector, options.clip, device)
+    summaries = {}
+    for index, (folder, (files, rows)) in enumerate(zip(folders, contents, strict=True)):
+        metrics = {}
+        if options.results:
+            judged = read_results(Path(options.results[index]), files, folder)
+        elif options.detector:
+            results = folder / "detector_results.jsonl"
+            judge_folder(evaluator, files, rows, results)
+            judged = read_results(results, files, folder)
+        else:
+            images = np.stack([pixels(file) for file in files])
+            judged = verdicts(images, rows)
+            metrics["palette_error"] = mean_with_interval(palette_error(images), rows)
+        summary = summarize_with_intervals(judged) | {"metrics": metrics}
+        (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (folder / "scores.md").write_text(table({folder.name: summary}) + "\n")
+        shown = np.linspace(0, len(files) - 1, min(options.sheet, len(files))).astype(int)
+        sheet(
+            [pixels(files[i]) for i in shown],
+            [rows[i] for i in shown],
+            [judged[i] for i in shown],
+            folder / "sheet.png",
+        )
+        summaries[str(folder)] = summary
+    print(table(summaries))
+    print(f"scores.json, scores.md and sheet.png are in {', '.join(options.images)}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import inspect
 import operator
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
@@ -35,11 +35,17 @@ _LIMITS = {"above": operator.gt, "below": operator.lt,
 
 
 def option(default: Any, meaning: str, **limits: float) -> Any:
-    """A field: default, a sentence for --help, limits (above, below, at_least, at_most)."""
+    """A field: default, a sentence for --help, limits (above, below, at_least, at_most).
+
+    A list is an option with several values on the command line.
+    """
     unknown = set(limits) - set(_LIMITS)
     if unknown:
         raise TypeError(f"limits: expected some of {list(_LIMITS)}, got {sorted(unknown)}.")
-    return field(default=default, metadata={"help": meaning, **limits})
+    about = {"help": meaning, **limits}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=about)
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -171,9 +177,13 @@ def _group(kind: type[Checked], title: str, names: list[str]) -> type:
     hints = get_type_hints(kind)
     rows: list[tuple[str, Any, Any]] = []
     for name in names:
-        about = {"help": _meaning(kind, name)}
-        rows.append((name, hints[name], field(default=getattr(kind, name), metadata=about)))
+        rows.append((name, hints[name], option(_default(kind, name), _meaning(kind, name))))
     return make_dataclass("Group", rows, namespace={"_argument_group_name": title} if title else {})
+
+
+def _default(kind: type, name: str) -> Any:
+    one = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
+    return one.default if one.default is not MISSING else one.default_factory()
 
 
 _CONFIG_HELP = "YAML file with any of these options; the command line wins."

@@ -61,6 +61,11 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(N, 3, H, W) in [-1, 1] -> N pictures."""
+    return [Image.fromarray(one) for one in to_uint8(pixels).permute(0, 2, 3, 1).cpu().numpy()]
+
+
 class PreferenceModel:
     """PickScore (arXiv 2305.01569), or any CLIP model like it: its logit of image and prompt."""
 

@@ -23,7 +23,7 @@ class Judged(Protocol):
 
 
 def sheet(
-    images: npt.NDArray[np.uint8],
+    images: Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8],
     rows: Sequence[Mapping[str, Any]],
     judged: Sequence[Judged] | None,
     path: Path,
@@ -32,7 +32,7 @@ def sheet(
     side: int = 144,
     titles: Sequence[str] = (),
 ) -> None:
-    """Saves a PNG of images (N, H, W, 3), enlarged or reduced to `side` pixels. Under each are its
+    """Saves a PNG of N images (H, W, 3), enlarged or reduced to `side` pixels. Under each are its
     verdict, where they were judged, and its prompt. titles: one a column, above them."""
     height = width = side
     cell_width, cell_height = width + 8, height + 52

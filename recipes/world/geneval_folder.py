@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from tqdm.auto import tqdm
 
+from common.compositional.evaluator import Evaluator, result
+from common.compositional.rules import reason_kind
 from world.score import Verdict
+
+AT_ONCE = 32
+"""Images in memory."""
 
 
 def read_images(folder: Path) -> tuple[list[Path], list[dict[str, Any]]]:
@@ -36,8 +42,27 @@ def pixels(file: Path) -> npt.NDArray[np.uint8]:
         return np.asarray(image.convert("RGB"))
 
 
+def judge_folder(
+    evaluator: Evaluator, files: Sequence[Path], rows: Sequence[Mapping[str, Any]], results: Path
+) -> None:
+    """Writes a line of `results` for each image, as GenEval's evaluator does."""
+    missing = sorted({"tag", "include"} - set.intersection(*(set(row) for row in rows)))
+    if missing:
+        raise ValueError(
+            f"{files[0].parents[2]}: expected GenEval's rows in metadata.jsonl, some have no "
+            f"{' and no '.join(missing)}. Sample GenEval's evaluation_metadata.jsonl."
+        )
+    lines = []
+    for start in tqdm(range(0, len(files), AT_ONCE), desc="detecting", leave=False):
+        part = range(start, min(start + AT_ONCE, len(files)))
+        images = [Image.fromarray(pixels(files[i])) for i in part]
+        judged = evaluator(images, [rows[i] for i in part])
+        lines += [result(files[i], rows[i], *one) for i, one in zip(part, judged, strict=True)]
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def read_results(results: Path, files: Sequence[Path], folder: Path) -> list[Verdict]:
-    """GenEval's verdicts, in the order of `files`; its evaluator doesn't tell how many it found."""
+    """The verdicts of a `results.jsonl`, GenEval's or ours, in the order of `files`."""
     by_name: dict[str, dict[str, Any]] = {}
     for line in results.read_text().splitlines():
         row = json.loads(line)
@@ -47,11 +72,24 @@ def read_results(results: Path, files: Sequence[Path], folder: Path) -> list[Ver
         name = "/".join(file.parts[-3:])
         if name not in by_name:
             raise ValueError(f"{results}: no result for {name} of {folder}")
-        row = by_name[name]
-        metadata = row.get("metadata", {"include": []})
-        if isinstance(metadata, str):  # as GenEval's evaluator writes it
-            metadata = json.loads(metadata)
-        expected = sum(one["count"] for one in metadata["include"])
-        reason = None if row["correct"] else str(row.get("reason") or "wrong")
-        judged.append(Verdict(row["tag"], bool(row["correct"]), reason, expected, None))
+        judged.append(_verdict(by_name[name]))
     return judged
+
+
+def _verdict(row: Mapping[str, Any]) -> Verdict:
+    """Of a line; how many objects were found is in its details, where it has them."""
+    metadata = _table(row.get("metadata", {}))
+    wanted = metadata.get("include", [])
+    found = None
+    if "details" in row:
+        details = _table(row["details"])
+        found = sum(len(details.get(name, [])) for name in {one["class"] for one in wanted})
+    reason = None if row["correct"] else reason_kind(str(row.get("reason") or "")) or "wrong"
+    expected = sum(one["count"] for one in wanted)
+    return Verdict(row["tag"], bool(row["correct"]), reason, expected, found)
+
+
+def _table(value: Any) -> dict[str, Any]:
+    """A mapping, or the text of one, as GenEval's evaluator writes it."""
+    found: dict[str, Any] = json.loads(value) if isinstance(value, str) else value
+    return found

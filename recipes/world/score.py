@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from common.compositional.rules import relations as relations_of_boxes
+
 from .detect import Detection, detect
 
 REASONS = ("missing", "wrong_colour", "wrong_place", "extra")
-POSITION_THRESHOLD = 0.1  # GenEval's: the offset must exceed this share of both objects' sizes
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,8 @@ class Verdict:
 
 
 def relations(one: Detection, other: Detection) -> set[str]:
-    """Where `one` is as seen from `other` (GenEval's `relative_position`)."""
-    boxes = np.array([one.box, other.box], dtype=float).reshape(2, 2, 2)
-    centre_one, centre_other = boxes.mean(axis=1)
-    sizes = boxes[:, 1] - boxes[:, 0]
-    offset = centre_one - centre_other
-    reach = np.maximum(np.abs(offset) - POSITION_THRESHOLD * sizes.sum(axis=0), 0) * np.sign(offset)
-    if np.all(np.abs(reach) < 1e-3):
-        return set()
-    dx, dy = reach / np.linalg.norm(offset)
-    tests = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
-    return {relation for relation, holds in tests.items() if holds}
+    """Where `one` is as seen from `other`."""
+    return relations_of_boxes(one.box, other.box)
 
 
 def _reason(found: Sequence[Detection], row: Mapping[str, Any]) -> str | None:
