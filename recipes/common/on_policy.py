@@ -13,7 +13,7 @@
 
     trained.train(accelerator, own.batches, loss, step)
 
-Prompts are the data set's captions, or the lines of `--sampling_prompts`. AGSM trains on the data
+Prompts are the data set's captions, or those of `--sampling_prompts`. AGSM trains on the data
 set's images, or on the samples with the best rewards.
 """
 
@@ -33,7 +33,9 @@ from torch.utils.data import Dataset
 from agsm_loss import Bank, draws
 from agsm_loss.integrations.hosts.base import AGSMBatch, bank_of, best_rows
 from common.image_data import Batch
-from common.rewards import load, to_uint8
+from common.pictures import to_uint8
+from common.rewards import load
+from common.sampling import read_prompts
 from common.settings import AGSMOptions, GroupOptions, PromptOptions, hard_per_image
 from common.sheet import sheet
 from common.task import Captions, Task
@@ -164,8 +166,13 @@ class OnPolicy:
         return rewards
 
     def metrics(self, rewards: Tensor) -> dict[str, Tensor]:
-        """A rollout's rewards, for the log."""
-        return {"reward/mean": rewards.mean(), "reward/std": rewards.std(unbiased=False)}
+        """Of the last rollout's rewards, for the log; of a sum also each part's mean."""
+        parts = getattr(self._reward, "last", {})
+        return {
+            "reward/mean": rewards.mean(),
+            "reward/std": rewards.std(unbiased=False),
+            **{f"reward/{name}": scores.mean() for name, scores in parts.items()},
+        }
 
     def agsm_batch(
         self,
@@ -215,11 +222,10 @@ def on_policy_images(options: Any, task: Task, batch_size: int) -> Dataset[Batch
 
 
 def prompts_of(options: PromptOptions, task: Task) -> Captions | list[str]:
-    """The lines of `--sampling_prompts`, or the data set's captions."""
+    """The prompts of `--sampling_prompts`, or the data set's captions."""
     if not options.sampling_prompts:
         return task.captions()
-    lines = Path(options.sampling_prompts).read_text().splitlines()
-    texts = [line.strip() for line in lines if line.strip()]
+    texts = [row["prompt"] for row in read_prompts(options.sampling_prompts)]
     if not texts:
         raise ValueError(f"{options.sampling_prompts}: expected a prompt in one line at least.")
     return texts

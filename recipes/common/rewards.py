@@ -2,7 +2,9 @@
 
 score = load("jpeg_incompressibility")         DDPO's (arXiv 2305.13301), or ..._compressibility
 score = load("redness")                        an easy one to over-optimise
-score = load("yuvalkirstain/PickScore_v1")     a CLIP-like preference model, by transformers
+score = load("pickscore")                      a model: clipscore, hpsv2, imagereward, ocr, geneval
+score = load("runs/clip")                      a CLIP-like preference model, by transformers
+score = load("pickscore:0.5,jpeg_compressibility")        several, with weights
 score(pixels, prompts)                         (N, 3, H, W) in [-1, 1] -> (N,), larger is better
 """
 
@@ -10,11 +12,15 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
+
+from common import reward_models
+from common.compositional.evaluator import Evaluator
+from common.pictures import to_images
+from common.reward_models import PreferenceModel
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -22,25 +28,83 @@ Score = Callable[[Tensor, Sequence[str]], Tensor]
 def load(
     name: str, device: torch.device | str = "cpu", more: Mapping[str, Score] | None = None
 ) -> Score:
-    """A reward by name, or a folder or hub id of a CLIP model with its processor.
+    """A reward by name, a folder or hub id of a CLIP model with its processor, or a sum of some.
 
+    name: for a sum, names with commas between; `:WEIGHT` after a name multiplies it.
     more: further rewards by name (the embedded world's detector, say).
+
+    Raises:
+        ValueError: neither a known name nor a folder nor a hub id.
+        ImportError: a package that the reward needs is missing.
     """
+    parts = [_weighted(part.strip()) for part in name.split(",")]
+    if len(parts) == 1 and parts[0][1] == 1:
+        return _one(parts[0][0], device, more or {})
+    return WeightedSum({one: (weight, _one(one, device, more or {})) for one, weight in parts})
+
+
+class WeightedSum:
+    """The sum of several rewards times their weights. last: each one's scores at the last call."""
+
+    def __init__(self, parts: Mapping[str, tuple[float, Score]]) -> None:
+        self.parts = parts
+        self.last: dict[str, Tensor] = {}
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.last = {
+            name: score(pixels, prompts).float().cpu() for name, (_, score) in self.parts.items()
+        }
+        return sum(
+            (weight * self.last[name] for name, (weight, _) in self.parts.items()),
+            torch.zeros(len(prompts)),
+        )
+
+
+def _weighted(part: str) -> tuple[str, float]:
+    """ "pickscore:0.5" -> its name and weight."""
+    name, colon, weight = part.rpartition(":")
+    try:
+        return (name, float(weight)) if colon else (part, 1.0)
+    except ValueError:  # a name that has a colon
+        return part, 1.0
+
+
+MODELS: dict[str, Callable[[torch.device | str], Score]] = {
+    "pickscore": lambda device: PreferenceModel(reward_models.PICKSCORE, device),
+    "clipscore": lambda device: reward_models.CLIPScore(reward_models.CLIP, device),
+    "hpsv2": lambda device: reward_models.HPSv2(device),
+    "imagereward": lambda device: reward_models.ImageReward(device),
+    "ocr": lambda device: reward_models.OCR(),
+    "geneval": lambda device: Evaluator(device=device).reward,
+}
+"""Name -> what loads the model onto a device."""
+
+
+def _one(name: str, device: torch.device | str, more: Mapping[str, Score]) -> Score:
     known: dict[str, Score] = {
         "jpeg_compressibility": jpeg_compressibility,
         "jpeg_incompressibility": jpeg_incompressibility,
         "redness": redness,
-        **(more or {}),
+        **more,
     }
-    return known[name] if name in known else PreferenceModel(name, device)
+    if name in known:
+        return known[name]
+    if name in MODELS:
+        return MODELS[name](device)
+    if not name or ("/" not in name and not Path(name).is_dir()):
+        raise ValueError(
+            f"reward: expected some of {', '.join([*known, *MODELS])}, or a CLIP model as a folder "
+            f"or a hub id such as {reward_models.PICKSCORE}; got {name!r}."
+        )
+    return PreferenceModel(name, device)
 
 
 def jpeg_incompressibility(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
     """Kilobytes of each picture as a JPEG of quality 95, as in DDPO."""
     sizes = []
-    for image in to_uint8(pixels).permute(0, 2, 3, 1).cpu().numpy():
+    for image in to_images(pixels):
         file = io.BytesIO()
-        Image.fromarray(image).save(file, format="JPEG", quality=95)
+        image.save(file, format="JPEG", quality=95)
         sizes.append(file.tell() / 1000)
     return torch.tensor(sizes)
 
@@ -54,35 +118,3 @@ def redness(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
     """Mean of red less the mean of green and blue, in [-1, 1]; the prompts have no say."""
     red, green, blue = ((pixels.float().clamp(-1, 1) + 1) / 2).mean((2, 3)).unbind(1)
     return (red - (green + blue) / 2).cpu()
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """[-1, 1] -> 0..255."""
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(N, 3, H, W) in [-1, 1] -> N pictures."""
-    return [Image.fromarray(one) for one in to_uint8(pixels).permute(0, 2, 3, 1).cpu().numpy()]
-
-
-class PreferenceModel:
-    """PickScore (arXiv 2305.01569), or any CLIP model like it: its logit of image and prompt."""
-
-    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
-        from transformers import AutoModel, AutoProcessor  # slow, and it warns of torchvision
-
-        self.processor: Any = AutoProcessor.from_pretrained(name)
-        self.model = AutoModel.from_pretrained(name).to(device).eval().requires_grad_(False)
-        self.device = device
-
-    @torch.no_grad()
-    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        inputs = self.processor(
-            images=list(to_uint8(pixels).cpu()),
-            text=list(prompts),
-            padding=True,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
-        return self.model(**inputs).logits_per_image.diagonal().cpu()

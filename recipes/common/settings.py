@@ -14,7 +14,8 @@ from typing import Literal
 
 from common.options import Checked, option
 
-REWARDS = ("jpeg_compressibility", "jpeg_incompressibility", "redness")
+REWARDS = ("jpeg_compressibility", "jpeg_incompressibility", "redness", "pickscore", "clipscore",
+           "hpsv2", "imagereward", "ocr", "geneval")  # fmt: skip
 """The names that `common.rewards.load` knows."""
 
 
@@ -303,7 +304,8 @@ class RewardOptions(HostOptions):
     reward: str = option(
         "detector",
         f"What scores the samples, larger is better: detector (for --data world), "
-        f"{', '.join(REWARDS)}, or a CLIP model such as PickScore: a folder or a hub id.",
+        f"{', '.join(REWARDS)}, or a CLIP model like PickScore: a folder or a hub id. Several are "
+        f"added, each times its weight: pickscore:0.5,jpeg_compressibility:1.",
     )
     agsm_images: Literal["data", "best"] = option(
         "data", "Images that AGSM trains on: the data set's, or the samples with the best rewards."
@@ -322,7 +324,9 @@ class PromptOptions(Checked):
     """Options of the recipes that sample prompts of their own."""
 
     sampling_prompts: str = option(
-        "", "File of prompts to sample, one per line, in place of the data set's captions."
+        "",
+        "File of prompts to sample, one per line or GenEval's jsonl, in place of the data set's "
+        "captions.",
     )
 
 

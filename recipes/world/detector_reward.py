@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.rewards import to_uint8
+from common.pictures import to_uint8
 from world.captions import caption, metadata
 from world.detect import detect
 from world.prompts import specs

@@ -7,9 +7,8 @@ from typing import Literal
 
 import pytest
 
-from common import rewards
 from common.options import flags, option, parse
-from common.settings import REWARDS, LoopOptions, PipelineLoopOptions
+from common.settings import LoopOptions, PipelineLoopOptions
 
 
 @dataclass(frozen=True)
@@ -194,8 +193,3 @@ def test_neg_scale_goes_by_what_is_trained():
     assert Options().neg_scale == 0.1
     assert Options(rank=4).neg_scale == Options(full=True).neg_scale == 0.0
     assert Options(rank=4, neg_scale=0.3).neg_scale == 0.3
-
-
-def test_the_rewards_that_help_names_are_those_that_load_knows(monkeypatch):
-    monkeypatch.setattr(rewards, "PreferenceModel", lambda name, device: None)
-    assert all(rewards.load(name) for name in REWARDS) and rewards.load("another") is None

@@ -6,7 +6,6 @@ import torch
 from recipe_runs import killing, log, trained
 
 import train_spo
-from common import rewards
 from common.image_data import to_model
 from common.trained_pipeline import TrainedPipeline
 from world import task
@@ -149,30 +148,3 @@ def test_the_detector_scores_what_it_sees():
     assert (detector(-torch.ones(1, 3, 24, 24), ["three squares"]) == -3).all()
     with pytest.raises(ValueError, match="captions of the embedded world"):
         detector(pixels[:1], ["a cat"])
-
-
-def test_a_clip_model_scores_by_its_logits(tmp_path):
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-
-    from world.architectures import build_tokenizer
-
-    torch.manual_seed(0)
-    words = build_tokenizer()
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-             "num_attention_heads": 2}  # fmt: skip
-    config = CLIPConfig(
-        text_config={**small, "vocab_size": len(words), "eos_token_id": words.eos_token_id},
-        vision_config={**small, "image_size": 24, "patch_size": 8},
-        projection_dim=8,
-    )
-    model = CLIPModel(config).eval()
-    size = {"height": 24, "width": 24}
-    images = CLIPImageProcessor(size=size, crop_size=size)
-    model.save_pretrained(tmp_path)
-    CLIPProcessor(images, words).save_pretrained(tmp_path)
-    score = rewards.load(str(tmp_path))
-    pixels = torch.rand(2, 3, 24, 24) * 2 - 1
-    values = score(pixels, ["two red circles", "a square"])
-    swapped = score(pixels.flip(0), ["a square", "two red circles"])
-    assert values.shape == (2,) and torch.allclose(values, swapped.flip(0), atol=1e-4)
-    assert not torch.allclose(values, score(pixels, ["a square"] * 2))

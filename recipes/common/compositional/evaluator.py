@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.rewards import to_images
+from common.pictures import to_images
+from common.reward_models import CLIP
 
 from .colours import ColourClassifier
 from .detectors import load
@@ -20,8 +21,6 @@ from .rules import Detected, Judgement, judge
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 """Of the size of GenEval's own."""
-CLIP = "openai/clip-vit-large-patch14"
-"""GenEval's own."""
 
 Kept = Mapping[str, Sequence[Detected]]
 
@@ -30,15 +29,15 @@ class Evaluator:
     """GenEval's rules on a detector and a CLIP model of transformers.
 
     Args:
-        detector, clip: folders or hub ids.
+        detector, clip: folders or hub ids. GenEval's CLIP is the default's.
         device: of both.
     """
 
     def __init__(
-        self, detector: str = "", clip: str = "", device: torch.device | str = "cpu"
+        self, detector: str = DETECTOR, clip: str = CLIP, device: torch.device | str = "cpu"
     ) -> None:
-        self.detector = load(detector or DETECTOR, device)
-        self.colours = ColourClassifier(clip or CLIP, device)
+        self.detector = load(detector, device)
+        self.colours = ColourClassifier(clip, device)
 
     def __call__(
         self, images: Sequence[Image.Image], rows: Sequence[Mapping[str, Any]]

@@ -18,7 +18,7 @@ from common.diagnosis.measure import Measured
 from common.diagnosis.plot import draw
 from common.diagnosis.verdict import Finding, columns_of, competitors, cost, options_of, verdict
 from common.image_data import Batch
-from common.rewards import to_uint8
+from common.pictures import to_uint8
 from common.sheet import sheet
 
 SHOWN = 6
