@@ -10,6 +10,10 @@ detector_results.jsonl into each folder, in the columns of GenEval's evaluator. 
 GenEval's own: say which detector they are by. `--results` reads what GenEval's `evaluate_images.py`
 wrote (one row an image: filename, tag, correct, reason), or detector_results.jsonl.
 
+`--metrics clipscore pickscore fid --reference photos` adds columns; without one of the above the
+table has them alone. Intervals of a reward's mean are over the prompts, those of fid and kid by the
+jackknife over the images.
+
 Writes scores.json, scores.md and sheet.png into each folder; by the world's detector also how far
 the pixels are from the world's colours (of 255; a rendered scene has 0), which no verdict shows.
 """
@@ -36,12 +40,19 @@ class Options(Checked):
     )
     clip: str = option(
         "openai/clip-vit-large-patch14",
-        "CLIP model that names the objects' colours (for --detector): a folder or a hub id.",
+        "CLIP model that names the objects' colours (for --detector) and of clipscore: a folder or "
+        "a hub id.",
     )
     results: list[str] = option(
         [],
         "Files of results of GenEval's evaluator, one for each folder, in place of a detector.",
     )
+    metrics: list[str] = option(
+        [],
+        "Further columns: fid, kid (images against --reference), or rewards of the training "
+        "commands by name, such as clipscore, pickscore, hpsv2, imagereward, ocr.",
+    )
+    reference: str = option("", "Folder of real images (for fid and kid).")
     sheet: int = option(48, "Images to show on a sheet.", at_least=1)
 
     def __post_init__(self) -> None:
@@ -62,38 +73,45 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from common.compositional.evaluator import Evaluator
+    from common.metrics import Metrics, mean_with_interval
     from common.sheet import sheet
     from world.detect import palette_error
-    from world.geneval_folder import judge_folder, pixels, read_images, read_results
+    from world.geneval_folder import judge_folder, of_world, pixels, read_images, read_results
     from world.score import verdicts
-    from world.summary import mean_with_interval, summarize_with_intervals, table
+    from world.summary import summarize_with_intervals, table
 
     folders = [Path(path) for path in options.images]
     contents = [read_images(folder) for folder in folders]
-    if options.detector:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        evaluator = Evaluator(options.detector, options.clip, device)
+    for folder, (_, rows) in zip(folders, contents, strict=True):
+        if not (options.results or options.detector or options.metrics or of_world(rows)):
+            raise ValueError(
+                f"{folder}: expected the embedded world's prompts, or --detector, --results or "
+                "--metrics, got none of them."
+            )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    evaluator = Evaluator(options.detector, options.clip, device) if options.detector else None
+    metrics = Metrics(options.metrics, options.clip, options.reference, device)
     summaries = {}
     for index, (folder, (files, rows)) in enumerate(zip(folders, contents, strict=True)):
-        metrics = {}
+        judged, found = None, {}
         if options.results:
             judged = read_results(Path(options.results[index]), files, folder)
-        elif options.detector:
-            results = folder / "detector_results.jsonl"
-            judge_folder(evaluator, files, rows, results)
-            judged = read_results(results, files, folder)
-        else:
+        elif evaluator is not None:
+            judged = judge_folder(evaluator, files, rows, folder / "detector_results.jsonl")
+        elif of_world(rows):
             images = np.stack([pixels(file) for file in files])
             judged = verdicts(images, rows)
-            metrics["palette_error"] = mean_with_interval(palette_error(images), rows)
-        summary = summarize_with_intervals(judged) | {"metrics": metrics}
+            prompts = [row["prompt"] for row in rows]
+            found["palette_error"] = mean_with_interval(palette_error(images), prompts)
+        summary = {} if judged is None else summarize_with_intervals(judged)
+        summary["metrics"] = found | metrics(files, rows)
         (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n")
         (folder / "scores.md").write_text(table({folder.name: summary}) + "\n")
         shown = np.linspace(0, len(files) - 1, min(options.sheet, len(files))).astype(int)
         sheet(
             [pixels(files[i]) for i in shown],
             [rows[i] for i in shown],
-            [judged[i] for i in shown],
+            None if judged is None else [judged[i] for i in shown],
             folder / "sheet.png",
         )
         summaries[str(folder)] = summary

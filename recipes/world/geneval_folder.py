@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from common.compositional.evaluator import Evaluator, result
 from common.compositional.rules import reason_kind
+from world.scene import SHAPES
 from world.score import Verdict
 
 AT_ONCE = 32
@@ -42,10 +43,20 @@ def pixels(file: Path) -> npt.NDArray[np.uint8]:
         return np.asarray(image.convert("RGB"))
 
 
+def of_world(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the world's detector can judge all rows' images."""
+    asked = {one["class"] for row in rows for one in row.get("include", [])}
+    return asked <= set(SHAPES) and all("tag" in row and "include" in row for row in rows)
+
+
 def judge_folder(
     evaluator: Evaluator, files: Sequence[Path], rows: Sequence[Mapping[str, Any]], results: Path
-) -> None:
-    """Writes a line of `results` for each image, as GenEval's evaluator does."""
+) -> list[Verdict]:
+    """The verdicts, after writing a line of `results` for each image, as GenEval's evaluator does.
+
+    Raises:
+        ValueError: rows that are not GenEval's, or a class that the detector does not know.
+    """
     missing = sorted({"tag", "include"} - set.intersection(*(set(row) for row in rows)))
     if missing:
         raise ValueError(
@@ -59,6 +70,7 @@ def judge_folder(
         judged = evaluator(images, [rows[i] for i in part])
         lines += [result(files[i], rows[i], *one) for i, one in zip(part, judged, strict=True)]
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [_verdict(line) for line in lines]
 
 
 def read_results(results: Path, files: Sequence[Path], folder: Path) -> list[Verdict]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from scipy.stats import binomtest, sem, t  # type: ignore[import-untyped]
+from scipy.stats import binomtest  # type: ignore[import-untyped]
 
 from world.scene import TAGS
 from world.score import Verdict, summarize
@@ -38,24 +37,6 @@ def summarize_with_intervals(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     return summary
 
 
-def mean_with_interval(
-    values: Sequence[float] | npt.NDArray[np.floating], rows: Sequence[Mapping[str, Any]]
-) -> dict[str, float]:
-    """Mean of a metric's values, one an image, with a t interval over the prompts' means.
-
-    rows: each image's; images of a prompt are alike. A single prompt has no interval.
-    """
-    by_prompt: dict[str, list[float]] = {}
-    for value, row in zip(values, rows, strict=True):
-        by_prompt.setdefault(row["prompt"], []).append(float(value))
-    means = np.array([np.mean(group) for group in by_prompt.values()])
-    found = {"score": float(means.mean())}
-    if len(means) > 1:
-        reach = float(sem(means) * t.ppf(0.975, len(means) - 1))
-        found |= {"low": found["score"] - reach, "high": found["score"] + reach}
-    return found
-
-
 def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table: one row a folder, one column a category or metric, intervals in brackets.
 
@@ -80,12 +61,13 @@ def _columns(summary: Mapping[str, Any]) -> dict[str, str]:
         if tag in categories:
             found[tag] = _cell(categories[tag]["score"], categories[tag])
     for name, metric in summary.get("metrics", {}).items():
-        found[name] = _cell(metric["score"], metric)
+        size = abs(metric["score"])
+        digits = 3 if size < 1e-6 else max(0, min(6, 3 - math.floor(math.log10(size))))
+        found[name] = _cell(metric["score"], metric, digits)
     return found
 
 
-def _cell(score: float, interval: Mapping[str, float]) -> str:
-    digits = 3 if abs(score) < 10 else 2
+def _cell(score: float, interval: Mapping[str, float], digits: int = 3) -> str:
     if "low" not in interval:
         return f"{score:.{digits}f}"
     return f"{score:.{digits}f} [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
