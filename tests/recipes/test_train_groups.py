@@ -97,12 +97,14 @@ def test_nft_resumes_within_a_rollout_and_at_its_start(
 @pytest.mark.parametrize("recipe", [train_flow_grpo, train_nft])
 def test_the_host_alone_samples_what_it_samples_with_agsm(recipe, flow_base, tmp_path):
     name = {train_flow_grpo: "grpo/loss", train_nft: "nft/loss"}[recipe]
-    train(recipe, flow_base, tmp_path / "host", "--max_train_steps", "1")
-    flags = ["--max_train_steps", "1", "--agsm_weight", "1"]
-    train(recipe, flow_base, tmp_path / "both", *flags)
+    flags = ["--max_train_steps", "1", "--reward", "redness:2,jpeg_compressibility:0.5"]
+    train(recipe, flow_base, tmp_path / "host", *flags)
+    train(recipe, flow_base, tmp_path / "both", *flags, "--agsm_weight", "1")
     (host,), (both,) = log(tmp_path / "host"), log(tmp_path / "both")
     assert host[name] == both[name] and host["reward/mean"] == both["reward/mean"]
     assert "agsm/loss" not in host and both["agsm/loss"] > 0
+    parts = 2 * host["reward/redness"] + 0.5 * host["reward/jpeg_compressibility"]
+    assert host["reward/mean"] == pytest.approx(parts)
 
 
 @pytest.mark.parametrize("recipe", [train_flow_grpo, train_nft])

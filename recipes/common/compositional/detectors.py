@@ -88,7 +88,7 @@ class InstanceDetector:
         return found
 
     def _objects(self, result: Mapping[str, Any]) -> list[Detected]:
-        objects = []
+        objects: list[Detected] = []
         if not result["segments_info"]:  # there are no maps then
             return objects
         for info, map_ in zip(result["segments_info"], result["segmentation"], strict=True):

@@ -48,7 +48,7 @@ class Evaluator:
             ValueError: a class that the detector does not know.
         """
         self.detector.check(rows)
-        judged = []
+        judged: list[tuple[Judgement, Kept]] = []
         for image, row, found in zip(images, rows, self.detector(images, rows), strict=True):
             kept = self.detector.rules.keep(found, row["tag"])
 
