@@ -63,6 +63,11 @@ class Options(Checked):
                 f"{len(self.results)} files, {len(self.images)} folders and --detector "
                 f"{self.detector!r}."
             )
+        if bool(self.reference) != bool({"fid", "kid"} & set(self.metrics)):
+            raise ValueError(
+                "reference: expected a folder of real images where --metrics has fid or kid, and "
+                f"only there, got {self.reference!r} and --metrics {' '.join(self.metrics)!r}."
+            )
 
 
 def main(arguments: list[str] | None = None) -> None:

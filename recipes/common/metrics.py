@@ -35,9 +35,6 @@ Features = Callable[[Tensor], Tensor]
 """(N, 3, H, W) uint8 -> (N, features)."""
 
 
-DISTANCES = ("fid", "kid")
-
-
 class Metrics:
     """Metrics by name: fid, kid, or a reward of `common.rewards`, whose mean is the score.
 
@@ -48,7 +45,8 @@ class Metrics:
         features: of fid and kid; None: Inception-v3's.
 
     Raises:
-        ValueError: fid or kid without a reference, or an unknown name.
+        ValueError: an unknown name.
+        FileNotFoundError: no images in the reference's folder.
         ImportError: a package that a metric needs is missing.
     """
 
@@ -60,22 +58,17 @@ class Metrics:
         device: torch.device | str = "cpu",
         features: Features | None = None,
     ) -> None:
-        self.rewards = {
-            name: CLIPScore(clip, device) if name == "clipscore" else load(name, device)
-            for name in names
-            if name not in DISTANCES
-        }
         self.distances = {
             name: distance for name, distance in (("fid", fid), ("kid", kid)) if name in names
         }
-        if self.distances and not reference:
-            raise ValueError(
-                f"reference: expected a folder of real images for {', '.join(self.distances)}, got "
-                "none. Give it by --reference."
-            )
         if self.distances:
             self.features = Inception(device) if features is None else features
             self.reference = features_of(image_files(Path(reference)), self.features)
+        self.rewards = {
+            name: CLIPScore(clip, device) if name == "clipscore" else load(name, device)
+            for name in names
+            if name not in self.distances
+        }
 
     def __call__(
         self, files: Sequence[Path], rows: Sequence[Mapping[str, Any]]

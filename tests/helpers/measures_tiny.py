@@ -63,7 +63,9 @@ def mask2former(folder):
         label2id={"sofa": 0, "dog": 1, "mouse": 2},
     )  # fmt: skip
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
-    Mask2FormerImageProcessor(size=SIDE, num_labels=3).save_pretrained(folder)
+    Mask2FormerImageProcessor(size={"height": 64, "width": 64}, num_labels=3).save_pretrained(
+        folder
+    )
     return str(folder)
 
 

@@ -192,6 +192,19 @@ def test_masks_become_objects(tiny, monkeypatch):
         found.check([row_of("a photo of a zebra")])
 
 
+def test_pictures_of_several_sizes_are_not_padded(tiny, monkeypatch):
+    found = detectors.load(tiny.mask2former)
+    monkeypatch.setattr(found, "rules", Rules(threshold=0.0))
+    wide = PICTURE.resize((90, 30))
+    together = found([PICTURE, wide], [TWO_DOGS] * 2)
+    alone = [*found([PICTURE], [TWO_DOGS]), *found([wide], [TWO_DOGS])]
+    assert [[one.box for one in group] for group in together] == [
+        [one.box for one in group] for group in alone
+    ]
+    assert all(group[0].mask.shape == shape for group, shape in
+               zip(together, [(40, 60), (30, 90)], strict=True))  # fmt: skip
+
+
 def test_an_open_vocabulary_is_asked_for_the_rows_classes(tiny):
     found = detectors.load(tiny.owlv2)
     found.check([row_of("a photo of a zebra")])

@@ -140,12 +140,14 @@ def test_folders_stand_side_by_side(tmp_path, monkeypatch, capsys):
     assert (far / "sheet.png").exists() and "fid" in (far / "scores.md").read_text()
 
 
-def test_what_cannot_be_measured_is_said(tmp_path):
+def test_what_cannot_be_measured_is_said(tmp_path, capsys):
     path = folder(tmp_path / "a", 100)
     with pytest.raises(ValueError, match="--detector, --results or --metrics"):
         score_images.main(["--images", str(path)])
-    with pytest.raises(ValueError, match="folder of real images for kid"):
-        score_images.main(["--images", str(path), "--metrics", "kid"])
+    for flags in (["--metrics", "kid"], ["--metrics", "redness", "--reference", str(path)]):
+        with pytest.raises(SystemExit):
+            score_images.main(["--images", str(path), *flags])
+        assert "where --metrics has fid or kid" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"expected some of .*clipscore"):
         score_images.main(["--images", str(path), "--metrics", "clip_score"])
     (tmp_path / "empty").mkdir()

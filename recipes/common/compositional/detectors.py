@@ -75,8 +75,9 @@ class InstanceDetector:
         self, images: Sequence[Image.Image], rows: Sequence[Mapping[str, Any]]
     ) -> list[list[Detected]]:
         found = []
-        for start in range(0, len(images), BATCH):
-            part = list(images[start : start + BATCH])
+        size = BATCH if len({image.size for image in images}) == 1 else 1  # none is padded then
+        for start in range(0, len(images), size):
+            part = list(images[start : start + size])
             outputs = self.model(**self.processor(part, return_tensors="pt").to(self.device))
             results = self.processor.post_process_instance_segmentation(
                 outputs,
