@@ -41,6 +41,11 @@ class Options(PipelineLoopOptions, ImageOptions, PrecomputeOptions):
         0.0, "Weight of the denoising error in SoftREPA's loss.", at_least=0
     )
 
+    @property
+    def method(self) -> str:
+        """The objective, in words."""
+        return {"agsm": "AGSM", "softrepa": "SoftREPA"}.get(self.objective, "plain denoising")
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves the tokens."""

@@ -141,10 +141,11 @@ def test_the_blocks_of_the_recipes_run(name, tmp_path, monkeypatch):
 
 
 @as_users_run_it
-@pytest.mark.parametrize("model", ["flow", "epsilon"])
-def test_the_block_of_a_model_card_runs(model):
-    folder, namespace = RECIPES / "models" / model, {}
-    readme.run(f"recipes/models/{model}/README.md", namespace, {"this folder": str(folder)})
+@pytest.mark.parametrize("model", ["flow", "flow_clean", "epsilon", "epsilon_clean"])
+def test_the_block_of_a_model_card_runs_as_it_stands(model, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    namespace = {}
+    readme.run(f"recipes/models/{model}/README.md", namespace)
     assert namespace["image"].size == (24, 24)
 
 

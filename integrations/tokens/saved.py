@@ -94,13 +94,17 @@ Dual soft tokens ψ⁺/ψ⁻ for `{backbone}`{of}, trained with Alignment-Guided
 (arXiv:2605.30038). {count:,} parameters: {tokens}.
 
 ```python
+import torch
 from diffusers import DiffusionPipeline
 
-from agsm_loss.integrations.tokens.pipelines import load_soft_tokens
+from agsm_loss.integrations.tokens.pipelines import Sampling, load_soft_tokens, set_sampling
 
-pipe = DiffusionPipeline.from_pretrained("{source}")
-load_soft_tokens(pipe, "this folder or repository")
+pipe = DiffusionPipeline.from_pretrained("{source}").to(torch.float32)
+attached = load_soft_tokens(pipe, "this folder or repository")
 image = pipe("two cats on a sofa").images[0]
+
+set_sampling(pipe, attached, Sampling.OFF)  # no tokens; other uses under guidance: see Sampling
+attached.detach()  # the pipeline without them
 ```
 
 ## Training settings

@@ -54,9 +54,10 @@ def say_saved(folders: list[Path], flags: Mapping[str, str] | None) -> None:
     say(text)
 
 
-# Of an optional package, of our models' VAE, and of no modules at all; all of it works.
+# Of an optional package, of our models' VAE, of no modules at all, and of a LoRA's text encoder,
+# which is not trained; all of it works.
 _IDLE = ("requires torchvision", "Expected types for vae", "'block_out_channels'",
-         "should be kept in float32: []")  # fmt: skip
+         "should be kept in float32: []", "No LoRA keys associated to CLIPText")  # fmt: skip
 
 
 class _NotIdle(logging.Filter):

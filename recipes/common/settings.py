@@ -268,6 +268,11 @@ class PipelineOptions(
     A `neg_scale` that is left out is chosen here, by what is trained.
     """
 
+    @property
+    def method(self) -> str:
+        """What trains, in words."""
+        return self.TITLE
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (self.num_negatives or self.null_caption):
@@ -295,6 +300,12 @@ class HostOptions(Checked):
     agsm_warmup_steps: int = option(
         0, "Number of first steps in which lambda rises from 0.", at_least=0
     )
+
+    @property
+    def method(self) -> str:
+        """The host, and AGSM where it is on."""
+        own = f" with AGSM (lambda {self.agsm_weight:g})" if self.agsm_weight else ""
+        return f"{self.TITLE}{own}"
 
 
 @dataclass(frozen=True)

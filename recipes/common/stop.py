@@ -113,18 +113,22 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def continued_by(options: Any) -> str:
-    """The command that goes on with a recipe's run."""
+def command_of(options: Any, *more: str) -> str:
+    """The command of a recipe's run, or one that does the same, with more to it."""
     module: Any = sys.modules[type(options).__module__]
     given = sys.argv[1:]
     if module.__name__ != "__main__":  # another program has called the recipe
         changed = (one for one in fields(options) if getattr(options, one.name) != one.default)
         given = [f"--{one.name}={getattr(options, one.name)}" for one in changed]
-    if not options.resume_from_checkpoint:
-        given = [*given, "--resume_from_checkpoint", "latest"]
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     start = ["accelerate", "launch"] if launched else ["python"]
-    return shlex.join([*start, os.path.relpath(module.__file__), *given])
+    return shlex.join([*start, os.path.relpath(module.__file__), *given, *more])
+
+
+def continued_by(options: Any) -> str:
+    """The command that goes on with a recipe's run."""
+    resume = ("--resume_from_checkpoint", "latest")
+    return command_of(options, *(() if options.resume_from_checkpoint else resume))
 
 
 def command(main: Callable[[], None]) -> None:

@@ -43,6 +43,7 @@ from common.engines import blocks_of, gathered, is_sharded, run_inside
 from common.image_data import Batch
 from common.loop import Hooks, train
 from common.messages import say, say_saved, say_scores, say_validating
+from common.model_card import Run, write_cards
 from common.pipeline import TextToImage
 from common.sampling import sample
 from common.settings import (
@@ -290,6 +291,11 @@ class TrainedPipeline:
             ),
         )
 
+    @property
+    def number(self) -> int:
+        """Of trained parameters, on all processes together."""
+        return sum(getattr(one, "ds_numel", one.numel()) for one in self.parameters)
+
     def say_start(self) -> None:
         """Prints what is trained, where, and where it goes to; on the main process."""
         if not PartialState().is_main_process:
@@ -302,9 +308,8 @@ class TrainedPipeline:
         parts += [f"a LoRA of rank {options.rank}"] if options.rank else []
         parts += ["all weights"] if options.full else []
         gamma = f"; gamma- {options.neg_scale:g}" if self.has_agsm else ""
-        number = sum(getattr(one, "ds_numel", one.numel()) for one in self.parameters)
         say(
-            f"Training {number:,} parameters ({' and '.join(parts)}) of {options.model} on "
+            f"Training {self.number:,} parameters ({' and '.join(parts)}) of {options.model} on "
             f"{self.model.device}{gamma}; output: {options.output_dir}"
         )
 
@@ -313,27 +318,40 @@ class TrainedPipeline:
         options, output = self.options, Path(self.options.output_dir)
         # The command that samples it; generate.py loads one LoRA.
         flags = {"model": options.model, "tokens": "", "lora": options.merge_lora}
-        saved = []
+        saved: dict[str, Path] = {}
         with gathered(self.denoiser):
             if not PartialState().is_main_process:
                 return
             if self.tokens is not None:
-                saved.append(output / "tokens")
-                training = vars(options)
-                self.tokens.save_pretrained(saved[-1], base_model=options.model, training=training)
-                flags["tokens"] = str(saved[-1])
+                saved["tokens"] = output / "tokens"
+                self.tokens.save_pretrained(
+                    saved["tokens"], base_model=options.model, training=vars(options)
+                )
             if options.rank:
-                saved.append(output / "lora")
-                self.model.save_lora(saved[-1])
-                flags["lora"] = str(saved[-1])
+                saved["lora"] = output / "lora"
+                self.model.save_lora(saved["lora"])
             if options.full:
-                saved.append(output / "pipeline")
+                saved["pipeline"] = output / "pipeline"
                 if not is_sharded(PartialState()):  # as safetensors wants it
                     self.model.denoiser.to(memory_format=torch.contiguous_format)
-                self.model.pipe.save_pretrained(saved[-1])
-                flags |= {"model": str(saved[-1]), "lora": ""}
+                self.model.pipe.save_pretrained(saved["pipeline"])
+                flags |= {"model": str(saved["pipeline"]), "lora": ""}
+        write_cards(saved, self._run())
+        flags |= {name: str(saved[name]) for name in ("tokens", "lora") if name in saved}
         flags["prompts"] = options.validation_prompts
-        say_saved(saved, None if options.rank and options.merge_lora else flags)
+        say_saved([*saved.values()], None if options.rank and options.merge_lora else flags)
+
+    def _run(self) -> Run:
+        """What the cards tell of it."""
+        prompts = self.task.validation()
+        return Run(
+            self.options,
+            self.model.pipe,
+            self.number,
+            PartialState().num_processes,
+            prompts[0]["prompt"] if prompts else "two red circles",
+            self.model.arguments,
+        )
 
 
 def agsm_weight(options: HostOptions) -> Schedule:

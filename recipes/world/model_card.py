@@ -26,8 +26,12 @@ good for nothing else.
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("this folder").to(torch.float32)
-image = pipe("three red circles", guidance_scale=1.5{arguments}).images[0]
+pipe = DiffusionPipeline.from_pretrained("{folder}").to(torch.float32)
+image = pipe(
+    "three red circles",
+    guidance_scale=1.5,
+    num_inference_steps=12,{arguments}
+).images[0]
 ```
 
 ## Training
@@ -72,9 +76,10 @@ def write_card(
         one = last["categories"][tag]
         rows.append(f"| {tag} | {one['score']:.3f} | {one['over']:.3f} | {one['under']:.3f} |")
     text = _CARD.format(
+        folder=folder,
         pipeline=index["_class_name"],
         parameters=parameters,
-        arguments=", max_sequence_length=1" if "text_encoder_3" in index else "",
+        arguments="\n    max_sequence_length=1," if "text_encoder_3" in index else "",
         command=command,
         start=f", from the weights of `{options['init_from']}`" if options["init_from"] else "",
         corruption=_captions(options),

@@ -76,13 +76,8 @@ def anchors(name):
     return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
 
 
-def run(name, namespace, meant=None):
-    """Runs the README's Python blocks in order, in one namespace; errors name its lines.
-
-    meant: words of the blocks -> what they stand for.
-    """
+def run(name, namespace):
+    """Runs the README's Python blocks in order, in one namespace; errors name its lines."""
     for block in blocks(name, "python"):
         source = "\n" * block.line + block.text
-        for word, meaning in (meant or {}).items():
-            source = source.replace(word, meaning)
         exec(compile(source, str(ROOT / name), "exec"), namespace)  # noqa: S102 (our own text)

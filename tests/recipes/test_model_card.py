@@ -1,0 +1,108 @@
+"""Cards of what recipes save: they tell how it was made, and their code runs as it stands."""
+
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image, ImageChops
+
+import train_agsm
+import train_dpo
+from common.pipeline import TextToImage
+from world.architectures import pipeline_arguments
+from world.prompts import rows
+
+FEW = ["--max_train_steps", "1", "--train_batch_size", "3", "--validation_per_category", "1",
+       "--validation_inference_steps", "2", "--num_tokens", "2", "--num_negatives", "1",
+       "--skip_first_validation", "--learning_rate", "0.1"]  # fmt: skip
+
+
+def card(folder):
+    """Its metadata and text, and what its code leaves behind, drawn from noise 0."""
+    found = ModelCard.load(folder / "README.md")
+    names = {}
+    for source in re.findall(r"^```python\n(.*?)^```$", found.text, re.DOTALL | re.MULTILINE):
+        source = source.replace("image = pipe(", "torch.manual_seed(0)\nimage = pipe(")
+        exec(compile(source, str(folder), "exec"), names)  # noqa: S102 (our own text)
+    return found.data.to_dict(), found.text, names
+
+
+def drawn(model, tokens="", lora="", merged=""):
+    """The card's image, by the recipes' own code."""
+    loaded = TextToImage.load(str(model), torch.float32, arguments=pipeline_arguments)
+    if merged:
+        loaded.merge_lora(str(merged))
+    loaded.load_extras(str(tokens), str(lora))
+    torch.manual_seed(0)
+    call = {"num_inference_steps": 2, "guidance_scale": 3.0, **loaded.arguments}
+    return loaded.pipe(rows("validation", 1)[0]["prompt"], **call).images[0]
+
+
+def near(one, other):
+    """Alike but for the order of the sums: a UNet here runs channels last."""
+    most = max(high for _, high in ImageChops.difference(one, other).getextrema())
+    return most <= 2
+
+
+@pytest.fixture(scope="module")
+def lora_run(epsilon_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("card")
+    flags = ["--model", str(epsilon_base), "--output_dir", str(folder), "--rank", "2"]
+    train_dpo.main([*flags, *FEW, "--agsm_weight", "2", "--beta", "50"])
+    return folder
+
+
+def test_a_lora_and_the_tokens_beside_it(lora_run, epsilon_base):
+    tokens, lora = lora_run / "tokens", lora_run / "lora"
+    wanted = drawn(epsilon_base, tokens, lora)
+    assert not near(wanted, drawn(epsilon_base))
+    for folder, tag in ((tokens, "soft-tokens"), (lora, "lora")):
+        data, text, names = card(folder)
+        assert near(names["image"], wanted)
+        assert tag in data["tags"] and data["pipeline_tag"] == "text-to-image"
+        assert "base_model" not in data  # a folder
+        for told in (
+            "trained by Diffusion-DPO with AGSM (lambda 2)",
+            f"together with `{lora if folder == tokens else tokens}`",
+            "recipes/train_dpo.py",
+            "| beta | `50.0` |",
+            "| overall | ",
+            "| dpo/accuracy | ",
+        ):
+            assert told in text
+        with Image.open(folder / "sheet.png") as sheet:
+            assert sheet.size[0] > 100
+
+
+def test_a_lora_by_kohyas_names_gives_the_same_picture(lora_run, epsilon_base):
+    from diffusers import DiffusionPipeline
+    from safetensors.torch import load_file
+
+    card(lora_run / "lora")
+    file = lora_run / "lora_kohya.safetensors"
+    assert all(name.startswith("lora_unet_") for name in load_file(file))
+
+    def image(lora):
+        pipe = DiffusionPipeline.from_pretrained(epsilon_base)
+        pipe.load_lora_weights(lora)
+        torch.manual_seed(0)
+        return pipe("a circle", num_inference_steps=2).images[0]
+
+    assert near(image(lora_run / "lora"), image(file))
+
+
+def test_a_pipeline_and_the_tokens_beside_it(flow_base, tmp_path):
+    train_agsm.main(["--model", str(flow_base), "--output_dir", str(tmp_path), *FEW, "--full"])
+    wanted = drawn(tmp_path / "pipeline", tmp_path / "tokens")
+    for name in ("pipeline", "tokens"):
+        _, text, names = card(tmp_path / name)
+        assert near(names["image"], wanted) and "trained by AGSM" in text
+
+
+def test_a_merged_lora_is_part_of_the_code(epsilon_base, lora_run, tmp_path):
+    flags = ["--model", str(epsilon_base), "--merge_lora", str(lora_run / "lora")]
+    train_agsm.main([*flags, "--output_dir", str(tmp_path), *FEW, "--objective", "denoising"])
+    wanted = drawn(epsilon_base, tmp_path / "tokens", merged=lora_run / "lora")
+    _, text, names = card(tmp_path / "tokens")
+    assert near(names["image"], wanted) and "trained by plain denoising" in text
