@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from common.options import option, parse
-from common.settings import DataOptions, ImageOptions
+from common.settings import DataOptions, ImageOptions, given_model
 from common.stop import command
 
 
@@ -28,7 +28,11 @@ from common.stop import command
 class Options(DataOptions, ImageOptions):
     """Every option, its default and its meaning."""
 
-    model: str = option("recipes/models/flow", "Pipeline to diagnose: a folder or a hub id.")
+    model: str = option(
+        "",
+        "Pipeline to diagnose: a folder or a hub id. Left out, with --data world alone: a model of "
+        "the embedded world.",
+    )
     data: str = option(
         "world",
         "Captioned images to measure on: world (the embedded one, rendered), or a table as of "
@@ -43,6 +47,10 @@ class Options(DataOptions, ImageOptions):
     seed: int = option(0, "Seed of data, noise and competitors.", at_least=0)
     output_dir: str = option("runs/diagnose", "Folder for the verdict, config, numbers and plot.")
     validation_prompts, validation_per_category = "", 1  # of the task; nothing is sampled
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "model", given_model(self.model, self.data, "recipes/models/flow"))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from common.options import Checked, option, parse
+from common.settings import given_model
 from common.stop import command
 
 
@@ -26,7 +27,11 @@ from common.stop import command
 class Options(Checked):
     """Every option, its default and its meaning."""
 
-    model: str = option("recipes/models/flow", "Pipeline to sample: a folder or a hub id.")
+    model: str = option(
+        "",
+        "Pipeline to sample: a folder or a hub id. Left out, with prompts of the world alone: a "
+        "model of the embedded world.",
+    )
     tokens: str = option("", "Soft tokens to attach: a folder or a hub id.")
     lora: str = option("", "LoRA to load: a folder or a hub id.")
     sampling: Literal["both", "negative_unconditional", "conditional_only", "off"] = option(
@@ -52,8 +57,14 @@ class Options(Checked):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Type of the weights.")
     device: str | None = option(
-        None, "Device to sample on; left out: cuda where there is one, else cpu."
+        None, "Device to sample on; left out: the accelerator where there is one, else cpu."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_world = self.prompts.startswith("world:")
+        data = "world" if of_world else self.prompts
+        object.__setattr__(self, "model", given_model(self.model, data, "recipes/models/flow"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,19 +78,21 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.tokens.pipelines import Sampling
     from common.pipeline import TextToImage
     from common.sampling import calls
+    from common.sources import check_source
     from world.architectures import pipeline_arguments
     from world.task import read_prompts
 
     output, rows = Path(options.output_dir), read_prompts(options.prompts)
-    _same_settings(output, options)
-    for index, row in enumerate(rows):
-        (output / f"{index:05d}" / "samples").mkdir(parents=True, exist_ok=True)
-        (output / f"{index:05d}" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    settings = _settings(output, options)
+    for name in ("model", "tokens", "lora"):
+        check_source(name, getattr(options, name))
     every = [(i, k) for i in range(len(rows)) for k in range(options.num_images_per_prompt)]
     todo = [place for place in every if not _file(output, place).exists()]
     if not todo:
         return
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or "cpu"
+    if options.device is None and torch.accelerator.is_available():
+        device = str(torch.accelerator.current_accelerator())
     model = TextToImage.load(
         options.model, getattr(torch, options.dtype), device, pipeline_arguments
     )
@@ -95,7 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     left = iter(todo)
     with tqdm(total=len(every), initial=len(every) - len(todo), unit="image") as bar:
-        for images in sampled:
+        for number, images in enumerate(sampled):
+            if number == 0:
+                _begin(output, rows, settings)
             for image, place in zip(images, left, strict=False):
                 file = _file(output, place)
                 part = file.with_suffix(".part")  # a killed run leaves no half image
@@ -104,12 +119,24 @@ def main(arguments: list[str] | None = None) -> None:
                 bar.update()
 
 
+def _begin(output: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Writes the settings and prompts, once there is an image: a failed run leaves none."""
+    for index, row in enumerate(rows):
+        (output / f"{index:05d}" / "samples").mkdir(parents=True, exist_ok=True)
+        (output / f"{index:05d}" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    (output / "generate.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
 def _file(output: Path, place: tuple[int, int]) -> Path:
     return output / f"{place[0]:05d}" / "samples" / f"{place[1]:04d}.png"
 
 
-def _same_settings(output: Path, options: Options) -> None:
-    """A folder holds the images of one setting; the speed of making them may differ."""
+def _settings(output: Path, options: Options) -> dict[str, Any]:
+    """What the images depend on.
+
+    Raises:
+        ValueError: the folder holds images of other settings.
+    """
     free = {"output_dir", "batch_size", "device"}
     settings = {name: value for name, value in vars(options).items() if name not in free}
     file = output / "generate.json"
@@ -120,9 +147,8 @@ def _same_settings(output: Path, options: Options) -> None:
             raise ValueError(
                 f"{output} holds images made with other {changed}; choose another --output_dir"
             )
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(settings, indent=1) + "\n")
+    return settings
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, "with the images so far; the same command goes on")

@@ -18,6 +18,7 @@ import os
 import time
 from pathlib import Path
 
+from common import stop
 from common.stop import command, end_with_parent
 
 
@@ -33,7 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Runs at a time.")
     parser.add_argument("--only", help="Run this method of the plan alone, or base.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the one run.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     given = parser.parse_args(arguments)
+    stop.debugging = given.debug
     end_with_parent()
 
     from common.messages import quiet_libraries

@@ -55,11 +55,13 @@ def main(arguments: list[str] | None = None) -> None:
     from common.loop import start
     from common.objectives import hard_of, make_objective, prepare
     from common.precompute import precompute
-    from common.trained_pipeline import TrainedPipeline
+    from common.trained_pipeline import TrainedPipeline, check_competitors
     from world.task import open_task
 
     accelerator = start(options, sharding=True)
     task = open_task(options, accelerator)
+    if options.objective != "denoising":
+        check_competitors(options, task)
     trained = TrainedPipeline.build(options, accelerator, task)
     objective = make_objective(options, trained)
     batches = task.images(options.train_batch_size, hard_of(options), options.image_column)

@@ -33,7 +33,7 @@ class Options(RewardOptions, PromptOptions, PipelineOptions, ImageOptions):
 
     TITLE = "DDPO"
     output_dir: str = "runs/ddpo"
-    model: str = "recipes/models/epsilon"
+    WORLD_MODEL = "recipes/models/epsilon"
     rank: int = 4
     learning_rate: float = 3e-4
     num_epochs: int = option(100, "Epochs of sampling and training to run.", at_least=1)
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     from accelerate.utils import parse_flag_from_env
     from tqdm.auto import tqdm
 
-    from common.checkpoints import last_whole, opened, save
+    from common.checkpoints import check_output, last_whole, opened, save
     from common.ddpo import JsonLines, extra_tracker, make_trainer, sheet_of
     from common.engines import check_launched
     from common.messages import paused
@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{range_}."
             )
     check_launched(sharding=False)
+    check_output(options)
     # trl's parts log before they have made their own state.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     torch.manual_seed(options.seed)

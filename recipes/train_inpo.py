@@ -33,7 +33,7 @@ class Options(PreferenceOptions):
 
     TITLE = "InPO"
     output_dir: str = "runs/inpo"
-    model: str = "recipes/models/epsilon"
+    WORLD_MODEL = "recipes/models/epsilon"
     inversion_steps: int = option(
         10, "Timesteps, spread over the schedule, that the inversion visits.", at_least=1
     )

@@ -37,7 +37,7 @@ class Options(OnPolicyOptions):
 
     TITLE = "SPO"
     output_dir: str = "runs/spo"
-    model: str = "recipes/models/epsilon"
+    WORLD_MODEL = "recipes/models/epsilon"
     num_inference_steps: int = option(20, "DDIM steps per sampled image.", at_least=1)
     first_step: int = option(4, "First sampling step at which pairs are drawn.", at_least=0)
     num_candidates: int = option(4, "Next states per step to draw and score.", at_least=2)

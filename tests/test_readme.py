@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ import torch
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
 from agsm_loss.integrations.denoisers import PlainDenoiser
+from common.options import parse
 
 ROOT = readme.ROOT
 RECIPES = ROOT / "recipes"
@@ -203,6 +205,14 @@ def test_the_commands_and_their_flags_exist(name, flags):
         known = flags.get(command[1], set()) if command and "--" in one else everything
         named = {flag.replace("-", "_") for flag in re.findall(FLAG, one)}
         assert named <= known, (one, named - known)
+
+
+def test_the_training_commands_have_all_that_they_need(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for one in readme.code("recipes/README.md"):
+        command = re.match(r"(?:python|accelerate launch.*) recipes/(train_\w+)\.py (.*)", one)
+        if command:
+            parse(importlib.import_module(command[1]).Options, None, shlex.split(command[2]))
 
 
 @every_readme

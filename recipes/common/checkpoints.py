@@ -89,6 +89,30 @@ def opened(
         lock.release()
 
 
+def check_output(options: TrainingOptions) -> None:
+    """Reads only; `opened` does it too, and recipes call it before they load anything.
+
+    Raises:
+        ValueError: the folder has a run and `options.resume_from_checkpoint` is off, or that run's
+            options make another one.
+    """
+    output = Path(options.output_dir)
+    if not _checkpoints(output):
+        return
+    if not options.resume_from_checkpoint:
+        raise ValueError(
+            f"{output} holds a run; add --resume_from_checkpoint latest or choose another "
+            "--output_dir"
+        )
+    changed = _changed_options(options, output / "options.json")
+    refused = [text for name, text in changed.items() if name not in MAY_CHANGE]
+    if refused:
+        raise ValueError(
+            f"{output / 'options.json'}: expected the options that the run began with, got "
+            f"{', '.join(refused)}. Give them as they were, or choose another --output_dir."
+        )
+
+
 def _open(options: TrainingOptions, lock: FileLock) -> Checkpoint | None:
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
@@ -101,14 +125,10 @@ def _open(options: TrainingOptions, lock: FileLock) -> Checkpoint | None:
         ) from None
     except NotImplementedError:
         LOGGER.warning("%s: its file system has no locks; start no second run there.", output)
+    check_output(options)
     all_of_it = _checkpoints(output)
-    if all_of_it and not options.resume_from_checkpoint:
-        raise ValueError(
-            f"{output} holds a run; add --resume_from_checkpoint latest or choose another "
-            "--output_dir"
-        )
     if all_of_it:
-        _compare_options(options, output / "options.json")
+        _tell_of_options(options, output / "options.json")
     found = _latest(output, all_of_it)
     keep_lines(output / "log.jsonl", 0 if found is None else found.lines)
     replace_text(output / "options.json", json.dumps(vars(options), indent=1) + "\n")
@@ -159,15 +179,14 @@ def last_whole(output: Path) -> str:
     return f"The last good checkpoint is {whole[-1]}." if whole else "There is no checkpoint yet."
 
 
-def _compare_options(options: TrainingOptions, file: Path) -> None:
-    """The options against those that the run began with.
+def _changed_options(options: TrainingOptions, file: Path) -> dict[str, str]:
+    """Name -> what it was and what it is, of the options that the run began with otherwise.
 
     Raises:
-        ValueError: some differ that make another run, or the file cannot be read.
+        ValueError: the file cannot be read.
     """
     if not file.exists():
-        LOGGER.warning("%s is missing: the options are taken to be the run's.", file)
-        return
+        return {}
     try:
         stored = dict(json.loads(file.read_text()))
     except ValueError as error:
@@ -176,17 +195,18 @@ def _compare_options(options: TrainingOptions, file: Path) -> None:
             "options that you give."
         ) from None
     defaults = {one.name: one.default for one in fields(options)}
-    changed = {
+    return {
         name: f"{name} {stored.get(name, defaults.get(name))} -> {vars(options).get(name, 'none')}"
         for name in {**defaults, **stored}
         if stored.get(name, defaults.get(name)) != vars(options).get(name, "none")
     }
-    refused = [text for name, text in changed.items() if name not in MAY_CHANGE]
-    if refused:
-        raise ValueError(
-            f"{file}: expected the options that the run began with, got {', '.join(refused)}. Give "
-            "them as they were, or choose another --output_dir."
-        )
+
+
+def _tell_of_options(options: TrainingOptions, file: Path) -> None:
+    """A warning of those that a resumed run has otherwise."""
+    if not file.exists():
+        LOGGER.warning("%s is missing: the options are taken to be the run's.", file)
+    changed = _changed_options(options, file)
     quiet = {"output_dir", "resume_from_checkpoint"}
     allowed = [text for name, text in changed.items() if name not in quiet]
     if allowed:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.hard_negatives import edited
+from common.sources import check_source, loading
 
 LOGGER = logging.getLogger(__name__)
 
@@ -209,6 +210,8 @@ def open_table(
     .parquet, .jsonl, .csv, or .tar of webdataset (its columns are the files' endings: jpg, txt;
     only `text` and `columns` are read).
     """
+    if not glob.has_magic(data):
+        check_source("data", data)
     path = Path(data)
     kinds = {
         ".parquet": "parquet",
@@ -229,7 +232,8 @@ def open_table(
         if path.suffix == ".tar":
             return _open_tars(files, {*columns, text}, text)
         return datasets.load_dataset(kinds[path.suffix], data_files={split: files}, split=split)
-    return datasets.load_dataset(data, split=split)
+    with loading("data", data):
+        return datasets.load_dataset(data, split=split)
 
 
 def _open_tars(files: Sequence[str], columns: Collection[str], text: str) -> Any:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from common.checkpoints import last_whole, opened, save
+from common.checkpoints import check_output, last_whole, opened, save
 from common.engines import check_launched, fit, is_sharded
 from common.log import Log, flat, missing_tracker, tracker_settings
 from common.messages import paused
@@ -79,9 +79,11 @@ def start(options: LoopOptions, *, sharding: bool = False) -> Accelerator:
     sharding: whether the recipe runs in FSDP2 and DeepSpeed too.
 
     Raises:
-        ValueError: the launcher asks for what the recipe or its options do not.
+        ValueError: the launcher asks for what the recipe or its options do not; the output folder
+            cannot be used (`checkpoints.check_output`).
     """
     check_launched(sharding=sharding)
+    check_output(options)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", options.mixed_precision):
         raise ValueError(

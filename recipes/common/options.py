@@ -19,7 +19,7 @@ import difflib
 import inspect
 import operator
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -27,6 +27,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from common import stop
 from common.messages import quiet_libraries
 
 Chosen = TypeVar("Chosen", bound="Checked")
@@ -98,6 +99,7 @@ def parse(kind: type[Chosen], doc: str | None, arguments: list[str] | None = Non
             parser.error("config: expected no further file in a file.")
         parser.source = ""
         given = parser.parse_args(arguments, of_file)
+    stop.debugging = given.debug
     try:
         options = kind(**{one.name: getattr(given, one.name) for one in fields(kind)})
     except ValueError as error:
@@ -121,6 +123,14 @@ def flags(table: Any, sections: Mapping[str, Any] | None = None) -> list[str]:
     return found
 
 
+def did_you_mean(name: str, known: Iterable[str], dashes: str = "") -> str:
+    """A question with the known names like it, or of which it is the initials; "" for none."""
+    name, known = name.lstrip("-").replace("-", "_"), list(known)
+    near = [one for one in known if "".join(part[:1] for part in one.split("_")) == name]
+    near = difflib.get_close_matches(name, known) or near
+    return f"; did you mean {' or '.join(dashes + one for one in near)}?" if near else ""
+
+
 class _Parser(HfArgumentParser):
     """Errors in one line, which name the file that they are in and options like the unknown one."""
 
@@ -130,9 +140,7 @@ class _Parser(HfArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), vars(found))
-            hint = f"; did you mean {' or '.join(f'--{one}' for one in near)}?" if near else ""
-            self.error(f"unknown option {name}{hint}")
+            self.error(f"unknown option {name}{did_you_mean(name, vars(found), '--')}")
         return found
 
     def error(self, message: str) -> NoReturn:
@@ -187,9 +195,13 @@ def _default(kind: type, name: str) -> Any:
 
 
 _CONFIG_HELP = "YAML file with any of these options; the command line wins."
+_DEBUG_HELP = "Show the traceback of an error, in place of its one line."
 _CONFIG = make_dataclass(
     "Config",
-    [("config", Path | None, field(default=None, metadata={"help": _CONFIG_HELP}))],
+    [
+        ("config", Path | None, field(default=None, metadata={"help": _CONFIG_HELP})),
+        ("debug", bool, field(default=False, metadata={"help": _DEBUG_HELP})),
+    ],
 )
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from agsm_loss.integrations.noise import prediction_type
 from agsm_loss.integrations.tokens.pipelines import Sampling, denoiser_of, load_soft_tokens
+from common.sources import loading
 
 # Which outputs of `encode_prompt` are which conditioning.
 _OUTPUTS: dict[str, dict[str, int]] = {
@@ -128,7 +129,8 @@ class TextToImage:
         arguments: of the pipeline, what it is called with besides prompts (`world.architectures`,
         say).
         """
-        pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
+        with loading("model", model):
+            pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
         pipe.to(device)
         if pipe.dtype != dtype:  # earlier diffusers know the argument by another name
             pipe.to(dtype)
@@ -161,9 +163,11 @@ class TextToImage:
     def load_extras(self, tokens: str, lora: str, sampling: Sampling = Sampling.BOTH) -> None:
         """Soft tokens and a LoRA onto the denoiser, each from a folder or a hub id; "" for none."""
         if lora:
-            self.pipe.load_lora_weights(lora)
+            with loading("lora", lora):
+                self.pipe.load_lora_weights(lora)
         if tokens:
-            load_soft_tokens(self.pipe, tokens, sampling)
+            with loading("tokens", tokens):
+                load_soft_tokens(self.pipe, tokens, sampling)
 
     @property
     def denoiser(self) -> Any:

@@ -14,7 +14,7 @@ from common.pair_data import PairBatch
 from common.precompute import precompute
 from common.settings import PreferenceOptions, hard_per_image
 from common.task import Task
-from common.trained_pipeline import TrainedPipeline, agsm_weight, competitors
+from common.trained_pipeline import TrainedPipeline, agsm_weight, check_competitors, competitors
 
 
 class Pairs(NamedTuple):
@@ -45,6 +45,8 @@ def run_preference(
     """
     accelerator = start(options, sharding=True)
     task = open_task(options, accelerator)
+    if options.agsm_weight:
+        check_competitors(options, task)
     trained = TrainedPipeline.build(options, accelerator, task)
     agsm = None
     if options.agsm_weight:

@@ -21,6 +21,7 @@ from common import reward_models
 from common.compositional.evaluator import Evaluator
 from common.pictures import to_images
 from common.reward_models import PreferenceModel
+from common.sources import loading
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -96,7 +97,8 @@ def _one(name: str, device: torch.device | str, more: Mapping[str, Score]) -> Sc
             f"reward: expected some of {', '.join([*known, *MODELS])}, or a CLIP model as a folder "
             f"or a hub id such as {reward_models.PICKSCORE}; got {name!r}."
         )
-    return PreferenceModel(name, device)
+    with loading("reward", name):
+        return PreferenceModel(name, device)
 
 
 def jpeg_incompressibility(pixels: Tensor, prompts: Sequence[str]) -> Tensor:

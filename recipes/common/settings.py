@@ -24,7 +24,12 @@ class ModelOptions(Checked):
     """Which pipeline, and what of it is trained."""
 
     SECTION = "model"
-    model: str = option("recipes/models/flow", "Pipeline to train: a folder or a hub id.")
+    WORLD_MODEL = "recipes/models/flow"
+    model: str = option(
+        "",
+        "Pipeline to train: a folder or a hub id. Left out, with --data world alone: a model of "
+        "the embedded world.",
+    )
     merge_lora: str = option(
         "", "LoRA to merge into the denoiser before training: a folder or a hub id."
     )
@@ -265,7 +270,7 @@ class PipelineOptions(
 ):
     """Options of every recipe that trains on a pipeline and may have AGSM in it.
 
-    A `neg_scale` that is left out is chosen here, by what is trained.
+    A `model` and a `neg_scale` that are left out are chosen here.
     """
 
     @property
@@ -275,6 +280,7 @@ class PipelineOptions(
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "model", given_model(self.model, self.data, self.WORLD_MODEL))
         if not (self.num_negatives or self.null_caption):
             raise ValueError(
                 "num_negatives: expected at least 1 without --null_caption, got 0: nothing would "
@@ -379,6 +385,20 @@ class GroupOptions(PromptOptions, OnPolicyOptions):
         0.0,
         "Weight of the KL divergence to the reference (the model as it was given); 0: none.",
         at_least=0,
+    )
+
+
+def given_model(model: str, data: str, of_world: str) -> str:
+    """The model; where none is given and the data are the world's, the world's.
+
+    Raises:
+        ValueError: none is given for other data.
+    """
+    if model or data == "world":
+        return model or of_world
+    raise ValueError(
+        f"model: expected a pipeline for the data {data}, a folder or a hub id, got none. Give "
+        f"--model: only the embedded world's data have one of their own, {of_world}."
     )
 
 

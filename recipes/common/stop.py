@@ -131,19 +131,25 @@ def continued_by(options: Any) -> str:
     return command_of(options, *(() if options.resume_from_checkpoint else resume))
 
 
-def command(main: Callable[[], None]) -> None:
+debugging = False
+"""Whether `command` shows the traceback of every error (`--debug`)."""
+
+
+def command(main: Callable[[], None], left: str = "without a checkpoint") -> None:
     """Runs a script's main; errors that its user can mend are one line instead of a traceback.
 
     Those are what this repository's own code raises; others keep their traceback.
+
+    left: what a Ctrl-C leaves behind, to be printed.
     """
     name = Path(sys.argv[0]).name
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped at once, without a checkpoint", file=sys.stderr)
+        print(f"\n{name}: stopped at once, {left}", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, FloatingPointError, RuntimeError) as error:
-        if not _raised_here(error):
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
+        if debugging or not _raised_here(error):
             raise
         print(f"{name}: error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

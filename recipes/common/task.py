@@ -53,6 +53,10 @@ class Task:
     rewards: Mapping[str, Score] = field(default_factory=dict)
     pipeline_arguments: Callable[[Any], Mapping[str, Any]] = lambda pipe: {}
 
+    def __post_init__(self) -> None:
+        if self.prompts:
+            read_prompts(self.prompts)  # an error before anything is loaded
+
     def images(self, batch_size: int, hard: int, image: str = "image") -> Dataset[Batch]:
         """Captioned images, a batch a micro-step, with up to `hard` edited captions each."""
         table = open_table(self.data, self.split, columns=[image], text=self.text)
@@ -67,6 +71,16 @@ class Task:
         """The data's captions; of a row with several, always the same one."""
         texts = open_table(self.data, self.split, columns=(), text=self.text)[self.text]
         return Captions(len(texts), lambda row: one_text(texts[row], np.random.default_rng(row)))
+
+    def one_caption(self) -> str | None:
+        """The caption that all rows have; None where there are several."""
+        column = open_table(self.data, self.split, columns=(), text=self.text)[self.text]
+        found: set[str] = set()
+        for cell in column:
+            found.update([cell] if isinstance(cell, str) else cell or ())
+            if len(found) > 1:
+                return None
+        return next(iter(found), "")
 
     def validation(self) -> list[dict[str, Any]]:
         """A row with a prompt each; none where nothing is validated."""

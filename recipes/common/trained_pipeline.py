@@ -55,6 +55,7 @@ from common.settings import (
     hard_per_image,
 )
 from common.sheet import sheet
+from common.sources import check_source
 from common.task import Task
 
 LOGGER = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ class TrainedPipeline:
             raise ValueError("expected --full or --rank, got both")
         if not (options.full or options.rank or options.num_tokens):
             raise ValueError("nothing to train: expected --num_tokens, --rank or --full")
+        check_source("merge_lora", options.merge_lora)
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         casts = state.distributed_type == DistributedType.DEEPSPEED  # all of the denoiser
         held = torch.float32 if options.full and not casts else dtype[options.mixed_precision]
@@ -359,6 +361,19 @@ def agsm_weight(options: HostOptions) -> Schedule:
     schedule = as_schedule(options.agsm_weight)
     steps = options.agsm_warmup_steps
     return linear_warmup(schedule, steps) if steps else schedule
+
+
+def check_competitors(options: AGSMOptions, task: Task) -> None:
+    """ValueError where all images have the same caption, and no other ones compete."""
+    if options.candidates != "in_batch" or options.null_caption:
+        return
+    caption = task.one_caption()
+    if caption is not None:
+        raise ValueError(
+            f"data: expected captions that differ, got {caption[:60]!r} in every row of "
+            f"{task.data}: no caption competes with it, so this would be plain denoising. Take "
+            "--candidates hard, --null_caption, or --caption_column for another column."
+        )
 
 
 def competitors(

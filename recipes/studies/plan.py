@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
+from common.options import did_you_mean
 from common.settings import PipelineOptions
 from world.prompts import rows
 from world.scene import TAGS
@@ -174,7 +175,8 @@ def _check_order(file: Path, values: dict[str, Any]) -> None:
 def _refuse_unknown(where: str, values: Collection[str], known: list[str]) -> None:
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{where}: unknown keys {unknown}; expected keys among {known}")
+        like = "".join(did_you_mean(name, known) for name in unknown)
+        raise ValueError(f"{where}: unknown keys {unknown}{like or f'; expected some of {known}'}")
 
 
 def _folder_name(method: str) -> str:

@@ -15,6 +15,7 @@ from common.image_data import to_model
 from common.messages import say_scores, say_validating
 from common.sampling import sample
 from common.sheet import sheet
+from common.sources import loading
 from world.architectures import BASES, NoiseLevels, pipeline_arguments
 from world.captions import CAREFUL, CARELESS, caption, corrupt
 from world.prompts import rows, scenes
@@ -51,7 +52,8 @@ def build(options: Any) -> torch.nn.Module:
         levels=NoiseLevels(options.sigma_logit, options.uniform_levels),
     )
     if options.init_from:
-        saved = DiffusionPipeline.from_pretrained(options.init_from)
+        with loading("init_from", options.init_from):
+            saved = DiffusionPipeline.from_pretrained(options.init_from)
         for name, part in model.pipeline().components.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(saved.components[name].float().state_dict())

@@ -51,6 +51,9 @@ class World(Task):
             2**31, lambda seed: caption(draw_spec(np.random.default_rng(seed), "train"))
         )
 
+    def one_caption(self) -> None:
+        """There are many."""
+
     def validation(self) -> list[dict[str, Any]]:
         return super().validation() if self.prompts else rows("validation", self.per_category)
 

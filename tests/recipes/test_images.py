@@ -310,5 +310,5 @@ def test_wrong_data_are_named(tmp_path):
         TableBatches(table, 1, 0, seed=0, size=8)
     with pytest.raises(ValueError, match="at least one row"):
         TableBatches(table.select([]), 1, 0, seed=0, size=8, image="jpg")
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         Task(str(tmp_path / "gone.parquet"), size=8).images(1, 0)

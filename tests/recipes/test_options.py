@@ -79,6 +79,7 @@ def test_underscores_and_dashes_are_the_same():
     ("text", "named"),
     [
         ("max_train_step: 3", "unknown option --max_train_step; did you mean --max_train_steps?"),
+        ("lr: 0.1", "unknown option --lr; did you mean --learning_rate?"),
         ("max_train_steps: many", "max_train_steps"),
         ("max_train_steps: true", "max_train_steps"),
         ("learning_rate: false", "learning_rate"),
@@ -147,7 +148,7 @@ def test_help_has_the_own_options_first_then_sections_with_defaults(capsys):
     assert titles == ["options", "Its-own", "model", "data", "AGSM", "training", "validation"]
     assert "Trains it.\n\n    python it.py\n    python it.py --full\n" in text
     own = text.split("\nmodel:\n")[0].split("\noptions:\n")[1]
-    assert re.findall(r"--(\w+)", own) == ["help", "config", "kind", "strength"]
+    assert re.findall(r"--(\w+)", own) == ["help", "config", "debug", "kind", "strength"]
     assert "--kind {one,two}" in own and "(default: 0.5)" in own
     training = text.split("\ntraining:\n")[1].split("\nvalidation:\n")[0]
     assert "--learning_rate FLOAT" in training and "(default: 0.0003)" in training

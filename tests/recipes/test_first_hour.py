@@ -1,0 +1,174 @@
+"""What a new user meets: errors of one line with a remedy, before anything is loaded."""
+
+import pytest
+from datasets import Dataset
+
+import diagnose
+import generate
+import train_agsm
+import train_base
+import train_ddpo
+import train_dpo
+import train_spo
+from common import pipeline, stop
+from common.options import did_you_mean
+from common.sources import check_source, loading
+from world.export import captioned, preferences
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """Every model that is loaded is an error."""
+
+    class Loads:
+        @staticmethod
+        def from_pretrained(*args, **settings):
+            raise AssertionError(f"loaded {args}")
+
+    monkeypatch.setattr(pipeline, "DiffusionPipeline", Loads)
+
+
+def table(folder, caption):
+    rows = captioned(3, seed=0).remove_columns("caption").add_column("caption", [caption] * 3)
+    rows.to_parquet(folder / "same.parquet")
+    return ["--data", str(folder / "same.parquet"), "--model", "org/base", "--output_dir",
+            str(folder / "run")]  # fmt: skip
+
+
+@pytest.mark.parametrize("caption", ["a photo", ["a photo"]])
+def test_captions_that_are_all_the_same_are_an_error(caption, tmp_path, nothing_loads):
+    flags = table(tmp_path, caption)
+    with pytest.raises(ValueError, match=r"'a photo' in every row.*--null_caption"):
+        train_agsm.main(flags)
+    for more in (["--null_caption"], ["--candidates", "hard"], ["--objective", "denoising"]):
+        with pytest.raises(AssertionError, match="loaded"):
+            train_agsm.main([*flags, *more])
+
+
+def test_pairs_whose_captions_are_all_the_same_are_an_error_with_agsm(tmp_path, nothing_loads):
+    rows = preferences(3, seed=0).remove_columns("caption").add_column("caption", ["a"] * 3)
+    rows.to_parquet(tmp_path / "pairs.parquet")
+    flags = ["--data", str(tmp_path / "pairs.parquet"), "--model", "org/base"]
+    flags += ["--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="in every row"):
+        train_dpo.main([*flags, "--agsm_weight", "1"])
+    with pytest.raises(AssertionError, match="loaded"):
+        train_dpo.main(flags)
+
+
+def test_several_captions_of_one_image_are_not_the_same(tmp_path, nothing_loads):
+    with pytest.raises(AssertionError, match="loaded"):
+        train_agsm.main(table(tmp_path, ["a photo", "a picture"]))
+
+
+@pytest.mark.parametrize("recipe", [train_agsm, train_spo, train_ddpo, train_base])
+def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(recipe, tmp_path, nothing_loads):
+    if recipe is train_ddpo:
+        pytest.importorskip("trl")
+    (tmp_path / "checkpoints" / "checkpoint_0").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a run; add --resume_from_checkpoint"):
+        recipe.main(["--output_dir", str(tmp_path)])
+
+
+def test_only_the_world_has_a_model_of_its_own(tmp_path, capsys, monkeypatch):
+    assert train_agsm.Options().model == diagnose.Options().model == "recipes/models/flow"
+    assert train_spo.Options().model == "recipes/models/epsilon"
+    assert generate.Options().model == "recipes/models/flow"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    for module, flags in (
+        (train_agsm, ["--data", "photos.parquet"]),
+        (diagnose, ["--data", "photos.parquet"]),
+        (generate, ["--prompts", str(prompts)]),
+    ):
+        with pytest.raises(SystemExit):
+            module.main(flags)
+        assert "Give --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["model", "tokens", "lora"])
+def test_a_path_to_nothing_is_named_and_no_settings_are_left(
+    option, flow_base, tmp_path, nothing_loads
+):
+    flags = {"model": flow_base, option: tmp_path / "gone", "output_dir": tmp_path / "out"}
+    with pytest.raises(FileNotFoundError, match=f"{option}: no such file or folder: {tmp_path}/gone"):
+        generate.main([f"--{name}={value}" for name, value in flags.items()])
+    with pytest.raises(AssertionError, match="loaded"):  # a failure of any other kind
+        generate.main([f"--{name}={flags[name]}" for name in ("output_dir",)])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "is_path"),
+    [("./a", True), ("a/b/c", True), ("here/a", True), ("a.parquet", True), ("owner/name", False),
+     ("name", False), ("owner/v1.5", False), ("", False)],
+)  # fmt: skip
+def test_what_can_only_be_a_path(name, is_path, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    if is_path:
+        with pytest.raises(FileNotFoundError, match="no such file or folder"):
+            check_source("model", name)
+    else:
+        check_source("model", name)
+
+
+def test_what_the_hub_does_not_have_is_one_line():
+    with (
+        pytest.raises(ValueError, match=r"^model: expected a folder, or a hub id .*: not found$"),
+        loading("model", "owner/name"),
+    ):
+        raise OSError("not found\nand\nmore")
+
+
+def test_validation_prompts_that_are_not_there_are_an_error_at_once(tmp_path, nothing_loads):
+    flags = ["--validation_prompts", str(tmp_path / "gone.txt"), "--skip_first_validation"]
+    with pytest.raises(FileNotFoundError, match=r"prompts: no file .*gone\.txt"):
+        train_agsm.main([*flags, "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_errors_of_users_are_one_line_and_tracebacks_are_asked_for(debug, tmp_path, capsys):
+    flags = ["--tokens", str(tmp_path / "gone"), "--output_dir", str(tmp_path)]
+
+    def main():
+        generate.main([*flags, *(["--debug"] if debug else [])])
+
+    with pytest.raises(FileNotFoundError if debug else SystemExit):
+        stop.command(main)
+    lines = capsys.readouterr().err.splitlines()
+    assert debug or (len(lines) == 1 and ": error: tokens: no such" in lines[0])
+
+
+@pytest.mark.parametrize("kind", [TypeError, FileNotFoundError, ImportError, ZeroDivisionError])
+def test_errors_of_others_keep_their_traceback(kind):
+    def main():
+        raise kind  # in a test: it is no code of this repository
+
+    with pytest.raises(kind):
+        stop.command(main)
+
+
+def test_a_ctrl_c_says_what_is_left(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        stop.command(main, "with the images so far")
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith("stopped at once, with the images so far\n")
+
+
+def test_names_are_guessed_by_spelling_and_by_initials():
+    known = ["learning_rate", "max_train_steps", "model"]
+    assert did_you_mean("--lr", known, "--") == "; did you mean --learning_rate?"
+    assert did_you_mean("max-train-step", known) == "; did you mean max_train_steps?"
+    assert did_you_mean("nothing_like_it", known) == ""
+
+
+def test_an_empty_caption_column_is_no_caption(tmp_path):
+    """Rows without a text are left out, and the others may be all the same."""
+    from common.task import Task
+
+    Dataset.from_dict({"caption": ["a", None, "a"]}).to_parquet(tmp_path / "t.parquet")
+    assert Task(str(tmp_path / "t.parquet")).one_caption() == "a"
