@@ -1,5 +1,7 @@
 """The core imports nothing heavy, and the wheel holds what the tree holds."""
 
+import re
+import runpy
 import subprocess
 import sys
 from importlib.metadata import version
@@ -46,7 +48,27 @@ def test_a_missing_extra_is_named():
         "import sys; sys.modules['safetensors'] = None; import agsm_loss.integrations.tokens.saved"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert 'pip install "agsm-loss[diffusers]"' in done.stderr
+    assert 'In a clone of agsm-loss, run: pip install ".[diffusers]"' in done.stderr
+
+
+def test_the_remedies_name_extras_that_there_are():
+    """A clone is what works: the package is on no index."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named = set()
+    for folder in ("agsm_loss", "integrations", "recipes"):
+        for file in (ROOT / folder).rglob("*.py"):
+            text = file.read_text()
+            assert not re.search(r"pip install \S*agsm-loss", text), file
+            named |= set(re.findall(r'how_to_install\("(\w+)"\)', text))
+    assert named == {"diffusers", "trl"} and named | {"recipes"} <= set(extras)
+
+
+def test_a_missing_package_of_the_recipes_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match=r"missing: peft\. In the clone, run: pip install"):
+        runpy.run_path(str(ROOT / "recipes" / "common" / "__init__.py"))
 
 
 def test_every_package_folder_is_in_the_wheel():

@@ -47,16 +47,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
-from packaging.version import Version
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from agsm_loss import AGSMRegularizer
+from agsm_loss.integrations import how_to_install
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on
 from agsm_loss.integrations.hosts.ddpo_parts import BestSamples, Progress, check_schedule
 from agsm_loss.integrations.tokens.attach import AttachedTokens
+
+try:
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from packaging.version import Version
+    from safetensors.torch import load_file, save_file
+except ImportError as error:
+    raise ImportError(
+        "agsm_loss.integrations.hosts.trl_ddpo needs diffusers, packaging and safetensors. "
+        + how_to_install("trl")
+    ) from error
 
 
 def _check_trl() -> None:
@@ -68,7 +76,7 @@ def _check_trl() -> None:
     if found == "none" or not Version("0.20") <= Version(found) < Version("0.24"):
         raise ImportError(
             f"trl: expected >=0.20,<0.24, the last with DDPOTrainer, got {found}. "
-            "pip install 'agsm-loss[trl]'"
+            + how_to_install("trl")
         )
 
 

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agsm_loss import SoftTokens
+from agsm_loss.integrations import how_to_install
 from agsm_loss.integrations.tokens.attach import (
     AttachedTokens,
     attach_soft_tokens,
@@ -56,8 +57,8 @@ try:
     from safetensors.torch import save_file
 except ImportError as error:
     raise ImportError(
-        "agsm_loss.integrations.tokens.saved needs huggingface_hub and safetensors: "
-        'pip install "agsm-loss[diffusers]"'
+        "agsm_loss.integrations.tokens.saved needs huggingface_hub and safetensors. "
+        + how_to_install("diffusers")
     ) from error
 
 FORMAT_VERSION = 1

@@ -2,3 +2,12 @@
 
 Nothing here knows the toy world.
 """
+
+from importlib.util import find_spec
+
+_NEEDED = ("agsm_loss", "accelerate", "datasets", "diffusers", "filelock", "huggingface_hub",
+           "matplotlib", "numpy", "peft", "PIL", "safetensors", "scipy", "tqdm", "transformers",
+           "xxhash", "yaml")  # fmt: skip
+_missing = [name for name in _NEEDED if find_spec(name) is None]
+if _missing:
+    raise SystemExit(f'missing: {", ".join(_missing)}. In the clone, run: pip install ".[recipes]"')

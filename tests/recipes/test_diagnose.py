@@ -275,8 +275,8 @@ def test_suspected_false_negatives_are_named():
 
 def test_the_errors_are_the_models_own(any_base, monkeypatch, tmp_path):
     captioned(6, seed=1).to_parquet(tmp_path / "w.parquet")
-    options = parse(diagnose.Options, None, ["--data", str(tmp_path / "w.parquet"),
-                                             "--resolution", "24", "--model", "org/any"])  # fmt: skip
+    flags = ["--data", str(tmp_path / "w.parquet"), "--resolution", "24", "--model", "org/any"]
+    options = parse(diagnose.Options, None, flags)
     from world.task import open_task
 
     task = open_task(options, SimpleNamespace(process_index=0, num_processes=1))

@@ -91,7 +91,7 @@ def test_a_path_to_nothing_is_named_and_no_settings_are_left(
     option, flow_base, tmp_path, nothing_loads
 ):
     flags = {"model": flow_base, option: tmp_path / "gone", "output_dir": tmp_path / "out"}
-    with pytest.raises(FileNotFoundError, match=f"{option}: no such file or folder: {tmp_path}/gone"):
+    with pytest.raises(FileNotFoundError, match=f"{option}: no such file .*: {tmp_path}/gone"):
         generate.main([f"--{name}={value}" for name, value in flags.items()])
     with pytest.raises(AssertionError, match="loaded"):  # a failure of any other kind
         generate.main([f"--{name}={flags[name]}" for name in ("output_dir",)])
