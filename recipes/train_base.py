@@ -107,7 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss import draws
     from common.log import lines_of
     from common.loop import Hooks, start, train
-    from common.messages import say, say_saved
+    from common.messages import say_saved
+    from common.summary import say_summary, steps_line
     from world.architectures import LATENT_SCALE
     from world.base_training import Batches, build, evaluate, save
     from world.model_card import write_card
@@ -159,13 +160,20 @@ def main(arguments: list[str] | None = None) -> None:
         )
         say_saved([folder], {"model": str(folder)})
 
+    def begin(done: int) -> None:
+        if accelerator.is_main_process:
+            rows = "the embedded world's images, rendered"
+            say_summary(
+                f"A base model ({options.base}) from {options.init_from or 'random weights'}",
+                {
+                    "device": str(accelerator.device),
+                    "trains": f"{number:,} parameters",
+                    **steps_line(options, done, accelerator.num_processes, rows),
+                    "output": options.output_dir,
+                },
+            )
+
     number = sum(parameter.numel() for parameter in bare.parameters())
-    if accelerator.is_main_process:
-        say(
-            f"Training {number:,} parameters ({options.base}, from "
-            f"{options.init_from or 'random weights'}) on {accelerator.device}; output: "
-            f"{options.output_dir}"
-        )
     train(
         options,
         accelerator,
@@ -180,6 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
             (ema,),
             not options.skip_first_validation,
             lambda item: {"captions": item[1]},
+            begin=begin,
         ),
     )
 

@@ -83,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     from common.checkpoints import check_output, last_whole, opened, save
     from common.ddpo import JsonLines, extra_tracker, make_trainer, sheet_of
     from common.engines import check_launched
+    from common.log import log_sheet
     from common.messages import paused
     from common.on_policy import check_best
     from common.stop import Stop
@@ -124,13 +125,19 @@ def main(arguments: list[str] | None = None) -> None:
                 sheet_of(data, output / "sheets" / f"samples_{step:06d}.png")
 
         trainer = make_trainer(options, state, trained, tracker, found, show)
-        trained.say_start()
         step = trainer.global_step
+        prompts = options.sample_batch_size * options.sample_num_batches_per_epoch
+        about = {
+            "epochs": f"{trainer.first_epoch + 1:,} to {options.num_epochs:,}, each on "
+            f"{prompts * state.num_processes:,} sampled images"
+        }
+        trained.say_start(about, f"{options.validation_epochs:,} epochs")
         main_process = trainer.accelerator.is_main_process
 
         def validate() -> None:
             if main_process:
                 tracker.write({"scores": trained.validate(step)}, step)
+                log_sheet([tracker.extra] if tracker.extra else [], output, step)
             trainer.accelerator.wait_for_everyone()
 
         if not options.skip_first_validation and step == 0:

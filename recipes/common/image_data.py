@@ -175,6 +175,10 @@ class TableBatches(Dataset[Batch]):
         self.rows = Rows(table, [image], text, batch_size, **rows)
         self.hard = hard
 
+    def about(self) -> str:
+        """For a run's summary."""
+        return f"{len(self.rows.table):,} images"
+
     def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng([self.rows.seed, index, self.rows.rank, 4])
         found = self.rows.batch(index)

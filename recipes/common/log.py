@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -102,6 +104,19 @@ def tracker_settings(name: str, first: int) -> dict[str, Any]:
     """What a tracker is made with in a run that logs from step `first` on."""
     # TensorBoard then drops what an earlier process has logged from there on.
     return {"purge_step": first} if name == "tensorboard" and first else {}
+
+
+def log_sheet(trackers: Sequence[Any], output: Path, step: int) -> None:
+    """Gives trackers that show images the step's sheet, if there is one."""
+    file = output / "sheets" / f"{step:06d}.png"
+    if not file.exists():
+        return
+    with Image.open(file) as sheet:
+        images = np.asarray(sheet.convert("RGB"))[None]
+    for tracker in trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": images}, step=step, **layout)
 
 
 def missing_tracker(name: str) -> ValueError:

@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from common.checkpoints import check_output, last_whole, opened, save
 from common.engines import check_launched, fit, is_sharded
-from common.log import Log, flat, missing_tracker, tracker_settings
+from common.log import Log, flat, log_sheet, missing_tracker, tracker_settings
 from common.messages import paused
 from common.run_state import RunState
 from common.settings import LoopOptions
@@ -61,6 +61,7 @@ class Hooks:
     describe: batch -> what an error tells of it.
     precompute: called on every process before the first step, with (index, batch) of each
         micro-step to come, and their number.
+    begin: called on every process with the number of steps done before, once that is known.
     """
 
     loss: Callable[[Any, int], tuple[Tensor, Mapping[str, Tensor]]]
@@ -71,6 +72,7 @@ class Hooks:
     validate_first: bool = False
     describe: Callable[[Any], Mapping[str, Any]] = rows_and_captions
     precompute: Callable[[Iterator[tuple[int, Any]], int], None] | None = None
+    begin: Callable[[int], None] = lambda done: None
 
 
 def start(options: LoopOptions, *, sharding: bool = False) -> Accelerator:
@@ -145,6 +147,7 @@ def train(
         done = 0 if found is None else found.step
         if found is not None:
             state.load(found.folder)
+        hooks.begin(done)
         if options.report_to:
             settings = tracker_settings(options.report_to, done + 1 if done else 0)
             accelerator.init_trackers("agsm-loss", vars(options), {options.report_to: settings})
@@ -154,7 +157,7 @@ def train(
         if hooks.validate_first and done == 0 and looks:
             scores = hooks.validate(0)
             if main:
-                log.write(0, {"scores": scores})
+                _write(options, accelerator, log, 0, {"scores": scores})
         accelerator.wait_for_everyone()
         bar = tqdm(
             initial=done,
@@ -173,7 +176,7 @@ def train(
                 entry: dict[str, Any] = {}
                 if step % options.logging_steps == 0 or last:
                     entry = {**log.take(), "lr": schedule.get_last_lr()[0]}
-                    shown = {k: f"{entry[k]:.4f}" for k in entry if k in _SHOWN}
+                    shown = {k: f"{entry[k]:.3g}" for k in _SHOWN if k in entry}
                     bar.set_postfix(shown, refresh=False)
                 if step % options.validation_steps == 0 or last:
                     if looks:
@@ -181,9 +184,7 @@ def train(
                             entry["scores"] = hooks.validate(step)
                     accelerator.wait_for_everyone()
                 if entry and main:
-                    log.write(step, entry)
-                    if options.report_to:
-                        accelerator.log(flat(entry), step=step)
+                    _write(options, accelerator, log, step, entry)
                 stopped = stop.asked(accelerator) and not last
                 if step % options.checkpointing_steps == 0 or last or stopped:
                     saved = save(accelerator, output, step, model.parameters(), state.save)
@@ -197,7 +198,18 @@ def train(
         accelerator.end_training()
 
 
-_SHOWN = ("loss", "reward/mean", "agsm/win_rate", "agsm/score_margin", "dpo/accuracy")
+def _write(
+    options: LoopOptions, accelerator: Accelerator, log: Log, step: int, entry: dict[str, Any]
+) -> None:
+    """Into log.jsonl and, where there is one, the tracker, which gets the step's sheet too."""
+    log.write(step, entry)
+    if options.report_to:
+        accelerator.log(flat(entry), step=step)
+        log_sheet(accelerator.trackers, Path(options.output_dir), step)
+
+
+_SHOWN = ("loss", "reward/mean", "dpo/loss", "dpo/accuracy", "spo/loss", "spo/accuracy",
+          "agsm/loss", "agsm/win_rate")  # fmt: skip
 _STOPPING = "the run ends after this step, with a checkpoint"
 _LEAST_SCALE = 2.0**-20
 

@@ -47,17 +47,17 @@ def say_scores(step: int, scores: Mapping[str, Any], sheet: Path) -> None:
 
 def say_saved(folders: list[Path], flags: Mapping[str, str] | None) -> None:
     """What was saved, and the command that samples it; flags: None where generate.py cannot."""
-    text = f"Saved {', '.join(map(str, folders))}."
+    say(f"Saved {', '.join(map(str, folders))}, with a card in each.")
     if flags is not None:
         given = [part for name, value in flags.items() if value for part in (f"--{name}", value)]
-        text += f" Sample with: {shlex.join(['python', 'recipes/generate.py', *given])}"
-    say(text)
+        say(f"Next: {shlex.join(['python', 'recipes/generate.py', *given])}")
 
 
 # Of an optional package, of our models' VAE, of no modules at all, and of a LoRA's text encoder,
 # which is not trained; all of it works.
 _IDLE = ("requires torchvision", "Expected types for vae", "'block_out_channels'",
-         "should be kept in float32: []", "No LoRA keys associated to CLIPText")  # fmt: skip
+         "should be kept in float32: []", "No LoRA keys associated to CLIPText",
+         "Setting accelerator to CPU")  # fmt: skip
 
 
 class _NotIdle(logging.Filter):
@@ -66,7 +66,8 @@ class _NotIdle(logging.Filter):
 
 
 def quiet_libraries() -> None:
-    """Turns off diffusers' and transformers' loading bars and messages that ask for nothing."""
+    """Turns off the libraries' loading bars and messages that ask for nothing."""
+    _filter(logging.getLogger("DeepSpeed"))  # that it finds no GPU, where it is installed
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -74,5 +75,9 @@ def quiet_libraries() -> None:
         module.get_logger()  # makes the library's handler
         module.disable_progress_bar()
         for handler in logging.getLogger(library).handlers:
-            if not any(isinstance(one, _NotIdle) for one in handler.filters):
-                handler.addFilter(_NotIdle())
+            _filter(handler)
+
+
+def _filter(one: logging.Filterer) -> None:
+    if not any(isinstance(known, _NotIdle) for known in one.filters):
+        one.addFilter(_NotIdle())

@@ -65,6 +65,12 @@ class TablePairs(Dataset[PairBatch]):
         self.rows = Rows(table, images, text, batch_size, **rows)
         self.hard = hard
 
+    def about(self) -> str:
+        """For a run's summary."""
+        return f"{len(self.rows.table):,} pairs" + (
+            f", {self.ties:,} ties left out" * bool(self.ties)
+        )
+
     def __getitem__(self, index: int) -> PairBatch:
         rng = np.random.default_rng([self.rows.seed, index, self.rows.rank, 8])
         found = self.rows.batch(index)

@@ -11,7 +11,7 @@ trained.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +42,7 @@ from agsm_loss.schedule import Schedule, as_schedule, linear_warmup
 from common.engines import blocks_of, gathered, is_sharded, run_inside
 from common.image_data import Batch
 from common.loop import Hooks, train
-from common.messages import say, say_saved, say_scores, say_validating
+from common.messages import say_saved, say_scores, say_validating
 from common.model_card import Run, write_cards
 from common.pipeline import TextToImage
 from common.sampling import sample
@@ -56,6 +56,7 @@ from common.settings import (
 )
 from common.sheet import sheet
 from common.sources import check_source
+from common.summary import FirstStep, say_summary, steps_line, validation_line
 from common.task import Task
 
 LOGGER = logging.getLogger(__name__)
@@ -275,7 +276,23 @@ class TrainedPipeline:
         """
         options = self.options
         assert isinstance(options, PipelineLoopOptions)
-        self.say_start()
+        first: list[FirstStep] = []
+
+        def counted(batch: Any, index: int) -> Any:
+            if not first and accelerator.is_main_process:
+                first.append(FirstStep(self.denoiser))
+            return loss(batch, index)
+
+        def update_ema() -> None:
+            step.update_ema()
+            for one in first:
+                one.tell()
+
+        def begin(done: int) -> None:
+            rows = batches.about() if hasattr(batches, "about") else options.data
+            about = steps_line(options, done, accelerator.num_processes, rows)
+            self.say_start(about, f"{options.validation_steps:,} steps")
+
         train(
             options,
             accelerator,
@@ -283,13 +300,14 @@ class TrainedPipeline:
             self.optimizer,
             batches,
             Hooks(
-                loss,
+                counted,
                 self.validate,
                 self.save,
-                step.update_ema,
+                update_ema,
                 (step,),
                 not options.skip_first_validation,
                 precompute=fill,
+                begin=begin,
             ),
         )
 
@@ -298,8 +316,11 @@ class TrainedPipeline:
         """Of trained parameters, on all processes together."""
         return sum(getattr(one, "ds_numel", one.numel()) for one in self.parameters)
 
-    def say_start(self) -> None:
-        """Prints what is trained, where, and where it goes to; on the main process."""
+    def say_start(self, about: Mapping[str, str], every: str) -> None:
+        """Prints what is trained, where, and where it goes to; on the main process.
+
+        about: of its data and steps. every: what lies between two validations.
+        """
         if not PartialState().is_main_process:
             return
         options, parts = self.options, []
@@ -310,9 +331,19 @@ class TrainedPipeline:
         parts += [f"a LoRA of rank {options.rank}"] if options.rank else []
         parts += ["all weights"] if options.full else []
         gamma = f"; gamma- {options.neg_scale:g}" if self.has_agsm else ""
-        say(
-            f"Training {self.number:,} parameters ({' and '.join(parts)}) of {options.model} on "
-            f"{self.model.device}{gamma}; output: {options.output_dir}"
+        held = str(self.model.pipe.dtype).removeprefix("torch.")
+        precision = f"{held}, passes in {options.mixed_precision}"
+        say_summary(
+            options.method,
+            {
+                "model": f"{options.model} ({type(self.model.pipe).__name__})",
+                "device": f"{self.model.device}, "
+                + (held if options.mixed_precision == "no" else precision),
+                "trains": f"{self.number:,} parameters: {' and '.join(parts)}{gamma}",
+                **about,
+                "validation": validation_line(options, len(self.task.validation()), every),
+                "output": options.output_dir,
+            },
         )
 
     def save(self) -> None:
@@ -340,7 +371,10 @@ class TrainedPipeline:
                 flags |= {"model": str(saved["pipeline"]), "lora": ""}
         write_cards(saved, self._run())
         flags |= {name: str(saved[name]) for name in ("tokens", "lora") if name in saved}
-        flags["prompts"] = options.validation_prompts
+        flags["prompts"] = options.validation_prompts or (
+            "" if options.data == "world" else "prompts.txt"
+        )
+        flags["output_dir"] = str(output / "images")
         say_saved([*saved.values()], None if options.rank and options.merge_lora else flags)
 
     def _run(self) -> Run:

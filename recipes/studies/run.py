@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.messages import say
 from common.options import flags
 from common.pipeline import TextToImage
 from common.sampling import sample
@@ -34,6 +35,7 @@ from studies.plan import (
     recipe_of,
     settings_of,
 )
+from studies.progress import Progress
 from world.architectures import pipeline_arguments
 from world.score import verdicts
 from world.summary import summarize_with_intervals
@@ -183,25 +185,29 @@ def run_all(config: Path, plan: Plan, jobs: int) -> None:
             raise RuntimeError(f"{method}, seed {seed}: exit {code}; {folder / 'log.txt'}:\n{tail}")
         result = json.loads((folder / "result.json").read_text())
         scores = result["heldout"]
-        print(
+        say(
             f"{method:24} seed {seed}  overall {scores['overall']:.3f}  counting "
             f"{scores['categories']['counting']['score']:.3f}  at CFG {result['cfg']}  "
-            f"({time.time() - began:.0f} s)",
-            flush=True,
+            f"({time.time() - began:.0f} s)"
         )
 
     print(f"{len(todo)} of {len(jobs_of(plan))} runs to do, {jobs} at a time", flush=True)
     pool = ThreadPoolExecutor(jobs)
+    progress = Progress(plan, todo)
     with Stop("the study ends when its runs have saved what they have").watching() as stop:
         try:
             for one in todo:
                 started[one] = pool.submit(run, one)
             while stop.signal is None and wait(started.values(), timeout=0.2).not_done:
-                pass
+                progress.show(
+                    {run for run, future in started.items() if future.done()},
+                    [run for run, future in started.items() if future.running()],
+                )
         finally:
             os.close(ours)
             pool.shutdown(wait=True, cancel_futures=True)
             os.close(theirs)
+            progress.bar.close()
     if stop.signal is not None:
         done = sum(
             one.done() and not one.cancelled() and not one.exception() for one in started.values()

@@ -34,6 +34,10 @@ class WorldBatches(Dataset[Batch]):
             fold,
         )
 
+    def about(self) -> str:
+        """For a run's summary."""
+        return "the embedded world's images, rendered"
+
     def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng([self.seed, index, self.rank, 3])
         drawn = list(islice(scenes(int(rng.integers(2**62)), self.fold), self.batch_size))
@@ -52,6 +56,10 @@ class WorldPairs(Dataset[PairBatch]):
     ) -> None:
         self.batch_size, self.hard = batch_size, hard
         self.seed, self.rank, self.fold = seed, rank, fold
+
+    def about(self) -> str:
+        """For a run's summary."""
+        return "the embedded world's pairs, rendered"
 
     def __getitem__(self, index: int) -> PairBatch:
         rng = np.random.default_rng([self.seed, index, self.rank, 7])

@@ -172,3 +172,59 @@ def test_an_empty_caption_column_is_no_caption(tmp_path):
 
     Dataset.from_dict({"caption": ["a", None, "a"]}).to_parquet(tmp_path / "t.parquet")
     assert Task(str(tmp_path / "t.parquet")).one_caption() == "a"
+
+
+def test_a_run_that_validates_nothing_says_so(flow_base, tmp_path, capsys):
+    captioned(4, seed=0).to_parquet(tmp_path / "w.parquet")
+    flags = ["--model", str(flow_base), "--data", str(tmp_path / "w.parquet"), "--resolution", "24"]
+    flags += ["--max_train_steps", "1", "--train_batch_size", "2", "--num_negatives", "1"]
+    train_agsm.main([*flags, "--output_dir", str(tmp_path / "run"), "--num_tokens", "1"])
+    told = capsys.readouterr().out
+    assert "validation none: give --validation_prompts FILE" in told
+    assert "data       4 images" in told and "--prompts prompts.txt" in told
+
+
+def test_a_summary_counts_what_a_step_sees():
+    from common.settings import LoopOptions
+    from common.summary import steps_line
+
+    chosen = LoopOptions(train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=2000)
+    told = steps_line(chosen, 500, 3, "rows")
+    assert told["steps"] == (
+        "501 (resumed) to 2,000, in batches of 24 (4 x 2 micro-steps x 3 processes)"
+    )
+
+
+def test_tensorboard_gets_the_sheets_once(tmp_path):
+    from loop_runs import killed_at, options, resumed, run
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "sheets").mkdir()
+    for step in (0, 4, 6):  # those that are validated
+        Image.new("RGB", (8, 8)).save(tmp_path / "sheets" / f"{step:06d}.png")
+    chosen = options(tmp_path, report_to="tensorboard", logging_steps=1, checkpointing_steps=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(chosen, at=killed_at(5))  # step 4 is logged, and not in the checkpoint
+    run(resumed(chosen))
+    events = EventAccumulator(str(tmp_path / "agsm-loss")).Reload()
+    assert [one.step for one in events.Images("validation")] == [0, 4, 6]
+
+
+def test_a_studys_bar_tells_runs_steps_and_what_is_left(tmp_path, monkeypatch, capsys):
+    from studies import progress
+    from studies.plan import Plan, folder_of
+
+    plan = Plan("org/base", str(tmp_path), {"AGSM": {"max_train_steps": 40}, "b": {}})
+    runs = [("base", 0), ("AGSM", 0), ("b", 0)]
+    assert progress.steps_of(plan, "base", 0) == (0, 0)
+    assert progress.steps_of(plan, "b", 0) == (0, 1000)  # the recipe's default
+    folder = folder_of(plan, "AGSM", 0) / "train"
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text('{"step": 10}\n{"step": 20}\n')
+    assert progress.steps_of(plan, "AGSM", 0) == (20, 40)
+    bar = progress.Progress(plan, runs)
+    monkeypatch.setattr(bar, "pause", 0)
+    bar.show({("base", 0)}, [("AGSM", 0)])
+    assert bar.bar.n == pytest.approx(1.4) and "AGSM 0: step 20 of 40" in capsys.readouterr().err
+    bar.bar.close()

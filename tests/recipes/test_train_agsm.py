@@ -187,10 +187,18 @@ def test_gamma_minus_goes_by_what_is_trained_and_is_printed(
     flow_base, tmp_path, capsys, flags, chosen
 ):
     train(flow_base, tmp_path, "--max_train_steps", "1", "--negatives_per_step", "1", *flags)
-    first, validating, scores, saved = capsys.readouterr().out.splitlines()
-    assert first.startswith("Training ") and f"; gamma- {chosen}; output: {tmp_path}" in first
+    title, *summary, step, validating, scores, saved, then = capsys.readouterr().out.splitlines()
+    told = dict(line.split(maxsplit=1) for line in summary)
+    assert title == "AGSM" and list(told) == [
+        "model", "device", "trains", "data", "steps", "validation", "output"]  # fmt: skip
+    assert told["trains"].endswith(f"; gamma- {chosen}") and told["output"] == str(tmp_path)
+    assert told["steps"] == "1 to 1, in batches of 4" and told["validation"].startswith("6 prompts")
+    # K = 4 by the EMA, 4 images; of the student's the matching caption and one other at most.
+    trained = 4 if chosen == "0" else 8
+    assert step.startswith(f"A step: {16 + trained} forward passes of one image, {trained} of them")
     assert validating.startswith("Validating: ") and scores.startswith("step 1: overall ")
-    assert f"Saved {tmp_path / 'tokens'}" in saved and "python recipes/generate.py --model" in saved
+    assert saved.startswith(f"Saved {tmp_path / 'tokens'}")
+    assert then.startswith("Next: python recipes/generate.py --model")
     assert json.loads((tmp_path / "options.json").read_text())["neg_scale"] == float(chosen)
 
 
