@@ -3,17 +3,20 @@ r"""Prompts -> images, in the folder layout that GenEval's evaluator reads.
     python recipes/generate.py --prompts world:heldout:20 --output_dir runs/a
     python recipes/generate.py --model <folder or hub id> --tokens <folder or hub id> \
         --prompts evaluation_metadata.jsonl --num_images_per_prompt 4 \
-        --guidance_scale 4 --num_inference_steps 28
+        --guidance_scale 4 --num_inference_steps 28 --sheet
 
 Writes NNNNN/metadata.jsonl and NNNNN/samples/0000.png, 0001.png, ... under `--output_dir`, and
-generate.json with the settings. A second call goes on where the first was stopped. Each image has a
-noise of its own, given by (seed, prompt, sample): it is the same for any batch size, and for any
-tokens, so that methods are compared on the same noise.
+generate.json with the settings. `--sheet` adds one picture of what tokens or a LoRA change. A call
+again goes on where the first was stopped. Each image has a noise of its own, given by (seed,
+prompt, sample): it is the same for any batch size, and for any tokens, so that methods are compared
+on the same noise.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +54,11 @@ class Options(Checked):
     guidance_scale: float = option(
         3.0, "Classifier-free guidance scale; 1: no guidance.", at_least=0
     )
+    sheet: bool = option(
+        False,
+        "Also save sheet.png: the first prompts' first images, with the tokens or the LoRA beside "
+        "those without, on the same noise.",
+    )
     seed: int = option(0, "Seed of the noise.", at_least=0)
     batch_size: int = option(
         0, "Images per batch; 0: 64 of the world's size, 4 of any larger.", at_least=0
@@ -71,13 +79,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Generates what is not there yet."""
     options = parse(Options, __doc__, arguments)
 
+    import numpy as np
     import torch
     from PIL import Image
     from tqdm.auto import tqdm
 
     from agsm_loss.integrations.tokens.pipelines import Sampling
+    from common.messages import say
     from common.pipeline import TextToImage
     from common.sampling import calls
+    from common.sheet import side_by_side
     from common.sources import check_source
     from world.architectures import pipeline_arguments
     from world.task import read_prompts
@@ -88,7 +99,10 @@ def main(arguments: list[str] | None = None) -> None:
         check_source(name, getattr(options, name))
     every = [(i, k) for i in range(len(rows)) for k in range(options.num_images_per_prompt)]
     todo = [place for place in every if not _file(output, place).exists()]
-    if not todo:
+    compared = [(i, 0) for i in range(min(len(rows), ON_SHEET))]
+    no_sheet = options.sheet and not (output / SHEET).exists()
+    changed = bool(options.tokens or options.lora)
+    if not todo and not no_sheet:
         return
     device = options.device or "cpu"
     if options.device is None and torch.accelerator.is_available():
@@ -96,27 +110,45 @@ def main(arguments: list[str] | None = None) -> None:
     model = TextToImage.load(
         options.model, getattr(torch, options.dtype), device, pipeline_arguments
     )
-    model.load_extras(options.tokens, options.lora, Sampling(options.sampling))
-    sampled = calls(
-        model.pipe,
-        [rows[index]["prompt"] for index, _ in todo],
-        [(options.seed, *place) for place in todo],
-        num_inference_steps=options.num_inference_steps,
-        guidance_scale=options.guidance_scale,
-        batch_size=options.batch_size,
-        arguments=model.arguments,
-    )
-    left = iter(todo)
-    with tqdm(total=len(every), initial=len(every) - len(todo), unit="image") as bar:
-        for number, images in enumerate(sampled):
-            if number == 0:
-                _begin(output, rows, settings)
-            for image, place in zip(images, left, strict=False):
-                file = _file(output, place)
-                part = file.with_suffix(".part")  # a killed run leaves no half image
-                Image.fromarray(image).save(part, format="PNG")
-                part.rename(file)
+    bare = compared if no_sheet and changed else []  # sampled without tokens and LoRA as well
+    bar = tqdm(total=len(bare) + len(every), initial=len(every) - len(todo), unit="image")
+
+    def images(places: list[tuple[int, int]]) -> Iterator[Any]:
+        for batch in calls(
+            model.pipe,
+            [rows[index]["prompt"] for index, _ in places],
+            [(options.seed, *place) for place in places],
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            batch_size=options.batch_size,
+            arguments=model.arguments,
+        ):
+            for image in batch:
+                yield image
                 bar.update()
+
+    columns = {"without": list(images(bare))} if bare else {}
+    model.load_extras(options.tokens, options.lora, Sampling(options.sampling))
+    for number, (place, image) in enumerate(zip(todo, images(todo), strict=True)):
+        if number == 0:
+            _begin(output, rows, settings)
+        file = _file(output, place)
+        part = file.with_suffix(".part")  # a killed run leaves no half image
+        Image.fromarray(image).save(part, format="PNG")
+        part.rename(file)
+    bar.close()
+    if no_sheet:
+        told = " and ".join(name for name in ("tokens", "lora") if getattr(options, name))
+        columns[f"with {told}" if changed else ""] = [
+            np.asarray(Image.open(_file(output, place))) for place in compared
+        ]
+        side_by_side(columns, [rows[index] for index, _ in compared], output / SHEET)
+    say(f"{len(every)} images in {output}" + (f", and {SHEET}" if options.sheet else ""))
+    if options.prompts.startswith("world:"):
+        say(f"Next: python recipes/score_images.py --images {shlex.quote(str(output))}")
+
+
+SHEET, ON_SHEET = "sheet.png", 16
 
 
 def _begin(output: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
@@ -137,7 +169,7 @@ def _settings(output: Path, options: Options) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds images of other settings.
     """
-    free = {"output_dir", "batch_size", "device"}
+    free = {"output_dir", "batch_size", "device", "sheet"}
     settings = {name: value for name, value in vars(options).items() if name not in free}
     file = output / "generate.json"
     if file.exists():

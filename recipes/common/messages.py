@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,7 @@ class _NotIdle(logging.Filter):
 
 def quiet_libraries() -> None:
     """Turns off the libraries' loading bars and messages that ask for nothing."""
+    warnings.filterwarnings("ignore", r"`_encode_prompt\(\)` is deprecated")  # trl calls it
     _filter(logging.getLogger("DeepSpeed"))  # that it finds no GPU, where it is installed
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers

@@ -163,7 +163,7 @@ class TextToImage:
     def load_extras(self, tokens: str, lora: str, sampling: Sampling = Sampling.BOTH) -> None:
         """Soft tokens and a LoRA onto the denoiser, each from a folder or a hub id; "" for none."""
         if lora:
-            with loading("lora", lora):
+            with loading("lora", lora, ValueError):
                 self.pipe.load_lora_weights(lora)
         if tokens:
             with loading("tokens", tokens):

@@ -64,3 +64,20 @@ def sheet(
         draw.multiline_text((left, below), "\n".join(told), fill="black", spacing=1)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
+
+
+def side_by_side(
+    columns: Mapping[str, Sequence[npt.NDArray[np.uint8]]],
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+) -> None:
+    """Saves a PNG with each prompt's image of every column beside each other, titled.
+
+    A single column is a sheet without a title.
+    """
+    images = [image for prompt in zip(*columns.values(), strict=True) for image in prompt]
+    told = [row for row in rows for _ in columns]
+    side = 144 if max(images[0].shape[:2]) <= 144 else 256
+    several = len(columns) > 1
+    titles = 2 * list(columns) if several else ()
+    sheet(np.stack(images), told, None, path, columns=4, side=side, titles=titles)

@@ -35,12 +35,15 @@ _ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".tar", ".safetensors", ".yam
 
 
 @contextmanager
-def loading(option: str, name: str) -> Iterator[None]:
-    """What is loaded inside is the option's; what the libraries do not find is a ValueError."""
+def loading(option: str, name: str, *more: type[Exception]) -> Iterator[None]:
+    """What is loaded inside is the option's; what the libraries do not find is a ValueError.
+
+    more: errors of the libraries besides OSError that say so.
+    """
     check_source(option, name)
     try:
         yield
-    except OSError as error:
+    except (OSError, *more) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
             f"{option}: expected a folder, or a hub id that can be reached, got {name}: {lines[0]}"

@@ -374,7 +374,7 @@ class TrainedPipeline:
         flags["prompts"] = options.validation_prompts or (
             "" if options.data == "world" else "prompts.txt"
         )
-        flags["output_dir"] = str(output / "images")
+        flags |= {"output_dir": str(output / "images"), "sheet": "true"}
         say_saved([*saved.values()], None if options.rank and options.merge_lora else flags)
 
     def _run(self) -> Run:

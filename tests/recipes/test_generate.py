@@ -50,6 +50,34 @@ def test_the_layout_is_genevals_and_a_second_call_goes_on(flow_base, tmp_path):
         run(flow_base, tmp_path / "a", "--guidance_scale", "7")
 
 
+def test_a_sheet_shows_the_tokens_beside_the_model_without_them(flow_base, tmp_path, capsys):
+    from agsm_loss.integrations.denoisers import TokenDenoiser
+    from common.pipeline import TextToImage
+
+    denoiser = TokenDenoiser(TextToImage.load(str(flow_base), torch.float32).denoiser, num_tokens=2)
+    torch.nn.init.normal_(denoiser.tokens.tokens, std=3.0)
+    denoiser.save_pretrained(tmp_path / "tokens")
+    tokens = ["--tokens", str(tmp_path / "tokens")]
+    plain = run(flow_base, tmp_path / "plain", "--sheet")
+    first = run(flow_base, tmp_path / "a", *tokens)
+    assert not (tmp_path / "a" / "sheet.png").exists()
+    again = run(flow_base, tmp_path / "a", *tokens, "--sheet")  # the images are there already
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+
+    def shown(folder, column, row, columns):
+        page = pixels(folder / "sheet.png")
+        top = page.shape[0] - (-(-6 * columns // 4)) * (144 + 52)
+        y, x = row * (144 + 52) + 2 + top, column * (144 + 8) + 4
+        return page[y : y + 144 : 6, x : x + 144 : 6]
+
+    name = "00000/samples/0000.png"
+    assert not np.array_equal(first[name], plain[name])
+    assert np.array_equal(shown(tmp_path / "a", 0, 0, 2), plain[name])  # the same noise
+    assert np.array_equal(shown(tmp_path / "a", 1, 0, 2), first[name])
+    assert np.array_equal(shown(tmp_path / "plain", 1, 1, 1), plain["00005/samples/0000.png"])
+    assert "12 images in" in capsys.readouterr().out
+
+
 def test_prompts_are_lines_or_rows(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n\na dog\n")
     assert read_prompts(str(tmp_path / "p.txt")) == [
