@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from common.messages import say
 from common.settings import LoopOptions, ValidationOptions
+
+if TYPE_CHECKING:
+    from common.trained_pipeline import TrainedPipeline
 
 
 def say_summary(title: str, lines: Mapping[str, str]) -> None:
@@ -47,6 +50,33 @@ def validation_line(options: ValidationOptions, prompts: int, every: str) -> str
         f"{prompts} prompts every {every}, {options.validation_inference_steps} sampling steps, "
         f"CFG {options.validation_guidance_scale:g}"
     )
+
+
+def say_start(trained: TrainedPipeline, about: Mapping[str, str], every: str) -> None:
+    """The summary of a pipeline's training.
+
+    about: lines of its data and steps. every: what lies between two validations.
+    """
+    options, pipe, parts = trained.options, trained.model.pipe, []
+    if trained.tokens is not None:
+        layers = trained.tokens.tokens.num_layers
+        where = "" if layers is None else f" in {layers} layers"
+        parts.append(f"{options.num_tokens} soft tokens{where}")
+    parts += [f"a LoRA of rank {options.rank}"] if options.rank else []
+    parts += ["all weights"] if options.full else []
+    gamma = f"; gamma- {options.neg_scale:g}" if trained.has_agsm else ""
+    precision = str(pipe.dtype).removeprefix("torch.")
+    if options.mixed_precision != "no":
+        precision += f", passes in {options.mixed_precision}"
+    lines = {
+        "model": f"{options.model} ({type(pipe).__name__})",
+        "device": f"{trained.model.device}, {precision}",
+        "trains": f"{trained.number:,} parameters: {' and '.join(parts)}{gamma}",
+        **about,
+        "validation": validation_line(options, len(trained.task.validation()), every),
+        "output": options.output_dir,
+    }
+    say_summary(options.method, lines)
 
 
 class FirstStep:

@@ -39,13 +39,13 @@ from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off
 from agsm_loss.integrations.tokens.attach import backbone_of
 from agsm_loss.integrations.tokens.unet import bos_embedding
 from agsm_loss.schedule import Schedule, as_schedule, linear_warmup
-from common.engines import blocks_of, gathered, is_sharded, run_inside
+from common.engines import blocks_of, is_sharded, run_inside
 from common.image_data import Batch
 from common.loop import Hooks, train
-from common.messages import say_saved, say_scores, say_validating
-from common.model_card import Run, write_cards
+from common.messages import say_scores, say_validating
 from common.pipeline import TextToImage
 from common.sampling import sample
+from common.saving import save
 from common.settings import (
     AGSMOptions,
     HostOptions,
@@ -56,7 +56,7 @@ from common.settings import (
 )
 from common.sheet import sheet
 from common.sources import check_source
-from common.summary import FirstStep, say_summary, steps_line, validation_line
+from common.summary import FirstStep, say_start, steps_line
 from common.task import Task
 
 LOGGER = logging.getLogger(__name__)
@@ -321,73 +321,12 @@ class TrainedPipeline:
 
         about: of its data and steps. every: what lies between two validations.
         """
-        if not PartialState().is_main_process:
-            return
-        options, parts = self.options, []
-        if self.tokens is not None:
-            layers = self.tokens.tokens.num_layers
-            where = "" if layers is None else f" in {layers} layers"
-            parts.append(f"{options.num_tokens} soft tokens{where}")
-        parts += [f"a LoRA of rank {options.rank}"] if options.rank else []
-        parts += ["all weights"] if options.full else []
-        gamma = f"; gamma- {options.neg_scale:g}" if self.has_agsm else ""
-        held = str(self.model.pipe.dtype).removeprefix("torch.")
-        precision = f"{held}, passes in {options.mixed_precision}"
-        say_summary(
-            options.method,
-            {
-                "model": f"{options.model} ({type(self.model.pipe).__name__})",
-                "device": f"{self.model.device}, "
-                + (held if options.mixed_precision == "no" else precision),
-                "trains": f"{self.number:,} parameters: {' and '.join(parts)}{gamma}",
-                **about,
-                "validation": validation_line(options, len(self.task.validation()), every),
-                "output": options.output_dir,
-            },
-        )
+        if PartialState().is_main_process:
+            say_start(self, about, every)
 
     def save(self) -> None:
-        """What was trained, under `options.output_dir`."""
-        options, output = self.options, Path(self.options.output_dir)
-        # The command that samples it; generate.py loads one LoRA.
-        flags = {"model": options.model, "tokens": "", "lora": options.merge_lora}
-        saved: dict[str, Path] = {}
-        with gathered(self.denoiser):
-            if not PartialState().is_main_process:
-                return
-            if self.tokens is not None:
-                saved["tokens"] = output / "tokens"
-                self.tokens.save_pretrained(
-                    saved["tokens"], base_model=options.model, training=vars(options)
-                )
-            if options.rank:
-                saved["lora"] = output / "lora"
-                self.model.save_lora(saved["lora"])
-            if options.full:
-                saved["pipeline"] = output / "pipeline"
-                if not is_sharded(PartialState()):  # as safetensors wants it
-                    self.model.denoiser.to(memory_format=torch.contiguous_format)
-                self.model.pipe.save_pretrained(saved["pipeline"])
-                flags |= {"model": str(saved["pipeline"]), "lora": ""}
-        write_cards(saved, self._run())
-        flags |= {name: str(saved[name]) for name in ("tokens", "lora") if name in saved}
-        flags["prompts"] = options.validation_prompts or (
-            "" if options.data == "world" else "prompts.txt"
-        )
-        flags |= {"output_dir": str(output / "images"), "sheet": "true"}
-        say_saved([*saved.values()], None if options.rank and options.merge_lora else flags)
-
-    def _run(self) -> Run:
-        """What the cards tell of it."""
-        prompts = self.task.validation()
-        return Run(
-            self.options,
-            self.model.pipe,
-            self.number,
-            PartialState().num_processes,
-            prompts[0]["prompt"] if prompts else "two red circles",
-            self.model.arguments,
-        )
+        """What was trained, under `options.output_dir`, with cards and the next command."""
+        save(self)
 
 
 def agsm_weight(options: HostOptions) -> Schedule:
