@@ -103,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     no_sheet = options.sheet and not (output / SHEET).exists()
     changed = bool(options.tokens or options.lora)
     if not todo and not no_sheet:
+        say(f"All {len(every)} images are in {output} already")
         return
     device = options.device or "cpu"
     if options.device is None and torch.accelerator.is_available():

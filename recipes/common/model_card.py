@@ -157,7 +157,10 @@ def _metadata(kind: str, options: PipelineOptions) -> ModelCardData:
     return ModelCardData(
         library_name="agsm-loss" if kind == "tokens" else "diffusers",
         pipeline_tag="text-to-image",
-        tags=["agsm", "text-to-image", {"tokens": "soft-tokens"}.get(kind, kind)],
+        tags=[
+            *(["agsm"] if "AGSM" in options.method else []),
+            *("text-to-image", {"tokens": "soft-tokens"}.get(kind, kind)),
+        ],
         # The hub takes its own ids alone; a local folder is named in the text.
         **({"base_model": options.model, **adapter} if _on_hub(options.model) else {}),
         **({"datasets": [options.data]} if _on_hub(options.data) else {}),

@@ -39,7 +39,7 @@ from common.sampling import read_prompts
 from common.settings import AGSMOptions, GroupOptions, PromptOptions, hard_per_image
 from common.sheet import sheet
 from common.task import Captions, Task
-from common.trained_pipeline import TrainedPipeline, agsm_weight
+from common.trained_pipeline import TrainedPipeline, agsm_weight, check_competitors
 
 
 @dataclass(frozen=True)
@@ -217,6 +217,8 @@ def check_best(options: AGSMOptions) -> None:
 
 def on_policy_images(options: Any, task: Task, batch_size: int) -> Dataset[Batch]:
     """The data set's images, with edited captions where AGSM is on."""
+    if options.agsm_weight:
+        check_competitors(options, task)
     hard = hard_per_image(options) if options.agsm_weight else 0
     return task.images(batch_size, hard, options.image_column)
 

@@ -104,5 +104,6 @@ def test_a_merged_lora_is_part_of_the_code(epsilon_base, lora_run, tmp_path):
     flags = ["--model", str(epsilon_base), "--merge_lora", str(lora_run / "lora")]
     train_agsm.main([*flags, "--output_dir", str(tmp_path), *FEW, "--objective", "denoising"])
     wanted = drawn(epsilon_base, tmp_path / "tokens", merged=lora_run / "lora")
-    _, text, names = card(tmp_path / "tokens")
+    data, text, names = card(tmp_path / "tokens")
     assert near(names["image"], wanted) and "trained by plain denoising" in text
+    assert data["tags"] == ["text-to-image", "soft-tokens"]
