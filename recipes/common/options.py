@@ -99,7 +99,7 @@ def parse(kind: type[Chosen], doc: str | None, arguments: list[str] | None = Non
             parser.error("config: expected no further file in a file.")
         parser.source = ""
         given = parser.parse_args(arguments, of_file)
-    stop.debugging = given.debug
+    stop.debugging |= given.debug  # a study may have asked for it
     try:
         options = kind(**{one.name: getattr(given, one.name) for one in fields(kind)})
     except ValueError as error:

@@ -135,6 +135,11 @@ debugging = False
 """Whether `command` shows the traceback of every error (`--debug`)."""
 
 
+def debug_flags() -> list[str]:
+    """For commands that this one starts."""
+    return ["--debug"] if debugging else []
+
+
 def command(main: Callable[[], None], left: str = "without a checkpoint") -> None:
     """Runs a script's main; errors that its user can mend are one line instead of a traceback.
 

@@ -21,7 +21,7 @@ from common.messages import say
 from common.options import flags
 from common.pipeline import TextToImage
 from common.sampling import sample
-from common.stop import PIPED, Stop
+from common.stop import PIPED, Stop, debug_flags
 from studies.accuracy import implicit_accuracy
 from studies.plan import (
     AFTER,
@@ -170,7 +170,7 @@ def run_all(config: Path, plan: Plan, jobs: int) -> None:
         folder = folder_of(plan, method, seed)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(STUDY), "--config", str(config)]
-        command += ["--output_dir", plan.output_dir]
+        command += ["--output_dir", plan.output_dir, *debug_flags()]
         began = time.time()
         with (folder / "log.txt").open("w") as log:
             code = subprocess.call(

@@ -128,7 +128,10 @@ def test_validation_prompts_that_are_not_there_are_an_error_at_once(tmp_path, no
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_errors_of_users_are_one_line_and_tracebacks_are_asked_for(debug, tmp_path, capsys):
+def test_errors_of_users_are_one_line_and_tracebacks_are_asked_for(
+    debug, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(stop, "debugging", False)
     flags = ["--tokens", str(tmp_path / "gone"), "--output_dir", str(tmp_path)]
 
     def main():
@@ -138,6 +141,7 @@ def test_errors_of_users_are_one_line_and_tracebacks_are_asked_for(debug, tmp_pa
         stop.command(main)
     lines = capsys.readouterr().err.splitlines()
     assert debug or (len(lines) == 1 and ": error: tokens: no such" in lines[0])
+    assert stop.debug_flags() == ["--debug"] * debug  # for a study's runs
 
 
 @pytest.mark.parametrize("kind", [TypeError, FileNotFoundError, ImportError, ZeroDivisionError])
