@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from common.sheet import sheet
-from studies.plan import BASE, Plan, images_of, log_of
+from studies.plan import BASE, OF, Plan, images_of, log_of
 from world.detect import detect
 from world.score import judge
 
@@ -68,12 +68,16 @@ def curves(plan: Plan, path: Path) -> None:
 
 
 def pictures(plan: Plan, path: Path, counting: int = 8) -> None:
-    """The same prompts and noise, a column a method, with verdicts."""
+    """The same prompts and noise, a column a method, with verdicts.
+
+    Of the entries at other guidance scales those of the base alone.
+    """
     wanted = plan.prompts("heldout", plan.per_category)
     first = {tag: i for i, tag in reversed(list(enumerate(row["tag"] for row in wanted)))}
     several = range(first["counting"], first["counting"] + min(counting, plan.per_category))
     shown = sorted({*first.values(), *several})
-    methods = [BASE, *plan.sampled, *plan.methods]
+    guided = [name for name, one in plan.sampled.items() if one[OF] == BASE]
+    methods = [BASE, *guided, *plan.methods]
     images = {name: images_of(plan, name, plan.seeds[0]) for name in methods}
     picked = [(name, i) for i in shown for name in methods]
     stack = np.stack([images[name][i] for name, i in picked])
