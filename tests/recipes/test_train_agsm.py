@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 
 import train_agsm
 from common import objectives
-from common.options import parse
 from world.export import captioned
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "4", "--logging_steps", "1",
@@ -280,13 +279,6 @@ def test_prompts_are_encoded_once_and_the_cache_is_bounded(flow_base, monkeypatc
     assert asked[1:] == [one_more]
     model.encode_prompts(["a square"])
     assert asked[2:] == [["a square"] * 8]
-
-
-def test_shipped_configs_parse(recipes):
-    files = sorted((recipes / "configs").glob("agsm_*.yaml"))
-    assert files
-    for file in files:
-        parse(train_agsm.Options, None, ["--config", str(file)])
 
 
 def test_training_keeps_to_its_share_of_the_schedule(flow_base):

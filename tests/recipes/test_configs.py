@@ -1,0 +1,91 @@
+"""The shipped configs of real models: each builds its training on a tiny model of its class.
+
+And takes a step.
+"""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+from pipelines_tiny import WORDS, speaking_pipeline
+from recipe_runs import log
+
+from common.options import parse
+
+CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
+CLASSES = {"sd15": "unet", "sdxl": "unet_sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flux"}
+REAL = [one for one in sorted(CONFIGS.glob("*_*.yaml")) if one.stem.split("_")[-1] in CLASSES]
+# What is smaller than in the files: sizes, and models of rewards.
+SMALL = {
+    "resolution": "8", "train_batch_size": "2", "gradient_accumulation_steps": "1",
+    "max_train_steps": "1", "num_epochs": "1", "lr_decay_steps": "0", "lr_warmup_steps": "0",
+    "validation_inference_steps": "1", "num_inference_steps": "4", "first_step": "1",
+    "inversion_steps": "2", "group_size": "2", "sample_batch_size": "2",
+    "sample_num_batches_per_epoch": "1", "logging_steps": "1", "train_timesteps": "2",
+    "reward": "redness", "mixed_precision": "no", "agsm_batch": "2", "max_pairs": "2",
+    "num_negatives": "1", "skip_first_validation": "true", "agsm_every": "1",
+}  # fmt: skip
+
+
+def recipe_of(config):
+    return importlib.import_module(f"train_{config.stem.rpartition('_')[0]}")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: speaking_pipeline(name, folder / name) for name in set(CLASSES.values())}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Images with captions, pairs, and prompts, each in a file."""
+    folder = tmp_path_factory.mktemp("data")
+    captions = [f"a {WORDS[i % 2 + 2]} {WORDS[4 + i // 2]}" for i in range(4)]
+    images = []
+    for i in range(4):
+        images.append(folder / f"{i}.png")
+        Image.new("RGB", (8, 8), (60 * i, 20, 200 - 50 * i)).save(images[-1])
+    shown, others = [str(one) for one in images], [str(one) for one in images[::-1]]
+    photos = Dataset.from_dict({"image": shown, "caption": captions})
+    photos.cast_column("image", ImageFeature()).to_parquet(folder / "photos.parquet")
+    pairs = Dataset.from_dict({"image_w": shown, "image_l": others, "caption": captions})
+    for column in ("image_w", "image_l"):
+        pairs = pairs.cast_column(column, ImageFeature())
+    pairs.to_parquet(folder / "pairs.parquet")
+    (folder / "prompts.txt").write_text("\n".join(captions[:2]))
+    return folder
+
+
+@pytest.mark.parametrize("config", REAL, ids=lambda one: one.stem)
+def test_its_options_are_valid(config):
+    options = parse(recipe_of(config).Options, "", ["--config", str(config)])
+    assert options.data.endswith(".parquet") and options.mixed_precision != "no"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:DDPOTrainer is deprecated")
+@pytest.mark.filterwarnings("ignore:.*_encode_prompt.* is deprecated")
+@pytest.mark.parametrize("config", REAL, ids=lambda one: one.stem)
+def test_it_builds_its_training_and_takes_a_step(config, models, data, tmp_path):
+    recipe, kind = recipe_of(config), CLASSES[config.stem.split("_")[-1]]
+    known = vars(parse(recipe.Options, "", ["--config", str(config)]))
+    pairs = recipe.__name__ in ("train_dpo", "train_inpo")
+    given = {
+        **{name: value for name, value in SMALL.items() if name in known},
+        "model": models[kind],
+        "data": data / ("pairs.parquet" if pairs else "photos.parquet"),
+        "validation_prompts": data / "prompts.txt",
+        "output_dir": tmp_path / "run",
+        **({"sampling_prompts": data / "prompts.txt"} if "sampling_prompts" in known else {}),
+        **({"agsm_weight": 1} if "agsm_weight" in known else {}),
+    }
+    flags = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    recipe.main(["--config", str(config), *flags])
+    lines = [line for line in log(tmp_path / "run") if "loss" in line]
+    assert lines and all(torch.tensor(line["loss"]).isfinite() for line in lines)
+    assert any("agsm/loss" in line for line in log(tmp_path / "run"))
