@@ -102,7 +102,7 @@ class Rows:
                     images = [self._load(cells[name]) for name in self.images]
                     _check_text(cells[self.text])
                     return row, images, cells[self.text]
-                except _UNREADABLE as error:
+                except UNREADABLE as error:
                     self._leave_out(row, error)
             row = (row + 1) % len(self.table)
         raise ValueError(
@@ -130,16 +130,26 @@ class Rows:
         return int(self._orders[epoch][inside])
 
     def _load(self, cell: Any) -> Tensor:
-        """From bytes or a cell of `datasets.Image(decode=False)`; `_UNREADABLE` if damaged."""
-        if isinstance(cell, Mapping):
-            cell = cell["bytes"] or cell["path"]
-        try:
-            with Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell) as file:
-                upright = _in_eight_bits(ImageOps.exif_transpose(file), file.format).convert("RGB")
-        except Image.DecompressionBombError as error:
-            raise ValueError(str(error)) from error
-        fitted = ImageOps.fit(upright, (self.size, self.size))
-        return torch.from_numpy(to_model(np.asarray(fitted)[None]))[0]
+        """`UNREADABLE` if damaged."""
+        return torch.from_numpy(to_model(read_image(cell, self.size)[None]))[0]
+
+
+def read_image(cell: Any, size: int) -> npt.NDArray[np.uint8]:
+    """(size, size, 3) from a path, bytes, or a cell of `datasets.Image(decode=False)`.
+
+    Turned as its EXIF says, resized to cover the size, and cropped in the middle.
+
+    Raises:
+        OSError, ValueError, ...: of `UNREADABLE`, where it is damaged.
+    """
+    if isinstance(cell, Mapping):
+        cell = cell["bytes"] or cell["path"]
+    try:
+        with Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell) as file:
+            upright = _in_eight_bits(ImageOps.exif_transpose(file), file.format).convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+    return np.asarray(ImageOps.fit(upright, (size, size)))
 
 
 def _in_eight_bits(image: Any, kind: str) -> Any:
@@ -192,7 +202,7 @@ class TableBatches(Dataset[Batch]):
 
 
 # What PIL raises for damaged images of one format or another; and for no image, or no text, at all.
-_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, struct.error)
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, struct.error)
 
 
 def _check_text(cell: Any) -> None:

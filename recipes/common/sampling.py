@@ -69,9 +69,7 @@ def calls(
     arguments: Mapping[str, Any] | None = None,
 ) -> Iterator[npt.NDArray[np.uint8]]:
     """The images of one call of the pipeline after the other."""
-    if batch_size == 0:
-        size = getattr(pipe, "default_sample_size", None) or denoiser_of(pipe).config.sample_size
-        batch_size = 64 if np.max(size) * pipe.vae_scale_factor <= 128 else 4
+    batch_size = batch_size or images_per_call(pipe)
     for start in range(0, len(prompts), batch_size):
         images = pipe(
             list(prompts[start : start + batch_size]),
@@ -82,3 +80,14 @@ def calls(
             **(arguments or {}),
         ).images
         yield (images * 255).round().astype("uint8")
+
+
+def image_side(pipe: Any) -> int:
+    """Pixels along a side of the images that a pipeline makes unless it is given another size."""
+    size = getattr(pipe, "default_sample_size", None) or denoiser_of(pipe).config.sample_size
+    return int(np.max(size) * pipe.vae_scale_factor)
+
+
+def images_per_call(pipe: Any) -> int:
+    """64 of up to 128 pixels a side, 4 of any larger."""
+    return 64 if image_side(pipe) <= 128 else 4

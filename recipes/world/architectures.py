@@ -328,7 +328,8 @@ def pipeline_arguments(pipe: Any) -> dict[str, Any]:
     if third is None or third.config.vocab_size != SILENT_WORDS:
         return {}
     name = "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3"
-    logging.getLogger(name).addFilter(_not_of_one_token)
+    for pipeline in (name, f"{name}_img2img"):
+        logging.getLogger(pipeline).addFilter(_not_of_one_token)
     return {"max_sequence_length": 1}
 
 
