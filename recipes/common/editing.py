@@ -10,6 +10,7 @@ image to noise, then with the one that comes back. Images are (N, H, W, 3) uint8
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,7 +195,7 @@ def img2img(
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         batch_size=len(prompts),
-        arguments={**model.arguments, "image": given, "strength": strength},
+        arguments={**_arguments(model, pipe, images), "image": given, "strength": strength},
     )
 
 
@@ -215,6 +216,7 @@ def inversion(
     latents = encode(model, images)
     if hasattr(model.pipe, "_pack_latents"):  # Flux
         latents = model.pipe._pack_latents(latents, *latents.shape)
+    arguments = _arguments(model, model.pipe, images)
     there, back = there_and_back(model.pipe.scheduler)
     with _scheduler(model.pipe, there):
         noise = model.pipe(
@@ -223,7 +225,7 @@ def inversion(
             num_inference_steps=num_inference_steps,
             guidance_scale=1.0,
             output_type="latent",
-            **model.arguments,
+            **arguments,
         ).images
     with _scheduler(model.pipe, back):
         return sample(
@@ -233,8 +235,15 @@ def inversion(
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             batch_size=len(prompts),
-            arguments={**model.arguments, "latents": noise},
+            arguments={**arguments, "latents": noise},
         )
+
+
+def _arguments(model: TextToImage, pipe: Any, images: Images) -> dict[str, Any]:
+    """Those of the model, and the images' size where the pipeline takes one."""
+    size = {"height": images.shape[1], "width": images.shape[2]}
+    known = inspect.signature(pipe.__call__).parameters
+    return {**model.arguments, **{name: value for name, value in size.items() if name in known}}
 
 
 def encode(model: TextToImage, images: Images) -> Tensor:

@@ -107,7 +107,7 @@ def test_noise_is_the_images_own_in_any_batch(any_base):
         FlowMatchEulerDiscreteScheduler(shift=3.0),
         FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         DDIMScheduler(),
-        DDIMScheduler(prediction_type="v_prediction", set_alpha_to_one=False),
+        DDIMScheduler(set_alpha_to_one=False, timestep_spacing="leading", steps_offset=1),
     ],
 )
 def test_the_way_back_has_the_noise_levels_of_the_way_there(scheduler):
@@ -129,16 +129,19 @@ def test_the_way_back_has_the_noise_levels_of_the_way_there(scheduler):
         return torch.cos(time / 300) * torch.ones_like(x)
 
     noise = gone(there, x_0, of_time)
-    assert (noise - x_0).abs().max() > 0.3
+    assert (noise - x_0).abs().max() > 0.1
     assert torch.allclose(gone(back, noise, of_time), x_0, atol=1e-4)
 
 
-def test_inversion_and_the_same_caption_give_the_image_back(any_base):
-    model, changes = loaded(any_base), asked()
+@pytest.mark.parametrize("name", ["flow_clean", "epsilon_clean"])
+def test_inversion_and_the_same_caption_give_the_image_back(name, recipes):
+    folder = str(recipes / "models" / name)
+    model = TextToImage.load(folder, torch.float32, arguments=pipeline_arguments)
+    changes = asked(1)
     scheduler = model.pipe.scheduler
     own = Changes(changes.images, changes.captions, changes.captions)
     errors = []
-    for steps in (2, 40):
+    for steps in (2, 12):
         out = change(
             model, model.pipe, own, strength=None, seed=0,
             num_inference_steps=steps, guidance_scale=1.0,
@@ -146,13 +149,12 @@ def test_inversion_and_the_same_caption_give_the_image_back(any_base):
         errors.append(np.abs(out.astype(float) - changes.images).mean())
     assert errors[1] < 2 and errors[1] < errors[0]
     assert model.pipe.scheduler is scheduler
-    other = inversion(
-        model, changes.images, changes.captions, changes.prompts,
-        num_inference_steps=4, guidance_scale=4.0,
-    )  # fmt: skip
-    again = inversion(
-        model, changes.images, changes.captions, changes.captions,
-        num_inference_steps=4, guidance_scale=4.0,
+    other, again = (
+        inversion(
+            model, changes.images, changes.captions, prompts,
+            num_inference_steps=2, guidance_scale=4.0,
+        )
+        for prompts in (changes.prompts, changes.captions)
     )  # fmt: skip
     assert not np.array_equal(other, again)
 
@@ -286,7 +288,7 @@ def test_the_table_has_shares_with_intervals():
     summary = edit_summary(verdicts)
     told = summary["colour"]
     assert (told["n"], told["changed"], told["kept"], told["both"]) == (2, 0.5, 1, 0.5)
-    assert told["changed_low"] < 0.1 < 0.9 < told["changed_high"]
+    assert told["changed_low"] < 0.1 and told["changed_high"] > 0.9
     last = edit_table({"base": summary}).splitlines()[-1]
     assert last.startswith("| base | colour | 2 | 0.50 [0.09, 0.91] | 1.00 [")
 
@@ -306,7 +308,7 @@ def test_the_command_on_the_world(flow_base, tmp_path):
         folder = tmp_path / "a" / name.replace(",", "").replace(" ", "_")
         assert len(list(folder.glob("*/samples/0000.png"))) == 4
         assert "include" in json.loads((folder / "00000" / "metadata.jsonl").read_text())
-    assert Image.open(tmp_path / "a" / "sheet.png").width == 5 * 152
+    assert pixels(tmp_path / "a" / "sheet.png").shape[1] == 5 * 152
     with pytest.raises(ValueError, match="not empty"):
         edit.main(["--model", str(flow_base), "--output_dir", str(tmp_path / "a")])
 
@@ -329,7 +331,7 @@ def test_the_command_on_a_table(epsilon_base, tmp_path, ending):
     made = tmp_path / "out" / "inversion" / "00000"
     assert json.loads((made / "metadata.jsonl").read_text()) == {"prompt": "two circles"}
     assert pixels(made / "samples" / "0000.png").shape == (24, 24, 3)
-    assert Image.open(tmp_path / "out" / "sheet.png").width == 2 * 152
+    assert pixels(tmp_path / "out" / "sheet.png").shape[1] == 2 * 152
     assert not (tmp_path / "out" / "scores.json").exists()
 
 
