@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.options import Checked, option, parse
+from common.settings import given_model
 from common.stop import command
 
 
@@ -75,13 +76,8 @@ class Options(Checked):
         if self.method == "inversion" and self.strength:
             raise ValueError("strength: it is img2img's; inversion has none. Leave it out.")
         strengths(self.strength)
-        if not self.model:
-            if self.data != "world":
-                raise ValueError(
-                    f"model: expected a pipeline for the data {self.data}, a folder or a hub id, "
-                    "got none. Give --model."
-                )
-            object.__setattr__(self, "model", "recipes/models/flow_clean")
+        model = given_model(self.model, self.data, "recipes/models/flow_clean")
+        object.__setattr__(self, "model", model)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,12 +91,15 @@ def main(arguments: list[str] | None = None) -> None:
     from common.messages import say
     from common.pipeline import TextToImage
     from common.sampling import image_side
+    from common.sources import check_source, loading
     from world.architectures import pipeline_arguments
     from world.edits import changes_of, world_edits
 
     output = Path(options.output_dir)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another --output_dir")
+    for name in ("model", "tokens", "lora"):
+        check_source(name, getattr(options, name))
     device = options.device or "cpu"
     if options.device is None and torch.accelerator.is_available():
         device = str(torch.accelerator.current_accelerator())
@@ -118,7 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
         if with_extras:
             model.load_extras("", options.lora)
             if options.tokens:  # into the pipeline that runs: see `image_to_image`
-                load_soft_tokens(pipe, options.tokens, Sampling(options.sampling))
+                with loading("tokens", options.tokens):
+                    load_soft_tokens(pipe, options.tokens, Sampling(options.sampling))
         for strength in strengths(options.strength) if options.method == "img2img" else [None]:
             name = "inversion" if strength is None else f"strength {strength:g}"
             name += f", with {extras}" if with_extras else ""
@@ -134,7 +134,8 @@ def main(arguments: list[str] | None = None) -> None:
             )
             say(f"{name}: {len(results[name])} images")
     _write(output, asked, edits, results)
-    say(f"The images and sheet.png are in {output}")
+    scores = ", scores.json, scores.md" if edits else ""
+    say(f"The images{scores} and sheet.png are in {output}")
 
 
 def strengths(text: str) -> list[float]:

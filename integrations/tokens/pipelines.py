@@ -32,7 +32,9 @@ False
 >>> attached.detach()
 
 The tokens are attached to the denoiser, so the img2img, inpaint and ControlNet variants that share
-it use them too.
+it use them too, whether they were made before or after (`from_pipe`). A choice that differs by
+branch asks one pipeline whether it is guided: give `load_soft_tokens` or `set_sampling` the one
+that you call.
 """
 
 from enum import Enum
