@@ -41,6 +41,7 @@ from world.render import render
 from world.scene import Group, Spec, Thing
 
 SAMPLED = {"num_inference_steps": 4, "guidance_scale": 2.0}
+FEW = {**SAMPLED, "num_inference_steps": 2}
 
 
 def loaded(folder):
@@ -170,31 +171,33 @@ def speaking(request, tmp_path_factory):
 def test_every_pipeline_edits_and_tokens_change_the_result(speaking):
     model, changes = speaking
     pipe = image_to_image(model)
-    for runs, strength in ((pipe, 0.5), (model.pipe, None)):
+    # Into the pipeline that runs, and for img2img also into the one that it was made of.
+    for runs, strength, loads in ((pipe, 1, (pipe, model.pipe)), (model.pipe, None, (model.pipe,))):
 
         def out(runs=runs, strength=strength):
-            return change(model, runs, changes, strength=strength, seed=0, **SAMPLED)
+            return change(model, runs, changes, strength=strength, seed=0, **FEW)
 
-        bare = out()
+        bare, found = out(), []
         assert bare.shape == (2, 8, 8, 3)
-        found = []
-        for loads in (model.pipe, pipe):  # before `image_to_image`, or after it
-            attached = load_soft_tokens(loads, tokens_of(model))
+        for one in loads:
+            attached = load_soft_tokens(one, tokens_of(model))
             found.append(out())
             attached.detach()
-        assert np.array_equal(found[0], found[1])
+        assert np.array_equal(found[0], found[-1])
         assert not np.array_equal(found[0], bare)
         assert np.array_equal(out(), bare)
 
 
 def test_branches_are_asked_of_the_pipeline_that_runs(speaking):
     model, changes = speaking
-    if not hasattr(type(model.pipe), "do_classifier_free_guidance"):
-        pytest.skip("Flux has no such branches")
     pipe = image_to_image(model)
+    if not hasattr(type(pipe), "do_classifier_free_guidance"):  # Flux
+        with pytest.raises(ValueError, match=r"Use Sampling\.BOTH"):
+            load_soft_tokens(pipe, tokens_of(model), Sampling.CONDITIONAL_ONLY)
+        return
 
     def out():
-        return change(model, pipe, changes, strength=1.0, seed=0, **SAMPLED)
+        return change(model, pipe, changes, strength=1, seed=0, **FEW)
 
     attached = load_soft_tokens(pipe, tokens_of(model), Sampling.CONDITIONAL_ONLY)
     right = out()
@@ -325,13 +328,21 @@ def table(tmp_path, ending, **changed):
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv"])
 def test_the_command_on_a_table(epsilon_base, tmp_path, ending):
+    model = TextToImage.load(str(epsilon_base), torch.float32)
+    model.add_lora(2)
+    for parameter in model.denoiser.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    model.save_lora(tmp_path / "lora")
     edit.main(["--model", str(epsilon_base), "--data", str(table(tmp_path, ending)),
+               "--lora", str(tmp_path / "lora"),
                "--method", "inversion", "--num_inference_steps", "2",
                "--output_dir", str(tmp_path / "out")])  # fmt: skip
-    made = tmp_path / "out" / "inversion" / "00000"
-    assert json.loads((made / "metadata.jsonl").read_text()) == {"prompt": "two circles"}
-    assert pixels(made / "samples" / "0000.png").shape == (24, 24, 3)
-    assert pixels(tmp_path / "out" / "sheet.png").shape[1] == 2 * 152
+    made = [tmp_path / "out" / f"inversion{extra}" / "00000" for extra in ("", "_with_lora")]
+    assert json.loads((made[0] / "metadata.jsonl").read_text()) == {"prompt": "two circles"}
+    bare, changed = (pixels(folder / "samples" / "0000.png") for folder in made)
+    assert bare.shape == (24, 24, 3) and not np.array_equal(bare, changed)
+    assert pixels(tmp_path / "out" / "sheet.png").shape[1] == 3 * 152
     assert not (tmp_path / "out" / "scores.json").exists()
 
 
