@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = Path(options.output_dir)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; choose another --output_dir")
-    for name in ("model", "tokens", "lora"):
+    for name in ("model", "tokens", "lora", *(["data"] if options.data != "world" else [])):
         check_source(name, getattr(options, name))
     device = options.device or "cpu"
     if options.device is None and torch.accelerator.is_available():
