@@ -1,5 +1,7 @@
 """What a new user meets: errors of one line with a remedy, before anything is loaded."""
 
+import time
+
 import pytest
 from datasets import Dataset
 
@@ -210,6 +212,7 @@ def test_tensorboard_gets_the_sheets_once(tmp_path):
     chosen = options(tmp_path, report_to="tensorboard", logging_steps=1, checkpointing_steps=3)
     with pytest.raises(KeyboardInterrupt):
         run(chosen, at=killed_at(5))  # step 4 is logged, and not in the checkpoint
+    time.sleep(1.1)  # the files are read in the order of their names, which begin with the second
     run(resumed(chosen))
     events = EventAccumulator(str(tmp_path / "agsm-loss")).Reload()
     assert [one.step for one in events.Images("validation")] == [0, 4, 6]
