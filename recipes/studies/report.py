@@ -264,10 +264,11 @@ def _differences(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> l
             # Categories have equal numbers, so the mean over images is the mean of the categories.
             all_mean, all_half = paired(right[name], right[baseline], prompts)
             mean, half = paired(right[name][counting], right[baseline][counting], prompts[counting])
-            ratio = right[name][counting].mean() / max(right[baseline][counting].mean(), 1e-9)
+            before = right[baseline][counting].mean()
+            ratio = f"{right[name][counting].mean() / before:.2f}" if before else ""
             lines.append(
                 f"| {_plain(name)} | {all_mean:+.3f} ± {all_half:.3f} | "
-                f"{mean:+.3f} ± {half:.3f} | {ratio:.2f} |"
+                f"{mean:+.3f} ± {half:.3f} | {ratio} |"
             )
         lines.append("")
     return lines
