@@ -1,7 +1,6 @@
 """What each rank does in the tests with several processes (importable by the spawned ones)."""
 
 import os
-from pathlib import Path
 
 import torch
 from integrations_tiny import tiny
@@ -118,15 +117,12 @@ def regularizer(rank):
     }
 
 
-def ddpo(rank):
-    """An epoch of DDPO with AGSM on samples of the rank's own; what is trained, and its average.
-
-    The pipeline lies in the folder that the environment names PIPELINE."""
+def ddpo(rank, folder):
+    """An epoch of DDPO with AGSM on samples of the rank's own; what is trained, and its average."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ["OMP_NUM_THREADS"] = "1"
     import test_trl_ddpo as one
 
-    folder = Path(os.environ["PIPELINE"])
     pipe = one.pipeline(folder)
     trainer = one.AGSMDDPOTrainer(
         one.config(folder / "run"),
