@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.tokens.pipelines import Sampling, load_soft_tokens
     from common.editing import change, image_to_image, read_changes
     from common.messages import say
-    from common.pipeline import TextToImage
+    from common.pipeline import TextToImage, chosen_device
     from common.sampling import image_side
     from common.sources import check_source, loading
     from world.architectures import pipeline_arguments
@@ -100,12 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"{output} is not empty; choose another --output_dir")
     for name in ("model", "tokens", "lora", *(["data"] if options.data != "world" else [])):
         check_source(name, getattr(options, name))
-    device = options.device or "cpu"
-    if options.device is None and torch.accelerator.is_available():
-        device = str(torch.accelerator.current_accelerator())
-    model = TextToImage.load(
-        options.model, getattr(torch, options.dtype), device, pipeline_arguments
-    )
+    dtype, device = getattr(torch, options.dtype), chosen_device(options.device)
+    model = TextToImage.load(options.model, dtype, device, pipeline_arguments)
     edits = world_edits(options.num_images, seed=options.seed) if options.data == "world" else []
     asked = changes_of(edits) if edits else read_changes(
         options.data, size=image_side(model.pipe), number=options.num_images

@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from agsm_loss.integrations.tokens.pipelines import Sampling
     from common.messages import say
-    from common.pipeline import TextToImage
+    from common.pipeline import TextToImage, chosen_device
     from common.sampling import calls
     from common.sheet import side_by_side
     from common.sources import check_source
@@ -105,12 +105,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not todo and not no_sheet:
         say(f"All {len(every)} images are in {output} already")
         return
-    device = options.device or "cpu"
-    if options.device is None and torch.accelerator.is_available():
-        device = str(torch.accelerator.current_accelerator())
-    model = TextToImage.load(
-        options.model, getattr(torch, options.dtype), device, pipeline_arguments
-    )
+    dtype, device = getattr(torch, options.dtype), chosen_device(options.device)
+    model = TextToImage.load(options.model, dtype, device, pipeline_arguments)
     bare = compared if no_sheet and changed else []  # sampled without tokens and LoRA as well
     bar = tqdm(total=len(bare) + len(every), initial=len(every) - len(todo), unit="image")
 

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from common.checkpoints import MAY_CHANGE
 from common.log import lines_of
 from common.settings import PipelineOptions
+from common.sources import is_hub_id
 from common.stop import command_of
 
 _NAMES = {"tokens": "Soft tokens", "lora": "A LoRA", "pipeline": "A pipeline"}
@@ -168,11 +167,7 @@ def _metadata(kind: str, options: PipelineOptions) -> ModelCardData:
 
 
 def _on_hub(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name and not Path(name).exists()
+    return is_hub_id(name) and "/" in name and not Path(name).exists()
 
 
 def _options(options: PipelineOptions) -> dict[str, Any]:

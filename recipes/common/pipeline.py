@@ -74,6 +74,13 @@ def add_lora(denoiser: Any, rank: int) -> None:
     cast_training_params(denoiser, torch.float32)
 
 
+def chosen_device(device: str | None) -> str:
+    """The one that is named; left out: the accelerator where there is one, else the CPU."""
+    if device is None and torch.accelerator.is_available():
+        return str(torch.accelerator.current_accelerator())
+    return device or "cpu"
+
+
 class TextToImage:
     """A frozen pipeline.
 

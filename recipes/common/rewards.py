@@ -82,12 +82,7 @@ MODELS: dict[str, Callable[[torch.device | str], Score]] = {
 
 
 def _one(name: str, device: torch.device | str, more: Mapping[str, Score]) -> Score:
-    known: dict[str, Score] = {
-        "jpeg_compressibility": jpeg_compressibility,
-        "jpeg_incompressibility": jpeg_incompressibility,
-        "redness": redness,
-        **more,
-    }
+    known = {**WITHOUT_PROMPT, **more}
     if name in known:
         return known[name]
     if name in MODELS:
@@ -120,3 +115,11 @@ def redness(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
     """Mean of red less the mean of green and blue, in [-1, 1]; the prompts have no say."""
     red, green, blue = ((pixels.float().clamp(-1, 1) + 1) / 2).mean((2, 3)).unbind(1)
     return (red - (green + blue) / 2).cpu()
+
+
+WITHOUT_PROMPT: dict[str, Score] = {
+    "jpeg_compressibility": jpeg_compressibility,
+    "jpeg_incompressibility": jpeg_incompressibility,
+    "redness": redness,
+}
+"""Name -> a reward of the picture alone: it can be asked of any picture."""

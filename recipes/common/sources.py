@@ -21,14 +21,20 @@ def check_source(option: str, name: str) -> None:
     )
 
 
-def _may_be_id(name: str) -> bool:
-    """One of the hub's "owner/name"s; one whose owner is a folder here is a path."""
+def is_hub_id(name: str) -> bool:
+    """Whether the hub takes it as an id; it may be a folder here all the same."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
+    return True
+
+
+def _may_be_id(name: str) -> bool:
+    """One of the hub's "owner/name"s; one whose owner is a folder here is a path."""
     owner, slash, _ = name.partition("/")
-    return not (slash and Path(owner).is_dir()) and Path(name).suffix not in _ENDINGS
+    of_path = (slash and Path(owner).is_dir()) or Path(name).suffix in _ENDINGS
+    return is_hub_id(name) and not of_path
 
 
 _ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".tar", ".safetensors", ".yaml"}

@@ -16,15 +16,13 @@ from markdown_it import MarkdownIt
 from scipy.stats import t
 from torch import Tensor
 
-from common.rewards import load
+from common.rewards import WITHOUT_PROMPT
 from studies.figures import curves, frontier, pictures
 from studies.plan import BASE, OF, Plan, folder_of, images_of, jobs_of, log_of
 from world.detect import palette_error
 from world.prompts import specs
 
 Floats = npt.NDArray[np.float64]
-# Rewards that need no prompt, so that they can be told of the base's pictures too.
-_OF_PICTURES_ALONE = ("jpeg_compressibility", "jpeg_incompressibility", "redness")
 
 
 def write(plan: Plan, config: Path, *, seconds: float) -> Path:
@@ -348,8 +346,9 @@ def _cleanness(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> lis
 def _rewards(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """Of the held-out pictures, where the methods train on a reward that ignores the prompt."""
     name = plan.common.get("reward", "")
-    if name not in _OF_PICTURES_ALONE:
+    if name not in WITHOUT_PROMPT:
         return []
+    score = WITHOUT_PROMPT[name]
     lines = [
         "## Reward",
         "",
@@ -360,7 +359,7 @@ def _rewards(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[
     ]
     for method, group in by_method.items():
         images = [images_of(plan, method, result["seed"]) for result in group]
-        rewards = [float(load(name)(_pixels(one), []).mean()) for one in images]
+        rewards = [float(score(_pixels(one), []).mean()) for one in images]
         cells = [
             _told(*spread(rewards)),
             _told(*spread([result["heldout"]["overall"] for result in group])),

@@ -41,8 +41,9 @@ class Edit:
     @property
     def kind(self) -> str:
         """ "count" or "colour"."""
-        old, new = (spec.groups[self.touched] for spec in (self.source, self.wanted))
-        return "colour" if old.count == new.count else "count"
+        found = _kind(self.source, self.wanted)
+        assert found is not None
+        return found
 
     @property
     def touched(self) -> int:
