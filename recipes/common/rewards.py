@@ -70,6 +70,8 @@ def _weighted(part: str) -> tuple[str, float]:
         return part, 1.0
 
 
+WITHOUT_PROMPT = ("jpeg_compressibility", "jpeg_incompressibility", "redness")
+"""The functions below: rewards of a picture alone, which can be asked of any picture."""
 MODELS: dict[str, Callable[[torch.device | str], Score]] = {
     "pickscore": lambda device: PreferenceModel(reward_models.PICKSCORE, device),
     "clipscore": lambda device: reward_models.CLIPScore(reward_models.CLIP, device),
@@ -82,7 +84,7 @@ MODELS: dict[str, Callable[[torch.device | str], Score]] = {
 
 
 def _one(name: str, device: torch.device | str, more: Mapping[str, Score]) -> Score:
-    known = {**WITHOUT_PROMPT, **more}
+    known = {**{one: globals()[one] for one in WITHOUT_PROMPT}, **more}
     if name in known:
         return known[name]
     if name in MODELS:
@@ -115,11 +117,3 @@ def redness(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
     """Mean of red less the mean of green and blue, in [-1, 1]; the prompts have no say."""
     red, green, blue = ((pixels.float().clamp(-1, 1) + 1) / 2).mean((2, 3)).unbind(1)
     return (red - (green + blue) / 2).cpu()
-
-
-WITHOUT_PROMPT: dict[str, Score] = {
-    "jpeg_compressibility": jpeg_compressibility,
-    "jpeg_incompressibility": jpeg_incompressibility,
-    "redness": redness,
-}
-"""Name -> a reward of the picture alone: it can be asked of any picture."""

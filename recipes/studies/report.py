@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from scipy.stats import t
 from torch import Tensor
 
-from common.rewards import WITHOUT_PROMPT
+from common.rewards import WITHOUT_PROMPT, load
 from studies.figures import curves, frontier, pictures
 from studies.plan import BASE, OF, Plan, folder_of, images_of, jobs_of, log_of
 from world.detect import palette_error
@@ -348,7 +348,7 @@ def _rewards(plan: Plan, by_method: Mapping[str, list[dict[str, Any]]]) -> list[
     name = plan.common.get("reward", "")
     if name not in WITHOUT_PROMPT:
         return []
-    score = WITHOUT_PROMPT[name]
+    score = load(name)
     lines = [
         "## Reward",
         "",
