@@ -31,9 +31,10 @@ from torch import Tensor
 
 from agsm_loss import draws
 from agsm_loss.integrations.noise import prediction_type
-from common.image_data import UNREADABLE, open_table, read_image, to_model
+from common.image_data import UNREADABLE, read_image, to_model
 from common.pipeline import TextToImage
 from common.sampling import images_per_call, sample
+from common.tables import open_table
 
 Images = npt.NDArray[np.uint8]
 COLUMNS = ("image", "caption", "new_caption")

@@ -1,6 +1,6 @@
 """Captioned images of any data set, a batch a micro-step.
 
-    table = open_table("photos.parquet", "train")    a file, an imagefolder, or a hub id
+    table = open_table("photos.parquet", "train")    of common.tables
     batches = TableBatches(table, 16, hard=0, seed=0, size=512)
 
 Item i is a function of (seed, i, process): a resumed run sees what it would have seen. Hard
@@ -10,16 +10,11 @@ negatives, where asked for, are captions one edit away from the image's own
 
 from __future__ import annotations
 
-import glob
 import io
 import logging
-import os
 import struct
-import tarfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -31,7 +26,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.hard_negatives import edited
-from common.sources import check_source, loading
 
 LOGGER = logging.getLogger(__name__)
 
@@ -51,6 +45,20 @@ def to_model(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     if images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(f"images: expected (B, H, W, 3), got {images.shape}")
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row of a batch: its number, its images (3, H, W), and its text's cell.
+
+    image_id: the number of the batch's first row with the same image files; its own where the
+    images are not files.
+    """
+
+    row: int
+    image_id: int
+    images: list[Tensor]
+    text: Any
 
 
 class Rows:
@@ -89,10 +97,17 @@ class Rows:
         self.unreadable: set[int] = set()
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
 
-    def batch(self, index: int) -> list[tuple[int, list[Tensor], Any]]:
-        """Row number, images (3, H, W) and the text's cell of each row of batch `index`."""
+    def batch(self, index: int) -> list[Item]:
+        """The rows of batch `index`."""
         start = (index * self.processes + self.rank) * self.batch_size
-        return [self._readable(self._row(start + place)) for place in range(self.batch_size)]
+        first: dict[Any, int] = {}
+        found = []
+        for place in range(self.batch_size):
+            row, images, cells = self._readable(self._row(start + place))
+            files = tuple(_file(cells[name]) for name in self.images)
+            image_id = row if None in files else first.setdefault(files, row)
+            found.append(Item(row, image_id, images, cells[self.text]))
+        return found
 
     def _readable(self, row: int) -> tuple[int, list[Tensor], Any]:
         for _ in range(len(self.table)):
@@ -101,7 +116,7 @@ class Rows:
                 try:
                     images = [self._load(cells[name]) for name in self.images]
                     _check_text(cells[self.text])
-                    return row, images, cells[self.text]
+                    return row, images, cells
                 except UNREADABLE as error:
                     self._leave_out(row, error)
             row = (row + 1) % len(self.table)
@@ -132,6 +147,13 @@ class Rows:
     def _load(self, cell: Any) -> Tensor:
         """`UNREADABLE` if damaged."""
         return torch.from_numpy(to_model(read_image(cell, self.size)[None]))[0]
+
+
+def _file(cell: Any) -> str | None:
+    """The path of an image that is a file; None for bytes, whose name may be anything."""
+    if isinstance(cell, Mapping):
+        return None if cell["bytes"] else cell["path"]
+    return cell if isinstance(cell, str) else None
 
 
 def read_image(cell: Any, size: int) -> npt.NDArray[np.uint8]:
@@ -192,11 +214,11 @@ class TableBatches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng([self.rows.seed, index, self.rows.rank, 4])
         found = self.rows.batch(index)
-        captions = [one_text(cell, rng) for _, _, cell in found]
+        captions = [one_text(item.text, rng) for item in found]
         return Batch(
-            torch.stack([images[0] for _, images, _ in found]),
+            torch.stack([item.images[0] for item in found]),
             captions,
-            [row for row, _, _ in found],
+            [item.image_id for item in found],
             [edited(text, self.hard, rng) for text in captions],
         )
 
@@ -214,87 +236,3 @@ def _check_text(cell: Any) -> None:
 def one_text(cell: str | Sequence[str], rng: np.random.Generator) -> str:
     """A caption's cell: itself, or one of several."""
     return cell if isinstance(cell, str) else cell[int(rng.integers(len(cell)))]
-
-
-def open_table(
-    data: str, split: str, *, columns: Collection[str] = ("image",), text: str = "caption"
-) -> Any:
-    """Tables of one or more files ("shards/*.parquet"), a folder of them or of images, or a hub id.
-
-    .parquet, .jsonl, .csv, or .tar of webdataset (its columns are the files' endings: jpg, txt;
-    only `text` and `columns` are read).
-    """
-    if not glob.has_magic(data):
-        check_source("data", data)
-    path = Path(data)
-    kinds = {
-        ".parquet": "parquet",
-        ".jsonl": "json",
-        ".json": "json",
-        ".csv": "csv",
-        ".tar": "tar",
-    }
-    if path.is_dir():
-        pictures = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-        if any(file.suffix.lower() in pictures for file in path.rglob("*")):
-            return datasets.load_dataset("imagefolder", data_dir=data, split=split)
-        return datasets.load_dataset(data, split=split)
-    if path.suffix in kinds:
-        files = [data] if path.exists() else sorted(glob.glob(data, recursive=True))
-        if not files:
-            raise FileNotFoundError(f"data: no file {data}")
-        if path.suffix == ".tar":
-            return _open_tars(files, {*columns, text}, text)
-        return datasets.load_dataset(kinds[path.suffix], data_files={split: files}, split=split)
-    with loading("data", data):
-        return datasets.load_dataset(data, split=split)
-
-
-def _open_tars(files: Sequence[str], columns: Collection[str], text: str) -> Any:
-    """webdataset: a row a stem, a column an ending; those that are not asked for are left empty.
-
-    `datasets`' own reader decodes every file, so that one array among the images can end a run.
-    """
-    with tarfile.open(files[0]) as tar:
-        endings = dict.fromkeys(_key_and_ending(member)[1] for member in islice(tar, 1000))
-    kinds = {name: "binary" if name in columns else "null" for name in endings if name}
-    kinds |= {text: "string"} if text in kinds else {}
-    return datasets.Dataset.from_generator(
-        _rows_of_tars,
-        features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
-        # Sizes and times: the cache of rows is found by these arguments.
-        gen_kwargs={
-            "files": [(file, os.stat(file).st_size, os.stat(file).st_mtime) for file in files],
-            "kinds": kinds,
-        },
-    )
-
-
-def _rows_of_tars(
-    files: Sequence[tuple[str, int, float]], kinds: Mapping[str, str]
-) -> Iterator[dict[str, Any]]:
-    for file, *_ in files:
-        with tarfile.open(file) as tar:
-            named = ((member, *_key_and_ending(member)) for member in tar)
-            for _, group in groupby((one for one in named if one[2]), key=lambda one: one[1]):
-                row: dict[str, Any] = dict.fromkeys(kinds)
-                for member, _, ending in group:
-                    if kinds.get(ending, "null") != "null":
-                        content = tar.extractfile(member).read()
-                        row[ending] = _decoded(content) if kinds[ending] == "string" else content
-                yield row
-
-
-def _key_and_ending(member: tarfile.TarInfo) -> tuple[str, str]:
-    """("a/001", "seg.png") of a/001.seg.png; no ending: not a file of webdataset."""
-    folder, name = os.path.split(member.name)
-    stem, _, ending = name.partition(".")
-    return os.path.join(folder, stem), ending if stem and member.isfile() else ""
-
-
-def _decoded(content: bytes) -> str | None:
-    """None makes the row unreadable."""
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return None

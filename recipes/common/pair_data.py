@@ -75,14 +75,14 @@ class TablePairs(Dataset[PairBatch]):
         rng = np.random.default_rng([self.rows.seed, index, self.rows.rank, 8])
         found = self.rows.batch(index)
         ordered = [
-            images if self.first_wins is None or self.first_wins[row] else images[::-1]
-            for row, images, _ in found
+            one.images if self.first_wins is None or self.first_wins[one.row] else one.images[::-1]
+            for one in found
         ]
-        captions = [one_text(cell, rng) for _, _, cell in found]
+        captions = [one_text(one.text, rng) for one in found]
         return PairBatch(
             torch.stack([images[0] for images in ordered]),
             torch.stack([images[1] for images in ordered]),
             captions,
-            [row for row, _, _ in found],
+            [one.row for one in found],
             [edited(text, self.hard, rng) for text in captions],
         )

@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from common.image_data import Batch, TableBatches, one_text, open_table
+from common.image_data import Batch, TableBatches, one_text
 from common.pair_data import PAIR_COLUMNS, PairBatch, TablePairs
 from common.rewards import Score
 from common.sampling import read_prompts
+from common.tables import open_table
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Batches for post-training, functions of their index: the world's, a table's; edited captions."""
 
 import io
+import json
 import tarfile
 import time
 
@@ -12,7 +13,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from common.hard_negatives import COLOUR_WORDS, edited, edits
-from common.image_data import TableBatches, open_table
+from common.image_data import TableBatches
+from common.tables import open_table
 from common.task import Task
 from world.captions import caption, hard_negatives
 from world.data import WorldBatches
@@ -225,6 +227,60 @@ def test_several_captions_an_image_are_drawn_from():
     table = Dataset.from_list([{"image": png("red"), "caption": ["one", "two", "three"]}])
     drawn = {t for i in range(20) for t in TableBatches(table, 1, 0, seed=0, size=8)[i].captions}
     assert drawn == {"one", "two", "three"}
+
+
+def coco(folder, images="train2017"):
+    """Two images with five captions each, and one without, as COCO keeps them."""
+    (folder / "annotations").mkdir(parents=True)
+    (folder / images).mkdir(exist_ok=True)
+    for name in ("1.jpg", "2.jpg", "3.jpg"):
+        Image.new("RGB", (40, 30), "red").save(folder / images / name)
+    file = folder / "annotations" / "captions_train2017.json"
+    told = [
+        {"id": 10 * i + n, "image_id": i, "caption": f" {i} {n}"} for i in (1, 2) for n in range(5)
+    ]
+    shown = [{"id": i, "file_name": f"{i}.jpg"} for i in (1, 2, 3)]
+    file.write_text(json.dumps({"info": {}, "images": shown, "annotations": told}))
+    return file
+
+
+@pytest.mark.parametrize("images", ["train2017", "annotations"])
+def test_cocos_captions_are_read(images, tmp_path):
+    """A row an image, one of its captions a time; so its others are never its negatives."""
+    task = Task(str(coco(tmp_path, images)), size=8)
+    batches = task.images(2, 0)
+    assert len(batches.rows.table) == 2 and task.one_caption() is None
+    seen = set()
+    for index in range(40):
+        batch = batches[index]
+        assert [text[0] for text in batch.captions] == [str(row + 1) for row in batch.image_ids]
+        seen.update(batch.captions)
+    assert seen == {f"{i} {n}" for i in (1, 2) for n in range(5)}
+
+
+def test_cocos_images_are_looked_for(tmp_path):
+    file = coco(tmp_path)
+    (tmp_path / "train2017").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"no image 1.jpg of .*train2017.*Put the images"):
+        open_table(str(file), "train")
+    boxes = {"images": [], "annotations": [{"image_id": 1, "bbox": []}]}
+    file.write_text(json.dumps(boxes))
+    with pytest.raises(ValueError, match="captions_"):
+        open_table(str(file), "train")
+
+
+def test_rows_of_one_image_file_have_one_id(tmp_path):
+    """A row a caption: in a batch the captions of one image are not each other's negatives."""
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / f"{name}.png")
+    rows = [
+        {"image": str(tmp_path / f"{n}.png"), "caption": f"{n} {i}"} for n in "ab" for i in "12"
+    ]
+    Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
+    for index in range(5):
+        batch = Task(str(tmp_path / "rows.csv"), size=8).images(4, 0)[index]
+        same = {text: row for text, row in zip(batch.captions, batch.image_ids, strict=True)}
+        assert same["a 1"] == same["a 2"] != same["b 1"] == same["b 2"]
 
 
 def test_files_and_folders_are_opened(tmp_path):
