@@ -93,7 +93,7 @@ class AGSMTerms(NamedTuple):
     rewards: Float[Tensor, "B K"]
     weights: Float[Tensor, "B K"]
     win_rate: Float[Tensor, ""]
-    """Share of images whose best matching caption outweighs every negative."""
+    """Share of images whose best matching caption has a smaller error than every negative."""
     score_margin: Float[Tensor, ""]
     """Mean of (largest matching weight − largest negative weight), in −1..1."""
     positive_weight: Float[Tensor, ""]
@@ -407,6 +407,10 @@ def terms_from_errors(errors: Float[Tensor, "B K"], guidance: Guidance) -> AGSMT
     best_positive = weights.masked_fill(~positive, 0).amax(1)
     best_negative = weights.masked_fill(positive, 0).amax(1)
     margin = best_positive - best_negative
+    # By the rewards: the weights of a large temperature are all equal in float32.
+    low = float("-inf")
+    best_match = guidance.rewards.masked_fill(~positive, low).amax(1)
+    won = best_match > guidance.rewards.masked_fill(positive | ~valid, low).amax(1)
     entropy = -torch.xlogy(weights, weights).sum(1)
     return AGSMTerms(
         loss=positive_term + negative_term,
@@ -415,7 +419,7 @@ def terms_from_errors(errors: Float[Tensor, "B K"], guidance: Guidance) -> AGSMT
         per_image=errors.sum(1) * errors.shape[0],
         rewards=guidance.rewards,
         weights=weights,
-        win_rate=((margin > 0) & ranked).sum() / rows,
+        win_rate=(won & ranked).sum() / rows,
         score_margin=(margin * ranked).sum() / rows,
         positive_weight=weights.masked_fill(~positive, 0).sum(1).mean(),
         chance_weight=(positive.sum(1) / valid.sum(1)).mean(),

@@ -160,6 +160,19 @@ def test_equal_predictions_give_the_plain_error_twice():
     )
 
 
+def test_the_win_rate_does_not_depend_on_the_temperature():
+    """Where it is so large that the weights are equal in float32, too."""
+    ema_pred, target = torch.rand(16, 3, 5), torch.zeros(16, 5)
+    rates = []
+    for temperature in (1e-3, 0.1, 1e6):
+        terms = AGSMLoss(neg_scale=0, temperature=temperature).terms(ema_pred, ema_pred, target)
+        rates.append(terms.win_rate.item())
+    assert terms.weight_entropy.item() == pytest.approx(math.log(3))
+    errors = ema_pred.square().mean(-1)
+    expected = (errors[:, 0] < errors[:, 1:].amin(1)).float().mean().item()
+    assert rates == [expected] * 3 and 0 < expected < 1
+
+
 def test_diagnostics_by_hand():
     ema_pred = torch.tensor([[[1.0], [2.0]], [[3.0], [0.0]], [[0.0], [0.0]]])
     target, mask = torch.zeros(3, 1), torch.tensor([[True, True], [True, True], [True, False]])
