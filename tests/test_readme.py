@@ -207,9 +207,10 @@ def test_the_commands_and_their_flags_exist(name, flags):
         assert named <= known, (one, named - known)
 
 
-def test_the_training_commands_have_all_that_they_need(monkeypatch):
+@pytest.mark.parametrize("name", readme.RECIPES)
+def test_the_training_commands_have_all_that_they_need(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for one in readme.code("recipes/README.md"):
+    for one in readme.code(name):
         command = re.match(r"(?:python|accelerate launch.*) recipes/(train_\w+)\.py (.*)", one)
         if command:
             parse(importlib.import_module(command[1]).Options, None, shlex.split(command[2]))

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("README.md", "integrations/README.md", "recipes/README.md", "recipes/results/README.md")
+RECIPES = [f"recipes/{name}.md" for name in ("README", "running", "evaluation", "troubleshooting")]
+NAMES = ("README.md", "integrations/README.md", *RECIPES, "recipes/results/README.md")
 
 
 class Block(NamedTuple):
