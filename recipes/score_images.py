@@ -75,10 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(Options, __doc__, arguments)
 
     import numpy as np
-    import torch
 
     from common.compositional.evaluator import Evaluator
     from common.metrics import Metrics, mean_with_interval
+    from common.pipeline import chosen_device
     from common.sheet import sheet
     from world.detect import palette_error
     from world.geneval_folder import judge_folder, of_world, pixels, read_images, read_results
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{folder}: expected the embedded world's prompts, or --detector, --results or "
                 "--metrics, got none of them."
             )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(None)
     evaluator = Evaluator(options.detector, options.clip, device) if options.detector else None
     metrics = Metrics(options.metrics, options.clip, options.reference, device)
     summaries = {}

@@ -21,7 +21,7 @@ from common import reward_models
 from common.compositional.evaluator import Evaluator
 from common.pictures import to_images
 from common.reward_models import PreferenceModel
-from common.sources import loading
+from common.sources import check_source, loading
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 
@@ -83,17 +83,27 @@ MODELS: dict[str, Callable[[torch.device | str], Score]] = {
 """Name -> what loads the model onto a device."""
 
 
+def check(name: str, more: Mapping[str, Score] | None = None) -> None:
+    """`load`'s errors of names and paths, with nothing loaded."""
+    for part, _ in (_weighted(one.strip()) for one in name.split(",")):
+        known = [*WITHOUT_PROMPT, *(more or {}), *MODELS]
+        if part in known:
+            continue
+        if not part or ("/" not in part and not Path(part).is_dir()):
+            raise ValueError(
+                f"reward: expected some of {', '.join(known)}, or a CLIP model as a folder or a "
+                f"hub id such as {reward_models.PICKSCORE}; got {part!r}."
+            )
+        check_source("reward", part)
+
+
 def _one(name: str, device: torch.device | str, more: Mapping[str, Score]) -> Score:
+    check(name, more)
     known = {**{one: globals()[one] for one in WITHOUT_PROMPT}, **more}
     if name in known:
         return known[name]
     if name in MODELS:
         return MODELS[name](device)
-    if not name or ("/" not in name and not Path(name).is_dir()):
-        raise ValueError(
-            f"reward: expected some of {', '.join([*known, *MODELS])}, or a CLIP model as a folder "
-            f"or a hub id such as {reward_models.PICKSCORE}; got {name!r}."
-        )
     with loading("reward", name):
         return PreferenceModel(name, device)
 

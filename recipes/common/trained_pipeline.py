@@ -44,6 +44,7 @@ from common.image_data import Batch
 from common.loop import Hooks, train
 from common.messages import say_scores, say_validating
 from common.pipeline import TextToImage
+from common.rewards import check as check_rewards
 from common.sampling import sample
 from common.saving import save
 from common.settings import (
@@ -52,6 +53,7 @@ from common.settings import (
     ModelOptions,
     PipelineLoopOptions,
     PipelineOptions,
+    RewardOptions,
     hard_per_image,
 )
 from common.sheet import sheet
@@ -113,6 +115,8 @@ class TrainedPipeline:
         if not (options.full or options.rank or options.num_tokens):
             raise ValueError("nothing to train: expected --num_tokens, --rank or --full")
         check_source("merge_lora", options.merge_lora)
+        if isinstance(options, RewardOptions):
+            check_rewards(options.reward, task.rewards)
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         casts = state.distributed_type == DistributedType.DEEPSPEED  # all of the denoiser
         held = torch.float32 if options.full and not casts else dtype[options.mixed_precision]

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import train_nft
 from common import on_policy, reward_models, rewards
+from common.pipeline import TextToImage
 from common.reward_models import HPSv2, edit_distance, quoted, readable
 from common.settings import REWARDS
 
@@ -35,6 +37,19 @@ def test_the_names_in_help_are_those_that_are_known(monkeypatch):
 def test_an_unknown_name_is_told_the_known_ones(name):
     with pytest.raises(ValueError, match=r"redness, mine, pickscore, .*geneval, or a CLIP model"):
         rewards.load(name, more={"mine": rewards.redness})
+
+
+def test_a_missing_folder_is_found_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(TextToImage, "load", lambda *args: pytest.fail("the model was loaded"))
+    missing = tmp_path / "clip"
+    for reward, error in (
+        (f"redness:2,{missing}", FileNotFoundError),
+        ("pikscore", ValueError),
+        ("detector", None),
+    ):
+        flags = ["--reward", reward, "--output_dir", str(tmp_path / "run"), "--rank", "2"]
+        with pytest.raises(error or pytest.fail.Exception, match=r"reward:|the model was loaded"):
+            train_nft.main(flags)
 
 
 def test_clip_scores_are_cosines(clip, pixels, monkeypatch):
