@@ -31,6 +31,7 @@ from torch import Tensor
 
 from agsm_loss import draws
 from agsm_loss.integrations.noise import prediction_type
+from common.families import guidance
 from common.image_data import UNREADABLE, read_image, to_model
 from common.pipeline import TextToImage
 from common.sampling import images_per_call, sample
@@ -105,8 +106,11 @@ class FlowInverseScheduler(FlowMatchEulerDiscreteScheduler):
 def there_and_back(scheduler: Any) -> tuple[Any, Any]:
     """The schedulers from images to noise and from noise to images, over the same noise levels."""
     if prediction_type(scheduler) == "flow":
-        there: Any = FlowInverseScheduler.from_config(scheduler.config)
-        return there, FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        config = scheduler.config
+        if "flow_shift" in config:  # a DPM-Solver, which knows it by this name
+            config = {"shift": config.flow_shift}
+        there: Any = FlowInverseScheduler.from_config(config)
+        return there, FlowMatchEulerDiscreteScheduler.from_config(config)
     # "trailing" begins at the noisiest level; a clipped x_0 could not be inverted.
     same = {"timestep_spacing": "trailing", "clip_sample": False}
     there = DDIMInverseScheduler.from_config(scheduler.config, **same)
@@ -118,8 +122,17 @@ def image_to_image(model: TextToImage) -> Any:
 
     Load soft tokens into this one: what each branch of guidance gets is asked of the pipeline that
     they were loaded into (`set_sampling` changes it).
+
+    Raises:
+        ValueError: diffusers has none for the model.
     """
-    pipe = AutoPipelineForImage2Image.from_pipe(model.pipe)
+    try:
+        pipe = AutoPipelineForImage2Image.from_pipe(model.pipe)
+    except ValueError as error:
+        raise ValueError(
+            f"method: diffusers has no img2img pipeline for a {type(model.pipe).__name__}. Take "
+            "--method inversion."
+        ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -215,7 +228,7 @@ def inversion(
     under `prompts` with it.
     """
     latents = encode(model, images)
-    if hasattr(model.pipe, "_pack_latents"):  # Flux
+    if hasattr(model.pipe, "_pack_latents"):  # Flux, Qwen-Image
         latents = model.pipe._pack_latents(latents, *latents.shape)
     arguments = _arguments(model, model.pipe, images)
     there, back = there_and_back(model.pipe.scheduler)
@@ -224,7 +237,7 @@ def inversion(
             list(captions),
             latents=latents.to(model.denoiser.dtype),
             num_inference_steps=num_inference_steps,
-            guidance_scale=1.0,
+            **guidance(model.pipe, 1.0, len(captions)),
             output_type="latent",
             **arguments,
         ).images

@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from common.checkpoints import MAY_CHANGE
+from common.families import guidance
 from common.log import lines_of
 from common.settings import PipelineOptions
 from common.sources import is_hub_id
@@ -139,7 +140,7 @@ def _code(saved: Mapping[str, Path], run: Run) -> str:
         lines.append(f'attached = load_soft_tokens(pipe, "{saved["tokens"]}")')
     call = {
         "num_inference_steps": options.validation_inference_steps,
-        "guidance_scale": options.validation_guidance_scale,
+        **guidance(run.pipe, options.validation_guidance_scale),
         **run.arguments,
     }
     lines += [

@@ -4,12 +4,11 @@
     conditioning = model.encode_prompts(captions)      # what TokenDenoiser takes
     latents = model.encode_images(pixels)              # (B, C, h, w)
 
-Everything is frozen. Known: Stable Diffusion 1.x and 2.x, SDXL, SD3 and SD3.5, Flux.1.
+Everything is frozen. `common.families` lists the pipelines that are known.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,18 +23,14 @@ from diffusers.training_utils import (
 )
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from agsm_loss.integrations.noise import prediction_type
 from agsm_loss.integrations.tokens.pipelines import Sampling, denoiser_of, load_soft_tokens
+from common.families import Row, family_of
+from common.latents import decode_latents, encode_image, hold_in_float32, scale_latents
 from common.sources import loading
 
-# Which outputs of `encode_prompt` are which conditioning.
-_OUTPUTS: dict[str, dict[str, int]] = {
-    "StableDiffusionPipeline": {"prompt_embeds": 0},
-    "StableDiffusionXLPipeline": {"prompt_embeds": 0, "pooled_prompt_embeds": 2},
-    "StableDiffusion3Pipeline": {"prompt_embeds": 0, "pooled_prompt_embeds": 2},
-    "FluxPipeline": {"prompt_embeds": 0, "pooled_prompt_embeds": 1},
-}
 # Projections of the image stream and, in joint attention, of the text stream.
 _ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
@@ -43,29 +38,12 @@ _ATTENTION = (
 )
 
 
-def _hold_in_float32(vae: Any) -> None:
-    """The VAE in float32 in a pipeline in half precision, whose latents it then has to cast."""
-    decode = vae.to(torch.float32).decode
-
-    def cast(latents: Tensor, *args: Any, **settings: Any) -> Any:
-        return decode(latents.to(vae.dtype), *args, **settings)
-
-    vae.decode = cast
-
-
-Row = dict[str, Tensor]
-"""What one item is encoded as."""
 Encoder = Callable[[Sequence[Any]], list[Row]]
 """Items -> a row each."""
 
 
 def _bytes_of(encoded: Row) -> int:
     return sum(value.nbytes for value in encoded.values())
-
-
-# Prompts a pass of the text encoders, always: the last bits of a row depend on how many share its
-# pass, and in a resumed run, whose cache is empty, others would.
-ENCODED = 8
 
 
 def add_lora(denoiser: Any, rank: int) -> None:
@@ -103,17 +81,11 @@ class TextToImage:
         guidance: float = 3.5,
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
-        names = [kind.__name__ for kind in type(pipe).__mro__]
-        self.outputs = next((_OUTPUTS[name] for name in names if name in _OUTPUTS), None)
-        if self.outputs is None:
-            raise TypeError(
-                f"model: expected one of {sorted(_OUTPUTS)}, got {type(pipe).__name__}. For "
-                "another pipeline write the step with agsm_loss.integrations.denoisers."
-            )
+        self.family = family_of(pipe)
         self.pipe = pipe
         self.guidance = guidance
         self.cached_bytes = cached_bytes
-        self.arguments = dict(arguments or {})
+        self.arguments = {**self.family.call(pipe), **(arguments or {})}
         self.text_rows: Encoder = self._text_rows
         self.image_rows: Encoder = self._image_rows
         self._cache: OrderedDict[str, Row] = OrderedDict()
@@ -144,7 +116,7 @@ class TextToImage:
         if hasattr(pipe, "unet"):
             pipe.unet.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
         if dtype is not torch.float32:
-            _hold_in_float32(pipe.vae)
+            hold_in_float32(pipe.vae)
         pipe.set_progress_bar_config(disable=True)
         return cls(pipe, arguments=arguments(pipe))
 
@@ -233,15 +205,20 @@ class TextToImage:
             self._cache.move_to_end(text)
         while self._cached > self.cached_bytes:
             self._cached -= _bytes_of(self._cache.popitem(last=False)[1])
-        return {n: torch.stack([row[n] for row in rows]).to(self.device) for n in rows[0]}
+        # Texts of different lengths are padded; their masks have zeros there.
+        padded = {n: pad_sequence([row[n] for row in rows], batch_first=True) for n in rows[0]}
+        return {name: value.to(self.device) for name, value in padded.items()}
 
     @torch.no_grad()
     def _text_rows(self, prompts: Sequence[str]) -> list[Row]:
         rows = []
         with self.loaded():
-            for first in range(0, len(prompts), ENCODED):
-                group = list(prompts[first : first + ENCODED])
-                encoded = self._encode(group + group[-1:] * (ENCODED - len(group)))
+            size = self.family.prompts_a_pass
+            for first in range(0, len(prompts), size):
+                group = list(prompts[first : first + size])
+                whole = group + group[-1:] * (size - len(group))
+                given = {"device": self.device, **self.arguments}
+                encoded = self.family.encode(self.pipe, whole, given)
                 # Clones, as a row would keep its whole batch.
                 rows += [
                     {name: value[row].cpu().clone() for name, value in encoded.items()}
@@ -249,65 +226,32 @@ class TextToImage:
                 ]
         return rows
 
-    def _encode(self, prompts: list[str]) -> Row:
-        known = inspect.signature(self.pipe.encode_prompt).parameters
-        wanted = {
-            "prompt": prompts,
-            "prompt_2": None,
-            "prompt_3": None,
-            "device": self.device,
-            "num_images_per_prompt": 1,
-            "do_classifier_free_guidance": False,
-            **self.arguments,
-        }
-        given = {name: value for name, value in wanted.items() if name in known}
-        encoded = self.pipe.encode_prompt(**given)
-        assert self.outputs is not None
-        return {name: encoded[place] for name, place in self.outputs.items()}
-
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w) in float32."""
-        vae, rows = self.pipe.vae, self.image_rows(pixels)
+        rows = self.image_rows(pixels)
         spread = {n: torch.stack([row[n] for row in rows]).to(self.device) for n in rows[0]}
         latents = spread["mean"]
         if "std" in spread:
             # The generator lives on the CPU, so that any device draws alike.
             noise = torch.randn(latents.shape, generator=generator).to(latents)
             latents = latents + spread["std"] * noise
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        return (latents.float() - shift) * vae.config.scaling_factor
+        return scale_latents(self.pipe.vae, latents)
 
     @torch.no_grad()
     def _image_rows(self, images: Sequence[Tensor]) -> list[Row]:
         """An image a pass, always: the last bits of a latent depend on what shares its pass."""
-        vae, rows = self.pipe.vae, []
         with self.loaded():
-            for image in images:
-                encoded = vae.encode(image[None].to(self.device, vae.dtype))
-                if hasattr(encoded, "latents"):
-                    rows.append({"mean": encoded.latents[0]})
-                else:
-                    spread = encoded.latent_dist
-                    rows.append({"mean": spread.mean[0], "std": spread.std[0]})
-        return rows
+            return [encode_image(self.pipe.vae, image) for image in images]
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> (B, 3, H, W) around [-1, 1], in float32."""
-        vae = self.pipe.vae
-        shift = getattr(vae.config, "shift_factor", None) or 0.0
-        plain = latents / vae.config.scaling_factor + shift
-        return vae.decode(plain.to(vae.dtype)).sample.float()
+        return decode_latents(self.pipe.vae, latents)
 
     def image_conditioning(self, pixels: Tensor) -> dict[str, Tensor]:
         """SDXL's time ids (uncropped, at full size) and Flux's guidance, one row an image."""
-        batch, _, height, width = pixels.shape
-        if "StableDiffusionXLPipeline" in [kind.__name__ for kind in type(self.pipe).__mro__]:
-            ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device)
-            return {"add_time_ids": ids.repeat(batch, 1).float()}
-        if getattr(self.denoiser.config, "guidance_embeds", False):
-            return {"guidance": torch.full((batch,), self.guidance, device=self.device)}
-        return {}
+        given = self.family.image_conditioning(self.pipe, pixels, self.guidance)
+        return {name: value.to(self.device) for name, value in given.items()}
 
     def timesteps(
         self,

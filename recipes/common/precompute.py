@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from agsm_loss import caption_pool
+from common.families import ENCODED, Row
 from common.messages import say
-from common.pipeline import ENCODED, Encoder, Row, TextToImage
+from common.pipeline import Encoder, TextToImage
 
 LOGGER = logging.getLogger(__name__)
 FILE_BYTES = 2**28

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from agsm_loss import draws
 from agsm_loss.integrations.tokens.pipelines import denoiser_of
+from common.families import guidance
 
 
 def read_prompts(source: str) -> list[dict[str, Any]]:
@@ -40,6 +41,7 @@ def sample(
 ) -> npt.NDArray[np.uint8]:
     """One image a prompt, (N, H, W, 3) uint8. Image i's noise is `draws(seeds[i])`.
 
+    guidance_scale: of classifier-free guidance, by whichever name the pipeline knows it.
     batch_size: images a call of the pipeline; 0: 64 of up to 128 pixels a side, 4 of any larger.
     arguments: what else the pipeline is called with.
     """
@@ -71,10 +73,11 @@ def calls(
     """The images of one call of the pipeline after the other."""
     batch_size = batch_size or images_per_call(pipe)
     for start in range(0, len(prompts), batch_size):
+        part = list(prompts[start : start + batch_size])
         images = pipe(
-            list(prompts[start : start + batch_size]),
+            part,
             num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+            **guidance(pipe, guidance_scale, len(part)),
             generator=[draws(seed) for seed in seeds[start : start + batch_size]],
             output_type="np",
             **(arguments or {}),

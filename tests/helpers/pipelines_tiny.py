@@ -4,20 +4,32 @@ import json
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    QwenImagePipeline,
+    SanaPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
 from integrations_tiny import tiny
+from tokenizers import AddedToken, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -77,13 +89,84 @@ def t5_parts(width=16):
     return T5EncoderModel(config), tokenizer
 
 
+def qwen_pipeline(model):
+    """Its tokenizer has bytes; its scheduler's shift is that of the released model."""
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *bytes_]
+    tokenizer = Qwen2Tokenizer(vocab={one: i for i, one in enumerate(vocabulary)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": vocabulary[1:3]})
+    text = {
+        "vocab_size": len(vocabulary), "hidden_size": 16, "intermediate_size": 16,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2,
+              "out_hidden_size": 16, "fullatt_block_indexes": [0]}  # fmt: skip
+    encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    )
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192,
+            shift_terminal=0.02,
+        ),
+        vae=AutoencoderKLQwenImage(
+            base_dim=4, z_dim=4, dim_mult=[1], num_res_blocks=1, temperal_downsample=[],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 1.0, 2.0, 1.5],
+        ),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        transformer=model,
+    )  # fmt: skip
+
+
+def sana_pipeline(model):
+    """Its tokenizer knows the words, and takes any other text for one unknown token."""
+    tokenizer = GemmaTokenizer()
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in WORDS])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=512,
+    )
+    blocks = {"attention_head_dim": 4, "latent_channels": 4, "scaling_factor": 0.4}
+    for part in ("encoder", "decoder"):
+        blocks |= {
+            f"{part}_block_out_channels": (8,) * 4,
+            f"{part}_layers_per_block": (1,) * 4,
+            f"{part}_qkv_multiscales": ((),) * 4,
+        }
+    return SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=Gemma2Model(config),
+        vae=AutoencoderDC(**blocks),
+        transformer=model,
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+    )
+
+
 def speaking_pipeline(name, folder):
-    """As `saved_pipeline`, all with real tokenizers and text encoders; also "flux"."""
+    """As `saved_pipeline`, with real tokenizers and text encoders; also flux, qwen and sana."""
     torch.manual_seed(0)
     model = tiny(name, torch.float32).model
     if name == "unet":
         return saved_pipeline(name, folder)
-    if name == "flux":
+    if name == "qwen":
+        pipe = qwen_pipeline(model)
+    elif name == "sana":
+        pipe = sana_pipeline(model)
+    elif name == "flux":
         tokenizer, encoder = text_parts(folder / "one", width=12)
         t5, t5_tokenizer = t5_parts()
         pipe = FluxPipeline(

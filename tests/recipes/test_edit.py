@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from pipelines_tiny import speaking_pipeline
 
@@ -160,12 +160,40 @@ def test_inversion_and_the_same_caption_give_the_image_back(name, recipes):
     assert not np.array_equal(other, again)
 
 
-@pytest.fixture(scope="module", params=["unet", "unet_sdxl", "sd3", "flux"])
-def speaking(request, tmp_path_factory):
-    folder = speaking_pipeline(request.param, tmp_path_factory.mktemp(request.param))
-    model = TextToImage.load(str(folder), torch.float32)
-    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+def spoken(name, folder, side=8):
+    model = TextToImage.load(str(speaking_pipeline(name, folder)), torch.float32)
+    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
     return model, Changes(images, ["a red circle"] * 2, ["two red circles", "a blue cat"])
+
+
+@pytest.fixture(scope="module", params=["unet", "unet_sdxl", "sd3", "flux", "qwen"])
+def speaking(request, tmp_path_factory):
+    return spoken(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_sana_edits_by_inversion_alone(tmp_path):
+    model, changes = spoken("sana", tmp_path, side=32)
+    with pytest.raises(ValueError, match=r"no img2img pipeline for a SanaPipeline. Take --method"):
+        image_to_image(model)
+    given = {"num_inference_steps": 8, "guidance_scale": 1.0}
+    other, again = (
+        inversion(model, changes.images, changes.captions, prompts, **given)
+        for prompts in (changes.prompts, changes.captions)
+    )
+    wanted = model.decode_latents(encode(model, changes.images)).clamp(-1, 1) / 2 + 0.5
+    wanted = wanted.permute(0, 2, 3, 1).numpy() * 255
+    assert np.abs(again - wanted).mean() < 4
+    assert not np.array_equal(other, again)
+
+
+def test_both_ways_have_the_shift_of_sanas_solver():
+    solver = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    for one in there_and_back(solver):
+        one.set_timesteps(4)
+        assert one.config.shift == 3.0
+        assert one.sigmas.max() == 1 and one.sigmas.sort().values[2] > 0.5  # unshifted: 0.33
 
 
 def test_every_pipeline_edits_and_tokens_change_the_result(speaking):
@@ -191,7 +219,7 @@ def test_every_pipeline_edits_and_tokens_change_the_result(speaking):
 def test_branches_are_asked_of_the_pipeline_that_runs(speaking):
     model, changes = speaking
     pipe = image_to_image(model)
-    if not hasattr(type(pipe), "do_classifier_free_guidance"):  # Flux
+    if not hasattr(type(pipe), "do_classifier_free_guidance"):  # Flux, Qwen-Image
         with pytest.raises(ValueError, match=r"Use Sampling\.BOTH"):
             load_soft_tokens(pipe, tokens_of(model), Sampling.CONDITIONAL_ONLY)
         return

@@ -11,7 +11,9 @@ import train_agsm
 from common.pipeline import TextToImage
 from world.export import captioned
 
-KINDS = ("unet", "unet_sdxl", "sd3", "flux")
+FIRST = ("unet", "unet_sdxl", "sd3", "flux")
+KINDS = (*FIRST, "qwen", "sana")  # these two: see also test_families.py
+SMALL = {"height": 16, "width": 16}
 TOLD = ["a red circle", "two blue circles"]
 
 
@@ -20,6 +22,7 @@ def folder(request, tmp_path_factory):
     return speaking_pipeline(request.param, tmp_path_factory.mktemp(request.param) / "p")
 
 
+@pytest.mark.parametrize("folder", FIRST, indirect=True)
 def test_prompts_are_encoded_as_the_pipeline_would(folder):
     model = TextToImage.load(str(folder), torch.float32)
     got = model.encode_prompts(TOLD)
@@ -39,6 +42,7 @@ def test_prompts_are_encoded_as_the_pipeline_would(folder):
         torch.testing.assert_close(got[name], value)
 
 
+@pytest.mark.parametrize("folder", FIRST, indirect=True)
 def test_the_empty_prompt_is_what_the_pipeline_guides_away_from(folder):
     """SDXL's is zeros by its config; the text encoders' own is there as well."""
     model = TextToImage.load(str(folder), torch.float32)
@@ -64,6 +68,7 @@ def test_the_empty_prompt_is_what_the_pipeline_guides_away_from(folder):
     assert all((value != 0).any() for value in model.encode_text([""]).values())
 
 
+@pytest.mark.parametrize("folder", FIRST, indirect=True)
 def test_latents_decode_to_what_the_vae_would_give(folder):
     model = TextToImage.load(str(folder), torch.float32)
     pixels = torch.rand(2, 3, 8, 8) * 2 - 1
@@ -88,7 +93,10 @@ for folder in sys.argv[1:]:
     pipe.load_lora_weights(folder + "/lora")
     assert "agsm_loss" not in sys.modules
     torch.manual_seed(0)
-    images = pipe("a red circle", num_inference_steps=2, height=16, width=16, output_type="np")
+    size = {"height": 16, "width": 16}
+    if "Sana" in type(pipe).__name__:
+        size = {"height": 32, "width": 32, "use_resolution_binning": False}
+    images = pipe("a red circle", num_inference_steps=2, output_type="np", **size)
     torch.save(torch.from_numpy(images.images), folder + "/stock.pt")
 """
 
@@ -101,17 +109,17 @@ def test_a_stock_pipeline_loads_a_lora(tmp_path):
         model = TextToImage.load(str(folder), torch.float32)
         model.pipe.set_progress_bar_config(disable=True)
 
-        def draw(pipe):
+        def draw(model):
             torch.manual_seed(0)
-            call = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np"}
-            return torch.from_numpy(pipe("a red circle", **call).images)
+            call = {**SMALL, **model.arguments, "num_inference_steps": 2, "output_type": "np"}
+            return torch.from_numpy(model.pipe("a red circle", **call).images)
 
-        before = draw(model.pipe)
+        before = draw(model)
         model.add_lora(2)
         for name, one in model.denoiser.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(one)
-        drawn[folder] = draw(model.pipe)
+        drawn[folder] = draw(model)
         assert not torch.allclose(drawn[folder], before, atol=0.01)
         model.save_lora(folder / "lora")
     subprocess.run([sys.executable, "-c", STOCK, *map(str, drawn)], check=True)
@@ -126,8 +134,9 @@ def test_a_pipeline_in_half_precision_samples(folder, dtype):
 
     model = TextToImage.load(str(folder), dtype)
     images = sample(
-        model.pipe, ["a red circle"], seeds=[0], num_inference_steps=1, guidance_scale=2.0
-    )
+        model.pipe, ["a red circle"], seeds=[0], num_inference_steps=2, guidance_scale=2.0,
+        arguments={**SMALL, **model.arguments},
+    )  # fmt: skip
     assert images.dtype == "uint8" and images.shape[0] == 1 and images.std() > 0
     assert model.pipe.vae.dtype == torch.float32
 
