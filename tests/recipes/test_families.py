@@ -8,6 +8,7 @@ from pipelines_tiny import speaking_pipeline
 
 from agsm_loss import Bank
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
+from agsm_loss.integrations.hosts.rollouts import sample_latents, sample_sde
 from common.families import guidance
 from common.pipeline import TextToImage
 from common.sampling import sample
@@ -107,6 +108,27 @@ def test_latents_are_the_pipelines(model, kind):
     )
     far = (got * std + mean - spread.mean[:, :, 0]) / spread.std[:, :, 0]
     assert 0.9 < far.std() < 1.1  # a draw of the posterior
+
+
+def test_rollouts_have_the_pipelines_noise_levels(model, kind):
+    """`sample_latents` gives what the pipeline does; the SDE runs from noise to an image."""
+    pipe, noise = model.pipe, torch.randn(1, 4, 4, 4)
+    text, denoiser = model.encode_prompts(["a cat"]), PlainDenoiser(model.denoiser)
+    size = SIZE if kind == "sana" else {"height": 4, "width": 4}
+
+    def denoise(x, times):
+        return denoiser(x, times, text, Bank.POSITIVE)
+
+    latents = noise if kind == "sana" else pipe._pack_latents(noise, 1, 4, 4, 4)
+    call = {**model.arguments, **size, **guidance(pipe, 1.0), "num_inference_steps": 5}
+    wanted = pipe("a cat", latents=latents, output_type="latent", **call).images
+    if kind == "qwen":
+        wanted = pipe._unpack_latents(wanted, 4, 4, 1)[:, :, 0]
+    got = sample_latents(denoise, pipe.scheduler, noise, num_steps=5)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    trajectory = sample_sde(denoise, pipe.scheduler, noise, num_steps=5)
+    assert trajectory.sigmas[0] > 0.99 and trajectory.sigmas[-1] == 0
+    assert (trajectory.sigmas.diff() < 0).all() and trajectory.last.isfinite().all()
 
 
 def test_guidance_of_every_scale_reaches_the_model(model, kind):
