@@ -6,11 +6,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image, ImageChops
+from pipelines_tiny import speaking_pipeline
 
 import train_agsm
 import train_dpo
+from common.families import QwenImage
 from common.pipeline import TextToImage
 from world.architectures import pipeline_arguments
+from world.export import captioned
 from world.prompts import rows
 
 FEW = ["--max_train_steps", "1", "--train_batch_size", "3", "--validation_per_category", "1",
@@ -43,6 +46,25 @@ def near(one, other):
     """Alike but for the order of the sums: a UNet here runs channels last."""
     most = max(high for _, high in ImageChops.difference(one, other).getextrema())
     return most <= 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("qwen", {"true_cfg_scale": 3.0, "negative_prompt": " "}), ("sana", {"guidance_scale": 3.0})],
+)
+def test_guidance_has_the_pipelines_own_name(kind, given, tmp_path, monkeypatch):
+    monkeypatch.setattr(QwenImage, "call", lambda self, pipe: {"height": 16, "width": 16})
+    model, run = speaking_pipeline(kind, tmp_path / kind), tmp_path / "run"
+    captioned(6, seed=0).to_parquet(tmp_path / "w.parquet")
+    flags = ["--model", str(model), "--data", str(tmp_path / "w.parquet"), "--resolution", "32"]
+    train_agsm.main([*flags, "--output_dir", str(run), *FEW])
+    _, _, names = card(run / "tokens")
+    loaded = TextToImage.load(str(model), torch.float32)
+    loaded.load_extras(str(run / "tokens"), "")
+    torch.manual_seed(0)
+    call = {"num_inference_steps": 2, **given, **loaded.arguments}
+    wanted = loaded.pipe("two red circles", **call).images[0]
+    assert near(wanted, names["image"])
 
 
 @pytest.fixture(scope="module")

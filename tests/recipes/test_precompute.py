@@ -16,6 +16,7 @@ from recipe_runs import log, trained
 import train_agsm
 import train_dpo
 from common import precompute as module
+from common.families import Family, QwenImage
 from common.image_data import Batch
 from common.pipeline import TextToImage
 from common.precompute import Store, image_identity, precompute, text_identity
@@ -29,7 +30,7 @@ FEW = ["--resolution", "8", "--max_train_steps", "3", "--train_batch_size", "3",
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Saved pipelines with a VAE that is random, by name."""
-    return {n: speaking_pipeline(n, tmp_path_factory.mktemp(n)) for n in ("unet", "sd3")}
+    return {n: speaking_pipeline(n, tmp_path_factory.mktemp(n)) for n in ("unet", "sd3", "qwen")}
 
 
 @pytest.fixture
@@ -51,25 +52,26 @@ def shapes(seed, number=3):
     return Batch(pixels, captions, list(range(number)), [[f"two {text}"] for text in captions])
 
 
-@pytest.mark.parametrize("kind", ["unet", "sd3"])
+@pytest.mark.parametrize("kind", ["unet", "sd3", "qwen"])
 def test_a_run_has_the_same_numbers_with_and_without(folders, tmp_path, kind, capsys, monkeypatch):
     captioned(6, seed=0).to_parquet(tmp_path / "w.parquet")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     flags = ["--model", str(folders[kind]), "--data", str(tmp_path / "w.parquet"), *FEW,
              "--validation_prompts", str(tmp_path / "prompts.txt"),
-             "--validation_inference_steps", "1"]  # fmt: skip
+             "--validation_inference_steps", "2"]  # fmt: skip
+    monkeypatch.setattr(QwenImage, "call", lambda self, pipe: {"height": 16, "width": 16})
     train_agsm.main([*flags, "--output_dir", str(tmp_path / "without")])
     cached = [*flags, "--precompute", str(tmp_path / "cache")]
     train_agsm.main([*cached, "--output_dir", str(tmp_path / "first")])
     found, made = counts(capsys)
     assert found == 0 and made > 6
     encoded = []
-    monkeypatch.setattr(TextToImage, "_encode", lambda self, prompts: encoded.append(prompts))
+    monkeypatch.setattr(Family, "encode", lambda self, *given: encoded.append(given))
     monkeypatch.setattr(module, "save_file", lambda *given: encoded.append(given))
-    if kind == "sd3":  # a UNet's tokens begin from the empty prompt's embedding
+    if kind != "unet":  # a UNet's tokens begin from the empty prompt's embedding
         train_agsm.main([*cached, "--output_dir", str(tmp_path / "second")])
         assert counts(capsys) == (made, 0) and not encoded
-    for name in ("first", "second") if kind == "sd3" else ("first",):
+    for name in ("first", "second") if kind != "unet" else ("first",):
         assert log(tmp_path / name) == log(tmp_path / "without")
         want, got = trained(tmp_path / "without"), trained(tmp_path / name)
         assert want and all(torch.equal(want[one], got[one]) for one in want)
