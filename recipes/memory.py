@@ -215,7 +215,8 @@ def parts_of(options: Options, module: Any, others: dict[str, Any], low: Any) ->
         parts["DDP's buckets"] = size(trained)
     if not options.precompute:
         encoders = [p for n, one in others.items() if n != "vae" for p in one.parameters()]
-        parts["text encoders"] = size(encoders, low.itemsize)
+        each = 4 if options.train == "full" else low.itemsize  # as the recipes load them
+        parts["text encoders"] = size(encoders, each)
         parts["VAE (float32)"] = size(others["vae"].parameters(), 4)
     return parts
 

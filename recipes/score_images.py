@@ -14,7 +14,7 @@ wrote (one row an image: filename, tag, correct, reason), or detector_results.js
 table has them alone. Intervals of a reward's mean are over the prompts, those of fid and kid by the
 jackknife over the images.
 
-Writes scores.json, scores.md and sheet.png into each folder; by the world's detector also how far
+Writes scores.json, scores.md and scores.png into each folder; by the world's detector also how far
 the pixels are from the world's colours (of 255; a rendered scene has 0), which no verdict shows.
 """
 
@@ -117,11 +117,11 @@ def main(arguments: list[str] | None = None) -> None:
             [pixels(files[i]) for i in shown],
             [rows[i] for i in shown],
             None if judged is None else [judged[i] for i in shown],
-            folder / "sheet.png",
+            folder / "scores.png",
         )
         summaries[str(folder)] = summary
     print(table(summaries))
-    print(f"scores.json, scores.md and sheet.png are in {', '.join(options.images)}")
+    print(f"scores.json, scores.md and scores.png are in {', '.join(options.images)}")
 
 
 if __name__ == "__main__":

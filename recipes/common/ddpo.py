@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, filter_trackers
-from trl import DDPOConfig
 
 from agsm_loss import draws
 from agsm_loss.integrations.hosts.base import AGSMBatch
@@ -64,6 +63,8 @@ def sheet_of(data: Any, path: Path) -> None:
 
 def trl_config(options: Any, tracker: GeneralTracker, resumed: Path | None) -> Any:
     """The options by trl's names."""
+    from trl import DDPOConfig  # the trainer's module says which trl it needs
+
     return DDPOConfig(
         seed=options.seed,
         log_with=[tracker],

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.hard_negatives import edited
+from common.tables import check_columns
 
 LOGGER = logging.getLogger(__name__)
 
@@ -81,13 +82,7 @@ class Rows:
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        missing = sorted({*images, text} - set(table.column_names))
-        if missing:
-            raise ValueError(
-                f"data: expected columns {list(images)} and {text!r}, {missing} missing among "
-                f"{table.column_names}. Name them with --caption_column, and --image_column where "
-                "there is one image."
-            )
+        check_columns(table, [*images, text])
         if len(table) == 0:
             raise ValueError("data: expected at least one row, got none")
         self.table = table.select_columns([*images, text])  # others may be heavy, or damaged

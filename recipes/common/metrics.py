@@ -161,7 +161,7 @@ def read(file: Path) -> Tensor:
 def image_files(folder: Path) -> list[Path]:
     """All images under a folder but our sheets; FileNotFoundError where there is none."""
     files = (one for one in folder.rglob("*") if one.suffix.lower() in SUFFIXES)
-    found = sorted(one for one in files if one.name != "sheet.png")
+    found = sorted(one for one in files if one.name not in ("sheet.png", "scores.png"))
     if not found:
         raise FileNotFoundError(f"{folder}: expected images ({', '.join(sorted(SUFFIXES))}).")
     return found

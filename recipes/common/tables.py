@@ -56,6 +56,16 @@ def open_table(
         return datasets.load_dataset(data, split=split)
 
 
+def check_columns(table: Any, names: Collection[str]) -> None:
+    """ValueError where a table lacks one of them."""
+    missing = sorted(set(names) - set(table.column_names))
+    if missing:
+        raise ValueError(
+            f"data: expected columns {list(names)}, {missing} missing among {table.column_names}. "
+            "Name them with --caption_column, and --image_column where there is one image."
+        )
+
+
 def _open_tars(files: Sequence[str], columns: Collection[str], text: str) -> Any:
     """webdataset: a row a stem, a column an ending; those that are not asked for are left empty.
 

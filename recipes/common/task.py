@@ -14,7 +14,7 @@ from common.image_data import Batch, TableBatches, one_text
 from common.pair_data import PAIR_COLUMNS, PairBatch, TablePairs
 from common.rewards import Score
 from common.sampling import read_prompts
-from common.tables import open_table
+from common.tables import check_columns, open_table
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,21 @@ class Task:
         table = open_table(self.data, self.split, columns=PAIR_COLUMNS, text=self.text)
         return TablePairs(table, batch_size, hard, text=self.text, **self._rows())
 
+    def _texts(self) -> Any:
+        """The captions' column, with no images read."""
+        table = open_table(self.data, self.split, columns=(), text=self.text)
+        check_columns(table, [self.text])
+        return table[self.text]
+
     def captions(self) -> Captions:
         """The data's captions; of a row with several, always the same one."""
-        texts = open_table(self.data, self.split, columns=(), text=self.text)[self.text]
+        texts = self._texts()
         return Captions(len(texts), lambda row: one_text(texts[row], np.random.default_rng(row)))
 
     def one_caption(self) -> str | None:
         """The caption that all rows have; None where there are several."""
-        column = open_table(self.data, self.split, columns=(), text=self.text)[self.text]
         found: set[str] = set()
-        for cell in column:
+        for cell in self._texts():
             found.update([cell] if isinstance(cell, str) else cell or ())
             if len(found) > 1:
                 return None

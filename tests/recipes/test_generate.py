@@ -129,7 +129,7 @@ def test_scores_of_a_folder(tmp_path, capsys):
     assert (
         "0.500 [" in (tmp_path / "scores.md").read_text() and "0.500 [" in capsys.readouterr().out
     )
-    with Image.open(tmp_path / "sheet.png") as sheet:
+    with Image.open(tmp_path / "scores.png") as sheet:
         assert sheet.size[0] > 100
 
 

@@ -364,6 +364,11 @@ def test_wrong_data_are_named(tmp_path):
     table = Dataset.from_list([{"jpg": png("red"), "caption": "one"}])
     with pytest.raises(ValueError, match="--image_column"):
         TableBatches(table, 1, 0, seed=0, size=8)
+    table.to_parquet(tmp_path / "t.parquet")
+    named = Task(str(tmp_path / "t.parquet"), text="text")
+    for read in (named.captions, named.one_caption):
+        with pytest.raises(ValueError, match=r"'text'\] missing among .*--caption_column"):
+            read()
     with pytest.raises(ValueError, match="at least one row"):
         TableBatches(table.select([]), 1, 0, seed=0, size=8, image="jpg")
     with pytest.raises(FileNotFoundError, match="no such file"):

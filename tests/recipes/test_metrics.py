@@ -137,7 +137,7 @@ def test_folders_stand_side_by_side(tmp_path, monkeypatch, capsys):
         for i, file in enumerate(image_files(far))
     ]
     assert scores[1]["clipscore"]["score"] == pytest.approx(np.mean(alone), abs=1e-3)
-    assert (far / "sheet.png").exists() and "fid" in (far / "scores.md").read_text()
+    assert (far / "scores.png").exists() and "fid" in (far / "scores.md").read_text()
 
 
 def test_what_cannot_be_measured_is_said(tmp_path, capsys):
