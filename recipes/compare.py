@@ -1,6 +1,6 @@
 """A page in the browser: one prompt on one noise, sampled in two ways side by side.
 
-    python recipes/compare.py --model recipes/models/flow_clean --lora runs/agsm/lora
+    python recipes/compare.py --model recipes/models/flow_clean --lora runs/lora/lora
     python recipes/compare.py --model <folder or hub id> --tokens <folder or hub id>
 
 Each side has its own CFG, and its own choice of tokens and LoRA. Gradio serves the page on this

@@ -160,7 +160,8 @@ def test_the_first_steps_run(tmp_path, monkeypatch):
         r"^## First steps$(.*?)^## ", readme.text_of("recipes/README.md"), re.DOTALL | re.MULTILINE
     )
     commands = re.findall(r"^python recipes/(\w+)\.py (.*)$", section[1], re.MULTILINE)
-    assert len(commands) == 5
+    commands = [one for one in commands if "recipes/models" in one[1] or one[0] == "score_images"]
+    assert len(commands) == 5  # the others need weights
     for name, flags in commands:
         importlib.import_module(name).main([*shlex.split(flags), *SHORT[name].split()])
     readme.run("recipes/README.md", {})
