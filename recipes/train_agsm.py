@@ -53,10 +53,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(Options, __doc__, arguments)
 
     from agsm_loss import draws
+    from common.agsm import check_competitors
     from common.loop import start
     from common.objectives import hard_of, make_objective, prepare
     from common.precompute import precompute
-    from common.trained_pipeline import TrainedPipeline, check_competitors
+    from common.trained_pipeline import TrainedPipeline
     from world.task import open_task
 
     accelerator = start(options, sharding=True)

@@ -86,10 +86,11 @@ def main(arguments: list[str] | None = None) -> None:
         sample_pairs,
     )
     from agsm_loss.integrations.noise import prediction_type
+    from common.agsm import agsm_weight
     from common.loop import start
     from common.on_policy import on_policy_images
     from common.rewards import load
-    from common.trained_pipeline import TrainedPipeline, agsm_weight
+    from common.trained_pipeline import TrainedPipeline
     from world.task import open_task
 
     if options.agsm_batch and options.agsm_images == "best":

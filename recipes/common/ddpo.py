@@ -13,11 +13,12 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, filter_tra
 from agsm_loss import draws
 from agsm_loss.integrations.hosts.base import AGSMBatch
 from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
+from common.agsm import agsm_weight
 from common.log import append_line, flat, lines_of, missing_tracker, tracker_settings
 from common.on_policy import on_policy_images, prompts_of, samples_sheet
 from common.rewards import load
 from common.task import Task
-from common.trained_pipeline import TrainedPipeline, agsm_weight
+from common.trained_pipeline import TrainedPipeline
 
 
 def make_trainer(

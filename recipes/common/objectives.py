@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from agsm_loss import AGSMRegularizer, Bank, Candidates, SoftREPALoss
 from agsm_loss import functional as AF
 from agsm_loss.integrations.noise import add_noise, regression_target
+from common.agsm import competitors
 from common.image_data import Batch
 from common.settings import hard_per_image
-from common.trained_pipeline import TrainedPipeline, competitors
+from common.trained_pipeline import TrainedPipeline
 
 
 class Inputs(NamedTuple):

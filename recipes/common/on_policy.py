@@ -32,6 +32,7 @@ from torch.utils.data import Dataset
 
 from agsm_loss import Bank, draws
 from agsm_loss.integrations.hosts.base import AGSMBatch, bank_of, best_rows
+from common.agsm import agsm_weight, check_competitors
 from common.image_data import Batch
 from common.pictures import to_uint8
 from common.rewards import load
@@ -39,7 +40,7 @@ from common.sampling import read_prompts
 from common.settings import AGSMOptions, GroupOptions, PromptOptions, hard_per_image
 from common.sheet import sheet
 from common.task import Captions, Task
-from common.trained_pipeline import TrainedPipeline, agsm_weight, check_competitors
+from common.trained_pipeline import TrainedPipeline
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from agsm_loss import StepOutput, draws
+from common.agsm import agsm_weight, check_competitors, competitors
 from common.loop import start
 from common.pair_data import PairBatch
 from common.precompute import precompute
 from common.settings import PreferenceOptions, hard_per_image
 from common.task import Task
-from common.trained_pipeline import TrainedPipeline, agsm_weight, check_competitors, competitors
+from common.trained_pipeline import TrainedPipeline
 
 
 class Pairs(NamedTuple):

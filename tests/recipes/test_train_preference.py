@@ -178,14 +178,3 @@ def test_what_cannot_be_trained_is_refused(flow_base, tmp_path):
             train("dpo", flow_base, tmp_path / "x", *flags)
     with pytest.raises(ValueError, match="Use DiffusionDPO"):
         train("inpo", flow_base, tmp_path / "y", "--rank", "2")
-
-
-def test_shipped_configs_parse(recipes):
-    from common.options import parse
-
-    configs = recipes / "configs"
-    files = [*sorted(configs.glob("dpo_sd*.yaml")), *sorted(configs.glob("inpo_sd*.yaml"))]
-    assert len(files) == 4
-    for file in files:
-        options = parse(RECIPES[file.stem.split("_")[0]].Options, "", ["--config", str(file)])
-        assert options.full and options.beta >= 2000
