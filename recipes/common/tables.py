@@ -49,8 +49,13 @@ def open_table(
             raise FileNotFoundError(f"data: no file {data}")
         if path.suffix == ".tar":
             return _open_tars(files, {*columns, text}, text)
-        if path.suffix == ".json" and (coco := _coco_captions(files)) is not None:
-            return _open_coco(Path(files[0]), coco)
+        if path.suffix == ".json":
+            coco = [_coco_captions(file) for file in files]
+            if all(coco):
+                tables = [
+                    _open_coco(Path(file), found) for file, found in zip(files, coco, strict=True)
+                ]
+                return datasets.concatenate_datasets(tables)
         return datasets.load_dataset(kinds[path.suffix], data_files={split: files}, split=split)
     with loading("data", data):
         return datasets.load_dataset(data, split=split)
@@ -116,13 +121,13 @@ def _decoded(content: bytes) -> str | None:
         return None
 
 
-def _coco_captions(files: Sequence[str]) -> dict[str, Any] | None:
-    """What is in COCO's captions file; None for a file of another kind."""
+def _coco_captions(file: str) -> dict[str, Any]:
+    """What is in COCO's captions file; nothing for a file of another kind."""
     try:
-        found = json.loads(Path(files[0]).read_text())
+        found = json.loads(Path(file).read_text())
     except json.JSONDecodeError:  # a row a line
-        return None
-    return found if isinstance(found, dict) and {"images", "annotations"} <= set(found) else None
+        return {}
+    return found if isinstance(found, dict) and {"images", "annotations"} <= set(found) else {}
 
 
 def _open_coco(file: Path, found: Mapping[str, Any]) -> Any:

@@ -258,6 +258,12 @@ def test_cocos_captions_are_read(images, tmp_path):
     assert seen == {f"{i} {n}" for i in (1, 2) for n in range(5)}
 
 
+def test_all_of_several_coco_files_are_read(tmp_path):
+    first = coco(tmp_path)
+    first.with_name("captions_again_train2017.json").write_text(first.read_text())
+    assert len(open_table(str(first.parent / "captions_*.json"), "train")) == 4
+
+
 def test_cocos_images_are_looked_for(tmp_path):
     file = coco(tmp_path)
     (tmp_path / "train2017").rename(tmp_path / "elsewhere")
