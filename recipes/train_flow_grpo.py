@@ -18,7 +18,7 @@ Under `--output_dir`:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.options import option, parse
 from common.settings import GroupOptions
@@ -37,7 +37,13 @@ class Options(GroupOptions):
     train_timesteps: int = option(
         4, "Sampling steps per image to train on, drawn at random.", at_least=1
     )
-    noise_level: float = option(0.7, "a of the SDE: noise of its steps.", above=0)
+    sde_type: Literal["sde", "cps"] = option(
+        "sde",
+        "Samples by Flow-GRPO's SDE, or by Flow-CPS's steps: clean after few steps too.",
+    )
+    noise_level: float = option(
+        0.7, "Noise of the sampling steps: a of the SDE; eta of cps, in 0..1.", above=0
+    )
     clip_range: float = option(
         1e-4, "Distance from 1 at which likelihood ratios are clipped.", above=0
     )
@@ -51,12 +57,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     from agsm_loss import draws
     from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
-    from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_sde
+    from agsm_loss.integrations.hosts.rollouts import Steps, group_advantages, sample_sde
     from common.loop import start
     from common.on_policy import OnPolicy
     from common.trained_pipeline import TrainedPipeline
     from world.task import open_task
 
+    Steps(options.sde_type, options.noise_level).check()
     accelerator = start(options)
     task = open_task(options, accelerator)
     trained = TrainedPipeline.build(options, accelerator, task)
@@ -65,7 +72,6 @@ def main(arguments: list[str] | None = None) -> None:
     step = FlowGRPO(
         trained.denoiser,
         scheduler,
-        noise_level=options.noise_level,
         clip=options.clip_range,
         reference=trained.reference,
         kl_weight=options.kl_weight,
@@ -83,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
                 scheduler,
                 own.noise(len(captions), generator),
                 num_steps=options.num_inference_steps,
+                sde_type=options.sde_type,
                 noise_level=options.noise_level,
                 generator=generator,
             )

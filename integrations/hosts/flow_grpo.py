@@ -2,7 +2,7 @@
 
 Reward-driven training: images of each prompt are sampled as a group, and steps of their rollouts
 become likelier where their reward is above the group's mean. A flow's sampler is an ODE and has no
-likelihoods; the SDE with the same marginals (`rollouts.sample_sde`) has.
+likelihoods; one that draws noise (`rollouts.sample_sde`) has.
 
 >>> import torch
 >>> from diffusers import FlowMatchEulerDiscreteScheduler
@@ -47,8 +47,8 @@ from torch import Tensor
 
 from agsm_loss import AGSMRegularizer, Bank, Denoiser, StepOutput
 from agsm_loss.integrations.denoisers import no_grad_pass
-from agsm_loss.integrations.hosts.base import AGSMBatch, Host, bank_of, mean_log_prob, take_rows
-from agsm_loss.integrations.hosts.rollouts import Trajectory, sde_gaussian
+from agsm_loss.integrations.hosts.base import AGSMBatch, Host, bank_of, take_rows
+from agsm_loss.integrations.hosts.rollouts import Trajectory
 
 
 def clipped_policy_loss(
@@ -77,7 +77,6 @@ class FlowGRPO(Host):
     Args:
         denoiser: the model in training, e.g. `TokenDenoiser`. Its predictions use ψ⁺.
         scheduler: the rollout's.
-        noise_level: a of the rollout.
         clip: of `clipped_policy_loss`.
         reference: as in `DiffusionDPO`; required where `kl_weight` is not 0.
         reference_bank: the reference's tokens: none, or ψ⁺ where the model began with its tokens.
@@ -96,7 +95,6 @@ class FlowGRPO(Host):
         denoiser: Denoiser,
         scheduler: Any,
         *,
-        noise_level: float = 0.7,
         clip: float = 1e-4,
         reference: Callable[[], AbstractContextManager[Any]] | None = None,
         reference_bank: Bank = Bank.OFF,
@@ -110,7 +108,6 @@ class FlowGRPO(Host):
                 "expected kl_weight of 0 at least, and a reference where it is not 0, got "
                 f"{kl_weight} and {reference}."
             )
-        self.noise_level = noise_level
         self.clip = clip
         self.reference = reference
         self.reference_bank = reference_bank
@@ -163,15 +160,16 @@ class FlowGRPO(Host):
         given = x, times, text
         with self.autocast():
             pred = self.denoiser(*given, bank_of(Bank.POSITIVE, len(x)), **image)
-        mean, std = sde_gaussian(pred.to(x), x, sigma, below, self.noise_level)
-        log_prob, old = mean_log_prob(following, mean, std), trajectory.log_probs[at, rows]
+        mean, std = trajectory.steps.gaussian(pred.to(x), x, sigma, below)
+        log_prob = trajectory.steps.log_prob(following, mean, std)
+        old = trajectory.log_probs[at, rows]
         loss = clipped_policy_loss(log_prob, old, advantages.to(log_prob)[rows], self.clip)
         gap = (log_prob - old).detach()
         metrics = {"grpo/loss": loss.detach(), "grpo/approx_kl": 0.5 * gap.square().mean()}
         if self.reference is not None and self.kl_weight:
             with no_grad_pass(), self.reference(), self.autocast():
                 ref = self.denoiser(*given, bank_of(self.reference_bank, len(x)), **image)
-            ref_mean, _ = sde_gaussian(ref.to(x), x, sigma, below, self.noise_level)
+            ref_mean, _ = trajectory.steps.gaussian(ref.to(x), x, sigma, below)
             kl = ((mean - ref_mean) / std).square().mean() / 2
             loss = loss + self.kl_weight * kl
             metrics["kl"] = kl.detach()

@@ -1,4 +1,6 @@
-"""Flow-GRPO: the SDE's marginals and likelihoods, advantages, the clipped loss, and AGSM in it."""
+"""Flow-GRPO: its steps' marginals and likelihoods, the clipped loss, and AGSM in it."""
+
+import math
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from preference_setup import Setup
 from agsm_loss import Bank
 from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off, agsm_on, bank_of
 from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO, clipped_policy_loss
-from agsm_loss.integrations.hosts.rollouts import sample_sde, sde_gaussian
+from agsm_loss.integrations.hosts.rollouts import Steps, cps_gaussian, sample_sde, sde_gaussian
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7, 1.5])
@@ -42,7 +44,47 @@ def test_the_mean_and_deviation_are_the_papers():
         assert std[row].item() == pytest.approx(s * (-dt) ** 0.5)
 
 
-def rollout(setup, scheduler, seed=0):
+def test_flow_cps_draws_a_part_of_the_noise_anew():
+    pred, x = torch.randn(2, 3, 4).double()
+    sigma = torch.tensor([1.0, 0.5, 0.1]).double()
+    following = torch.tensor([0.8, 0.4, 0.0]).double()
+    mean, std = cps_gaussian(pred, x, sigma, following, 0.8)
+    for row in range(3):
+        t, after = float(sigma[row]), float(following[row])
+        s = after * math.sin(0.8 * math.pi / 2)
+        x_0, epsilon = x[row] - t * pred[row], x[row] + (1 - t) * pred[row]
+        expected = (1 - after) * x_0 + (after**2 - s**2) ** 0.5 * epsilon
+        torch.testing.assert_close(mean[row], expected)
+        assert std[row].item() == pytest.approx(s)
+    euler, _ = cps_gaussian(pred, x, sigma, following, 0.0)
+    torch.testing.assert_close(euler, x + (following - sigma)[:, None] * pred)
+    anew, _ = cps_gaussian(pred, x, sigma, following, 1.0)
+    torch.testing.assert_close(anew, (1 - following)[:, None] * (x - sigma[:, None] * pred))
+
+
+@pytest.mark.parametrize("sde_type", ["sde", "cps"])
+def test_states_of_flow_cps_have_the_noise_of_their_level_and_no_more(sde_type):
+    """With one image in the data the velocity is known; x − (1 − σ)·image is the noise."""
+    image, noise = torch.rand(4, 8, 8) * 2 - 1, torch.randn(400, 4, 8, 8)
+    trajectory = sample_sde(
+        lambda x, t: (x - image) / (t[0] / 1000),
+        FlowMatchEulerDiscreteScheduler(),
+        noise,
+        num_steps=10,
+        sde_type=sde_type,
+    )
+    torch.testing.assert_close(trajectory.last, image.expand_as(noise), atol=1e-4, rtol=0)
+    over = [
+        ((state - (1 - sigma) * image).std() / sigma).item()
+        for state, sigma in zip(trajectory.states[:-1], trajectory.sigmas[:-1], strict=True)
+    ]
+    if sde_type == "cps":
+        assert over == pytest.approx([1.0] * 10, abs=0.01)
+    else:  # what the images of few steps keep, with a model that does not know it
+        assert over[-1] > 1.1
+
+
+def rollout(setup, scheduler, seed=0, **steps):
     text = setup.conditioning
     own = bank_of(Bank.POSITIVE, len(setup.noise))
     return sample_sde(
@@ -51,12 +93,15 @@ def rollout(setup, scheduler, seed=0):
         setup.noise,
         num_steps=4,
         generator=torch.Generator().manual_seed(seed),
+        **steps,
     )
 
 
-def test_what_was_sampled_has_ratio_one_and_the_gradient_of_the_likelihoods():
+@pytest.mark.parametrize("steps", [Steps(), Steps("sde", 0.4), Steps("cps", 0.8)])
+def test_what_was_sampled_has_ratio_one_and_the_gradient_of_the_likelihoods(steps):
     setup, scheduler = Setup("sd3"), FlowMatchEulerDiscreteScheduler()
-    trajectory = rollout(setup, scheduler)
+    trajectory = rollout(setup, scheduler, **steps._asdict())
+    assert trajectory.steps == steps
     assert trajectory.states.shape == (5, 3, 4, 8, 8)
     assert torch.equal(trajectory.last, trajectory.states[4])
     advantages = torch.tensor([1.0, -0.5, 0.25]).double()
@@ -71,8 +116,10 @@ def test_what_was_sampled_has_ratio_one_and_the_gradient_of_the_likelihoods():
         pred = setup.denoiser(
             x, (sigma * 1000).expand(3), setup.conditioning, bank_of(Bank.POSITIVE, 3)
         )
-        mean, std = sde_gaussian(pred, x, sigma.expand(3), below.expand(3))
+        mean, std = steps.gaussian(pred, x, sigma.expand(3), below.expand(3))
         log_prob = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(following)
+        if steps.sde_type == "cps":  # its paper leaves the variance out
+            log_prob = log_prob * 2 * std**2
         expected = expected - (advantages * log_prob.flatten(1).mean(1)).mean() / 3
     for one, other in zip(grads, torch.autograd.grad(expected, setup.trained), strict=True):
         torch.testing.assert_close(one, other)
@@ -158,8 +205,12 @@ def test_what_has_no_likelihood_is_refused():
     step = FlowGRPO(setup.denoiser, scheduler)
     with pytest.raises(ValueError, match="no likelihood"):
         step(trajectory, torch.ones(3), setup.conditioning, torch.tensor([3]))
-    for given in ((DDIMScheduler(), 4, 0.7), (scheduler, 1, 0.7), (scheduler, 4, 0.0)):
-        with pytest.raises(ValueError, match="flow-matching"):
-            sample_sde(
-                lambda x, t: x, given[0], setup.noise, num_steps=given[1], noise_level=given[2]
-            )
+    for wrong, steps, told in (
+        (DDIMScheduler(), {}, "flow-matching"),
+        (scheduler, {"num_steps": 1}, "2 steps"),
+        (scheduler, {"noise_level": 0.0}, "noise_level: expected above 0 for sde"),
+        (scheduler, {"noise_level": 1.1, "sde_type": "cps"}, "at most 1 for cps"),
+        (scheduler, {"sde_type": "ode"}, "sde_type"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=told):
+            sample_sde(lambda x, t: x, wrong, setup.noise, **steps)

@@ -42,7 +42,9 @@ def same(one, other):
     "flags",
     [
         pytest.param(["--candidates", "hard"], marks=pytest.mark.slow, id="data"),
-        pytest.param(["--agsm_images", "best", "--kl_weight", "0.1"], id="best"),
+        pytest.param(
+            ["--agsm_images", "best", "--kl_weight", "0.1", "--sde_type", "cps"], id="best"
+        ),
     ],
 )
 def test_flow_grpo_resumes_and_has_agsm_in_it(flags, flow_base, tmp_path, monkeypatch):
