@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from pathlib import Path
 
 from common import stop
@@ -51,9 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.only is not None:
         run_one(plan, given.only, given.seed)
         return
-    began = time.time()
     run_all(given.config, plan, max(1, given.jobs))
-    written = write(plan, given.config, seconds=time.time() - began)
+    written = write(plan, given.config)
     print(f"\n{written.read_text()}\nSee {written} and {written.with_suffix('.html')}")
 
 

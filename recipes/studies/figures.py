@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -28,7 +28,7 @@ def curves(plan: Plan, path: Path) -> None:
         ("validation: share with too many", lambda line: _score(line, "counting", "over")),
         *((title, _logged(metric)) for title, metric in plan.panels.items()),
     ]
-    number = len(panels) + bool(plan.frontier)
+    number = len(panels) + 2 * bool(plan.frontier)
     height = -(-number // 4)
     figure, grid = plt.subplots(height, 4, figsize=(16, 3.6 * height), layout="constrained")
     axes = grid.flatten()
@@ -51,15 +51,14 @@ def curves(plan: Plan, path: Path) -> None:
         axis.set(title=_plain(title), xlabel="optimizer step")
         axis.grid(alpha=0.3)
     if plan.frontier:
-        axis = axes[number - 1]
-        for name in plan.methods:
-            points = frontier(plan, name)
-            axis.plot(
-                [x for _, x, _ in points], [y for _, _, y in points], "o-", label=_plain(name)
-            )
-        shown = _plain(plan.frontier)
-        axis.set(title=f"validation: overall, against {shown}", xlabel=shown)
-        axis.grid(alpha=0.3)
+        found = {name: frontier(plan, name) for name in plan.methods}
+        shown = {_plain(plan.frontier): "metric", "seconds of training": "seconds"}
+        for axis, (against, field) in zip(axes[len(panels) :], shown.items(), strict=False):
+            for name, points in found.items():
+                across = [getattr(point, field) for point in points]
+                axis.plot(across, [point.score for point in points], "o-", label=_plain(name))
+            axis.set(title=f"validation: overall, against {against}", xlabel=against)
+            axis.grid(alpha=0.3)
     if axes[0].dataLim.y0 > 0:  # a policy gradient's loss has either sign
         axes[0].set_yscale("log")
     axes[3].legend(fontsize=8)
@@ -87,22 +86,28 @@ def pictures(plan: Plan, path: Path, counting: int = 8) -> None:
     sheet(stack, told, judged, path, columns=sets * len(methods), titles=methods * sets, side=96)
 
 
-def frontier(plan: Plan, method: str) -> list[tuple[int, float, float]]:
-    """(step, the frontier's metric since the validation before, overall score) of each validation.
+class Point(NamedTuple):
+    """A validation: means over the seeds."""
 
-    Means over the seeds.
-    """
-    points: dict[int, list[tuple[float, float]]] = {}
+    step: int
+    metric: float  # the frontier's, since the validation before
+    score: float  # overall
+    seconds: float  # since training began, with the validations
+
+
+def frontier(plan: Plan, method: str) -> list[Point]:
+    """The validations of a method."""
+    points: dict[int, list[tuple[float, float, float]]] = {}
     for seed in plan.seeds:
         since: list[float] = []
         for line in log_of(plan, method, seed):
             since += [line[plan.frontier]] if plan.frontier in line else []
             score = _score(line, "overall")
             if score is not None and since:
-                points.setdefault(line["step"], []).append((float(np.mean(since)), score))
+                point = (float(np.mean(since)), score, line["seconds"])
+                points.setdefault(line["step"], []).append(point)
                 since = []
-    means = {step: np.mean(pairs, axis=0) for step, pairs in sorted(points.items())}
-    return [(step, float(x), float(y)) for step, (x, y) in means.items()]
+    return [Point(step, *np.mean(points[step], axis=0).tolist()) for step in sorted(points)]
 
 
 def _plain(text: str) -> str:

@@ -25,14 +25,14 @@ from world.prompts import specs
 Floats = npt.NDArray[np.float64]
 
 
-def write(plan: Plan, config: Path, *, seconds: float) -> Path:
+def write(plan: Plan, config: Path) -> Path:
     """Writes everything under the plan's output; returns the path of report.md."""
     output = Path(plan.output_dir)
     results = _results(plan)
     (output / "results.json").write_text(json.dumps(results) + "\n")
     curves(plan, output / "curves.png")
     pictures(plan, output / "images.png")
-    text = markdown(plan, results, config, seconds)
+    text = markdown(plan, results, config)
     (output / "report.md").write_text(text)
     (output / "report.html").write_text(html_page(plan.title, text, output))
     return output / "report.md"
@@ -68,7 +68,7 @@ def paired(one: Floats, other: Floats, prompts: npt.NDArray[Any]) -> tuple[float
     return float(gaps.mean()), float(t.ppf(0.975, len(sums) - 1) * error)
 
 
-def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: float) -> str:
+def markdown(plan: Plan, results: list[dict[str, Any]], config: Path) -> str:
     """The report's text."""
     methods = list(dict.fromkeys(result["method"] for result in results))
     by_method = {name: [r for r in results if r["method"] == name] for name in methods}
@@ -132,8 +132,10 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path, seconds: f
         "",
         "![images](images.png)",
         "",
-        f"Made by `python recipes/study.py --config {config}` in {seconds / 60:.1f} minutes"
-        + " (runs that were there already not counted).",
+        (
+            f"Made by `python recipes/study.py --config {config}`. Its trainings took "
+            f"{sum(result['train_seconds'] for result in results) / 60:.0f} minutes in all."
+        ),
         "",
     ]
     return "\n".join(lines)
@@ -398,15 +400,21 @@ def frontier_table(plan: Plan) -> list[str]:
         return []
     shown = _plain(plan.frontier)
     lines = [
-        f"Validation score (overall) beside {shown}, its mean since the validation before:",
+        (
+            f"Validation score (overall), {shown} since the validation before (its mean), and the "
+            "seconds since training began:"
+        ),
         "",
     ]
     by_method = {name: frontier(plan, name) for name in plan.methods}
-    steps = sorted({step for points in by_method.values() for step, _, _ in points})
+    steps = sorted({point.step for points in by_method.values() for point in points})
     lines += ["| | " + " | ".join(f"step {step}" for step in steps) + " |"]
     lines += ["| --- |" + " --- |" * len(steps)]
     for name, points in by_method.items():
-        at = {step: f"{y:.3f} at {x:.3f}" for step, x, y in points}
+        at = {
+            step: f"{score:.3f} at {metric:.3f}, {seconds:.0f} s"
+            for step, metric, score, seconds in points
+        }
         lines.append(f"| {_plain(name)} | " + " | ".join(at.get(step, "") for step in steps) + " |")
     return [*lines, ""]
 

@@ -322,14 +322,16 @@ def test_titles_and_names_are_text_in_every_report(name, tmp_path, monkeypatch):
     )  # fmt: skip
     score = {"overall": 0.5, "score": 0.5, "low": 0.4, "high": 0.6}
     counting = score | {"over": 0.5, "under": 0.0, "count_error": 0.5}
-    result = {"cfg": 1.0, "heldout": score | {"categories": {"counting": counting}}, "correct": [1]}
+    result = {"cfg": 1.0, "heldout": score | {"categories": {"counting": counting}}, "correct": [1],
+              "train_seconds": 90.0}  # fmt: skip
     results = [{"method": method, "seed": 0, **result} for method in ("base", name)]
-    log = [{"step": 1, "loss": 1.0, "reward": 1.0}, {"step": 1, "scores": score | {"categories": {
-        "counting": counting}}}]  # fmt: skip
+    scores = score | {"categories": {"counting": counting}}
+    log = [{"step": 1, "loss": 1.0, "reward": 1.0}, {"step": 1, "seconds": 2.0, "scores": scores}]
     for module in (report, figures):
         monkeypatch.setattr(module, "log_of", lambda *_: log)
     monkeypatch.setattr(report, "images_of", lambda *_: np.zeros((1, 8, 8, 3), np.uint8))
-    text = report.markdown(plan, results, tmp_path / "plan.yaml", 0.0)
+    text = report.markdown(plan, results, tmp_path / "plan.yaml")
+    assert text.endswith("Its trainings took 3 minutes in all.\n")
     page = report.html_page(plan.title, text, tmp_path)
     body = page.split("<body>")[1]
     assert "<script" not in page and "<b>" not in body and "<i>" not in body
@@ -416,13 +418,13 @@ def test_a_frontier_sets_scores_beside_what_was_logged_before_them(tmp_path):
             {"step": 0, "scores": {"overall": 0.9}},  # nothing was logged before it
             {"step": 1, "reward_mean": 1.0 + shift},
             {"step": 2, "reward_mean": 3.0 + shift},
-            {"step": 2, "scores": {"overall": 0.5}},
+            {"step": 2, "seconds": 10.0 + 4 * shift, "scores": {"overall": 0.5}},
             {"step": 3, "reward_mean": 7.0 + shift},
-            {"step": 3, "scores": {"overall": 0.3}},
+            {"step": 3, "seconds": 20.0, "scores": {"overall": 0.3}},
         ]
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert figures.frontier(plan, "A") == [(2, 2.5, 0.5), (3, 7.5, 0.3)]
-    assert "| A | 0.500 at 2.500 | 0.300 at 7.500 |" in report.frontier_table(plan)
+    assert figures.frontier(plan, "A") == [(2, 2.5, 0.5, 12.0), (3, 7.5, 0.3, 20.0)]
+    assert "| A | 0.500 at 2.500, 12 s | 0.300 at 7.500, 20 s |" in report.frontier_table(plan)
 
 
 def test_the_reward_of_the_heldout_pictures_stands_beside_their_score(tmp_path):
