@@ -1,4 +1,4 @@
-"""Time and memory of a step of DPO, InPO and SPO, alone and with AGSM in it.
+"""Time and memory of a step of the hosts, alone and with AGSM in it.
 
     python recipes/bench_hosts.py
 
@@ -8,6 +8,11 @@ All variants of a host take turns in one run: time is the median over rounds, ag
 of the same round; memory is what the peak resident set of a fresh process grows by in its first two
 steps (Linux). DPO and InPO give AGSM their prediction on the winner; "winner again" runs it again.
 SPO's rollout, which is the same with and without AGSM, is not timed.
+
+Flow-GRPO and DiffusionNFT: a LoRA on the embedded world's transformer (recipes/models/flow), with
+the rollout: 16 images in ten steps, trained on in four of these (Flow-GRPO) or twice in halves
+(DiffusionNFT); AGSM with the empty caption as the competitor, or plain denoising, on four images a
+forward and backward pass. Decoding and the reward are not timed.
 """
 
 import argparse
@@ -21,20 +26,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 
-from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch, Passes
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank, InBatch, Passes
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
-from agsm_loss.integrations.hosts.base import Host, adapters_off
+from agsm_loss.integrations.hosts.base import AGSMBatch, Host, adapters_off, take_rows
 from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
+from agsm_loss.integrations.hosts.diffusion_nft import DiffusionNFT
+from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
 from agsm_loss.integrations.hosts.inpo import InPO
-from agsm_loss.integrations.hosts.spo import SPO, AGSMBatch, StatePairs
+from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_latents, sample_sde
+from agsm_loss.integrations.hosts.spo import SPO, StatePairs
 from bench_backbones import timed
 from bench_loss import resident_mib
 
 BATCH = 8
-MODEL = Path(__file__).parent / "models" / "epsilon"
+MODELS = Path(__file__).parent / "models"
+LORA = LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
 
 
 class Again(AGSMRegularizer):
@@ -52,18 +66,29 @@ VARIANTS: dict[str, Any] = {
     "K = 4, winner again": {"kind": Again},
     "K = 4, 8 samples a pass": {"passes": Passes(chunk_size=8)},
 }
-HOSTS: dict[str, Callable[..., Host]] = {
+PREFERENCE_HOSTS: dict[str, Callable[..., Host]] = {
     "DPO": DiffusionDPO,
     "InPO": partial(InPO, num_steps=4),
     "SPO": partial(SPO, guidance_scale=5.0),
 }
+# of Flow-GRPO and DiffusionNFT: name -> settings of the loss
+REWARD_VARIANTS: dict[str, Any] = {
+    "alone": None,
+    "denoising": {"pos_scale": 0.0},
+    "empty caption": {"temperature": 1e6},
+}
+HOSTS = (*PREFERENCE_HOSTS, "Flow-GRPO", "DiffusionNFT")
 
 
 def make(host: str, variant: str) -> Callable[[], float]:
     """One training step of the host, on inputs that are the same for every variant -> its loss."""
+    if host not in PREFERENCE_HOSTS:
+        return make_with_rollout(host, variant)
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_pretrained(MODEL, subfolder="unet").requires_grad_(False)
-    unet.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    unet = UNet2DConditionModel.from_pretrained(
+        MODELS / "epsilon", subfolder="unet"
+    ).requires_grad_(False)
+    unet.add_adapter(LORA)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
     settings = VARIANTS[variant]
     if settings is None:
@@ -76,7 +101,9 @@ def make(host: str, variant: str) -> Callable[[], float]:
         settings = dict(settings)
         kind = settings.pop("kind", AGSMRegularizer)
         agsm = kind(denoiser, EMA(trained), AGSMLoss(neg_scale=0.1), **settings)
-    step = HOSTS[host](denoiser, scheduler, reference=partial(adapters_off, unet), agsm=agsm)
+    step = PREFERENCE_HOSTS[host](
+        denoiser, scheduler, reference=partial(adapters_off, unet), agsm=agsm
+    )
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
     winner, loser, noise, other = torch.randn(4, BATCH, unet.config.in_channels, side, side)
@@ -102,8 +129,72 @@ def make(host: str, variant: str) -> Callable[[], float]:
     return run
 
 
+def make_with_rollout(host: str, variant: str) -> Callable[[], float]:
+    """A rollout by the host's sampler and the training on it -> the last pass's loss."""
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel.from_pretrained(MODELS / "flow", subfolder="transformer")
+    model.requires_grad_(False).add_adapter(LORA)
+    denoiser, scheduler = PlainDenoiser(model), FlowMatchEulerDiscreteScheduler()
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    settings, agsm = REWARD_VARIANTS[variant], None
+    if settings is not None:
+        loss = AGSMLoss(neg_scale=0, **settings)
+        agsm = AGSMRegularizer(denoiser, EMA(trained), loss, candidates=InBatch(0, null=True))
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    images, shown = 2 * BATCH, BATCH // 2
+    size = model.config
+    noise = torch.randn(images, size.in_channels, size.sample_size, size.sample_size)
+    text = {
+        "prompt_embeds": torch.randn(images + 1, 16, size.joint_attention_dim),
+        "pooled_prompt_embeds": torch.randn(images + 1, size.pooled_projection_dim),
+    }
+    prompts = {name: rows[:images] for name, rows in text.items()}
+    pool = {name: rows[[*range(shown), images]] for name, rows in text.items()}
+    times = torch.arange(1, 1 + images) * 55.0
+    data = AGSMBatch(noise[:shown], times[:shown], noise[-shown:], pool, list(range(shown)))
+    given = {"agsm_batch": data if agsm else None}
+
+    def denoise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        pred: torch.Tensor = denoiser(x, timesteps, prompts, Bank.POSITIVE)
+        return pred
+
+    def trains(out: Any) -> float:
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        step.update_ema()
+        return float(out.loss.detach())
+
+    if host == "Flow-GRPO":
+        step: Any = FlowGRPO(denoiser, scheduler, agsm=agsm)
+
+        def run() -> float:
+            trajectory = sample_sde(denoise, scheduler, noise)
+            advantages = group_advantages(trajectory.last.mean((1, 2, 3)), BATCH)
+            return trains(step(trajectory, advantages, prompts, torch.arange(4), **given))
+
+    else:
+        reference = partial(adapters_off, model)
+        step = DiffusionNFT(
+            denoiser, scheduler, old=EMA(trained), reference=reference, steps_per_epoch=2, agsm=agsm
+        )
+
+        def run() -> float:
+            with step.old.applied():
+                latents = sample_latents(denoise, scheduler, noise)
+            advantages = group_advantages(latents.mean((1, 2, 3)), BATCH)
+            for rows in torch.arange(images).chunk(2):
+                part = latents[rows], advantages[rows], take_rows(prompts, rows)
+                loss = trains(step(*part, times[rows], noise[rows], **given))
+            return loss
+
+    return run
+
+
 def variants_of(host: str) -> list[str]:
     """SPO has no prediction that AGSM could take."""
+    if host not in PREFERENCE_HOSTS:
+        return list(REWARD_VARIANTS)
     return [name for name in VARIANTS if host != "SPO" or "again" not in name]
 
 
@@ -149,7 +240,7 @@ def main() -> None:
             low, middle, high = statistics.quantiles(ratios, n=4)
             told = f"{middle:.2f} ({low:.2f}-{high:.2f})" if name != "alone" else "1"
             print(
-                f"{host:4} {name:28} {statistics.median(times[name]):6.2f} s  time {told:18} "
+                f"{host:12} {name:24} {statistics.median(times[name]):6.2f} s  time {told:18} "
                 f"peak +{memory[name]:5.0f} MiB, {memory[name] / memory['alone']:.2f}",
                 flush=True,
             )

@@ -57,7 +57,7 @@ def curves(plan: Plan, path: Path) -> None:
             for name, points in found.items():
                 across = [getattr(point, field) for point in points]
                 axis.plot(across, [point.score for point in points], "o-", label=_plain(name))
-            axis.set(title=f"validation: overall, against {against}", xlabel=against)
+            axis.set(title=f"overall, against {against}", xlabel=against)
             axis.grid(alpha=0.3)
     if axes[0].dataLim.y0 > 0:  # a policy gradient's loss has either sign
         axes[0].set_yscale("log")
