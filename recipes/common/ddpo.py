@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, filter_trackers
+from accelerate.utils import gather
 
 from agsm_loss import draws
 from agsm_loss.integrations.hosts.base import AGSMBatch
@@ -40,7 +41,7 @@ def make_trainer(
     pipeline = LoadedPipeline(trained.model.pipe, full=options.full)
     trainer = AGSMDDPOTrainer(
         trl_config(options, tracker, None if found is None else found.folder),
-        trl_reward(options, state.device, trained.task),
+        trl_reward(options, state.device, trained.task, tracker.rewards),
         drawn_prompts(options, trained.task),
         pipeline,
         show if state.is_main_process else None,  # trl's call asks for a tracker: only there
@@ -97,12 +98,21 @@ def trl_config(options: Any, tracker: GeneralTracker, resumed: Path | None) -> A
     )
 
 
-def trl_reward(options: Any, device: Any, task: Task) -> Callable[..., Any]:
-    """The reward as trl calls it: images in [0, 1], prompts and what the prompts came with."""
+def trl_reward(
+    options: Any, device: Any, task: Task, parts: dict[str, list[float]]
+) -> Callable[..., Any]:
+    """The reward as trl calls it: images in [0, 1], prompts and what the prompts came with.
+
+    parts: gets the mean of each part of a sum, over all processes, at each call.
+    """
     score = load(options.reward, device, task.rewards)
 
     def reward(images: Any, prompts: Any, metadata: Any) -> tuple[Any, dict[str, Any]]:
-        return score(2 * images.float() - 1, list(prompts)), {}
+        rewards = score(2 * images.float() - 1, list(prompts))
+        for name, scores in getattr(score, "last", {}).items():
+            mean: Any = gather(scores.to(device).float()).mean()
+            parts.setdefault(f"reward/{name}", []).append(mean.item())
+        return rewards, {}
 
     return reward
 
@@ -163,6 +173,7 @@ class JsonLines(GeneralTracker):
         self.step = 0
         self.line: dict[str, Any] = {}
         self.last: dict[str, float] = {}
+        self.rewards: dict[str, list[float]] = {}  # of an epoch's batches, by the name in the log
 
     @property
     def tracker(self) -> Path:
@@ -178,6 +189,9 @@ class JsonLines(GeneralTracker):
         self.step = self.step if step is None else step
         scalars = {_NAMES.get(name, name): value.item() if hasattr(value, "item") else value
                    for name, value in values.items() if getattr(value, "ndim", 0) == 0}  # fmt: skip
+        if "reward/mean" in scalars:
+            scalars |= {name: sum(means) / len(means) for name, means in self.rewards.items()}
+            self.rewards.clear()
         self.line |= scalars
         if self.extra is not None:
             self.extra.log(scalars, step=self.step)

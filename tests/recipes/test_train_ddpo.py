@@ -121,9 +121,13 @@ def test_a_signal_ends_a_run_after_its_epoch(epsilon_base, tmp_path, monkeypatch
 
 def test_with_guidance_and_all_of_the_model_it_trains_too(epsilon_base, tmp_path):
     flags = [*DDPO, "--num_epochs", "1", "--rank", "0", "--full", "--guidance_scale", "2",
-             "--report_to", "tensorboard"]  # fmt: skip
+             "--sample_num_batches_per_epoch", "2", "--report_to", "tensorboard",
+             "--reward", "redness:2,jpeg_compressibility:0.5"]  # fmt: skip
     train(epsilon_base, tmp_path, *flags)
     assert list(tmp_path.rglob("events.out.tfevents*"))
+    first = log(tmp_path)[0]
+    total = 2 * first["reward/redness"] + 0.5 * first["reward/jpeg_compressibility"]
+    assert total == pytest.approx(first["reward/mean"], abs=1e-5)
     assert (tmp_path / "pipeline" / "unet").is_dir() and log(tmp_path)[-1]["scores"]["n"] == 6
 
 
