@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 RECIPES = [f"recipes/{name}.md" for name in ("README", "running", "evaluation", "troubleshooting")]
-NAMES = ("README.md", "integrations/README.md", *RECIPES, "recipes/results/README.md")
+RESULTS = [f"recipes/results/{name}.md" for name in ("README", "alone", "preferences", "rewards")]
+NAMES = ("README.md", "integrations/README.md", *RECIPES, *RESULTS)
 
 
 class Block(NamedTuple):
