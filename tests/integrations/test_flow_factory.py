@@ -224,7 +224,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, trainer_type, **options):
+def run(folder, trainer_type, dynamics, **options):
     """Two epochs of Flow-Factory on the CPU; the trainer and what it logged."""
     from flow_factory.hparams import Arguments
     from flow_factory.rewards.abc import PointwiseRewardModel, RewardModelOutput
@@ -240,7 +240,6 @@ def run(folder, trainer_type, **options):
     sys.modules["tiny_reward"] = ModuleType("tiny_reward")
     sys.modules["tiny_reward"].Redness = Redness
     is_grpo = "grpo" in trainer_type.lower()
-    scheduler = {"dynamics_type": "Flow-SDE", "sde_steps": [0, 1]} if is_grpo else {}
     config = {
         "mixed_precision": "no",
         "data": {
@@ -263,7 +262,7 @@ def run(folder, trainer_type, **options):
             "learning_rate": 0.01, "seed": 3, "latent_storage_dtype": "fp32",
             **({} if is_grpo else {"num_train_timesteps": 1}), **options,
         },
-        "scheduler": scheduler or {"dynamics_type": "ODE"},
+        "scheduler": {"dynamics_type": dynamics, **({"sde_steps": [0, 1]} if is_grpo else {})},
         "eval": {"resolution": 8, "eval_freq": 0},
         "rewards": [
             {"name": "red", "reward_model": "tiny_reward.Redness", "device": "cpu"},
@@ -281,16 +280,20 @@ def run(folder, trainer_type, **options):
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_FLOW_FACTORY, reason="Flow-Factory is not installed here")
 @pytest.mark.filterwarnings("ignore")  # its own
-@pytest.mark.parametrize("kind", KINDS)
-def test_in_flow_factory_itself(kind, folder):
-    _, plain, _ = run(folder, kind.removeprefix("AGSM").lower())
-    _, without, logged = run(folder, f"{NAME}.{kind}", agsm_weight=0.0)
+@pytest.mark.parametrize(
+    ("kind", "dynamics"),
+    [("AGSMGRPO", "Flow-SDE"), ("AGSMGRPO", "CPS"), ("AGSMNFT", "ODE"), ("AGSMDPO", "ODE")],
+)
+def test_in_flow_factory_itself(kind, dynamics, folder):
+    ours = f"{NAME}.{kind}"
+    _, plain, _ = run(folder, kind.removeprefix("AGSM").lower(), dynamics)
+    _, without, logged = run(folder, ours, dynamics, agsm_weight=0.0)
     assert all(map(torch.equal, without, plain)) and "agsm/loss" not in logged
     trainer, weights, logged = run(
-        folder, f"{NAME}.{kind}", agsm_null_caption=True, agsm_batch=2, agsm_ema_decay=0.5
+        folder, ours, dynamics, agsm_null_caption=True, agsm_batch=2, agsm_ema_decay=0.5
     )
     assert not all(map(torch.equal, weights, plain))
     assert logged["agsm/loss"] > 0 and trainer.agsm.step == trainer.agsm.ema.num_updates == 2
     trainer.save_checkpoint(str(folder / kind))
-    resumed, _, _ = run(folder, f"{NAME}.{kind}", resume_path=str(folder / kind), max_epochs=0)
+    resumed, _, _ = run(folder, ours, dynamics, resume_path=str(folder / kind), max_epochs=0)
     assert all(map(torch.equal, resumed.agsm.ema.shadow, trainer.agsm.ema.shadow))
