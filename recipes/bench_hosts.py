@@ -10,9 +10,10 @@ steps (Linux). DPO and InPO give AGSM their prediction on the winner; "winner ag
 SPO's rollout, which is the same with and without AGSM, is not timed.
 
 Flow-GRPO and DiffusionNFT: a LoRA on the embedded world's transformer (recipes/models/flow), with
-the rollout: 16 images in ten steps, trained on in four of these (Flow-GRPO) or twice in halves
-(DiffusionNFT); AGSM with the empty caption as the competitor, or plain denoising, on four images a
-forward and backward pass. Decoding and the reward are not timed.
+the rollout of 16 images in ten steps. Flow-GRPO trains on four of these steps at once, DiffusionNFT
+on eight images at a time. With each backward pass comes AGSM on four images, the empty caption
+competing, or plain denoising on them (AGSM with pos_scale 0, whose EMA runs too). Decoding and the
+reward are not timed.
 """
 
 import argparse

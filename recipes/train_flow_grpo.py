@@ -41,8 +41,11 @@ class Options(GroupOptions):
         "sde",
         "Samples by Flow-GRPO's SDE, or by Flow-CPS's steps: clean after few steps too.",
     )
-    noise_level: float = option(
-        0.7, "Noise of the sampling steps: a of the SDE; eta of cps, in 0..1.", above=0
+    noise_level: float | None = option(
+        None,
+        "Noise of the sampling steps: a of the SDE, or eta of cps, at most 1; left out: the "
+        "published 0.7 or 0.8.",
+        above=0,
     )
     clip_range: float = option(
         1e-4, "Distance from 1 at which likelihood ratios are clipped.", above=0
@@ -56,14 +59,15 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from agsm_loss import draws
+    from agsm_loss.integrations.hosts.dynamics import Dynamics
     from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
-    from agsm_loss.integrations.hosts.rollouts import Steps, group_advantages, sample_sde
+    from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_sde
     from common.loop import start
     from common.on_policy import OnPolicy
     from common.trained_pipeline import TrainedPipeline
     from world.task import open_task
 
-    Steps(options.sde_type, options.noise_level).check()
+    Dynamics.of(options.sde_type, options.noise_level)  # checked before anything is loaded
     accelerator = start(options)
     task = open_task(options, accelerator)
     trained = TrainedPipeline.build(options, accelerator, task)

@@ -80,8 +80,8 @@ class FlowGRPO(Host):
         clip: of `clipped_policy_loss`.
         reference: as in `DiffusionDPO`; required where `kl_weight` is not 0.
         reference_bank: the reference's tokens: none, or ψ⁺ where the model began with its tokens.
-        kl_weight: weight of the steps' KL divergence to the reference, a mean over an image's
-            dimensions. Published: 0.04 and 0.01; 0: the reference is not run.
+        kl_weight: weight of the steps' KL divergence to the reference (`Dynamics.kl`). Published:
+            0.04 and 0.01 for the SDE, 0 for Flow-CPS; 0: the reference is not run.
         agsm: the regularizer on the same denoiser; its `weight` is λ. None, or λ = 0: Flow-GRPO
             alone, bit for bit.
         autocast: returns a context for the forward passes, e.g. `accelerator.autocast`.
@@ -160,8 +160,9 @@ class FlowGRPO(Host):
         given = x, times, text
         with self.autocast():
             pred = self.denoiser(*given, bank_of(Bank.POSITIVE, len(x)), **image)
-        mean, std = trajectory.steps.gaussian(pred.to(x), x, sigma, below)
-        log_prob = trajectory.steps.log_prob(following, mean, std)
+        dynamics = trajectory.dynamics
+        mean, std = dynamics.gaussian(pred.to(x), x, sigma, below)
+        log_prob = dynamics.log_prob(following, mean, std)
         old = trajectory.log_probs[at, rows]
         loss = clipped_policy_loss(log_prob, old, advantages.to(log_prob)[rows], self.clip)
         gap = (log_prob - old).detach()
@@ -169,8 +170,8 @@ class FlowGRPO(Host):
         if self.reference is not None and self.kl_weight:
             with no_grad_pass(), self.reference(), self.autocast():
                 ref = self.denoiser(*given, bank_of(self.reference_bank, len(x)), **image)
-            ref_mean, _ = trajectory.steps.gaussian(ref.to(x), x, sigma, below)
-            kl = ((mean - ref_mean) / std).square().mean() / 2
+            ref_mean, _ = dynamics.gaussian(ref.to(x), x, sigma, below)
+            kl = dynamics.kl(mean, ref_mean, std)
             loss = loss + self.kl_weight * kl
             metrics["kl"] = kl.detach()
         with self.autocast():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def make_trainer(
     pipeline = LoadedPipeline(trained.model.pipe, full=options.full)
     trainer = AGSMDDPOTrainer(
         trl_config(options, tracker, None if found is None else found.folder),
-        trl_reward(options, state.device, trained.task, tracker.rewards),
+        trl_reward(options, state, trained.task, tracker.rewards),
         drawn_prompts(options, trained.task),
         pipeline,
         show if state.is_main_process else None,  # trl's call asks for a tracker: only there
@@ -99,19 +100,23 @@ def trl_config(options: Any, tracker: GeneralTracker, resumed: Path | None) -> A
 
 
 def trl_reward(
-    options: Any, device: Any, task: Task, parts: dict[str, list[float]]
+    options: Any, state: Any, task: Task, parts: dict[str, list[float]]
 ) -> Callable[..., Any]:
     """The reward as trl calls it: images in [0, 1], prompts and what the prompts came with.
 
-    parts: gets the mean of each part of a sum, over all processes, at each call.
+    parts: on the main process it gets the mean of each part of a sum, over all processes, at each
+    call.
     """
-    score = load(options.reward, device, task.rewards)
+    score = load(options.reward, state.device, task.rewards)
 
     def reward(images: Any, prompts: Any, metadata: Any) -> tuple[Any, dict[str, Any]]:
         rewards = score(2 * images.float() - 1, list(prompts))
-        for name, scores in getattr(score, "last", {}).items():
-            mean: Any = gather(scores.to(device).float()).mean()
-            parts.setdefault(f"reward/{name}", []).append(mean.item())
+        last: dict[str, torch.Tensor] = getattr(score, "last", {})
+        if last:
+            scores: Any = gather(torch.stack(list(last.values()), dim=1).to(state.device))
+            if state.is_main_process:
+                for name, mean in zip(last, scores.mean(0).tolist(), strict=True):
+                    parts.setdefault(f"reward/{name}", []).append(mean)
         return rewards, {}
 
     return reward
@@ -174,6 +179,8 @@ class JsonLines(GeneralTracker):
         self.line: dict[str, Any] = {}
         self.last: dict[str, float] = {}
         self.rewards: dict[str, list[float]] = {}  # of an epoch's batches, by the name in the log
+        lines = lines_of(file)  # of the run that is resumed
+        self.began = time.time() - (json.loads(lines[-1]).get("seconds", 0.0) if lines else 0.0)
 
     @property
     def tracker(self) -> Path:
@@ -199,7 +206,7 @@ class JsonLines(GeneralTracker):
     def write(self, values: Mapping[str, Any], step: int) -> None:
         """A line of its own."""
         self.flush()
-        append_line(self.file, {"step": step, **values})
+        self._append(step, values)
         if self.extra is not None:
             self.extra.log(flat(values), step=step)
 
@@ -207,14 +214,18 @@ class JsonLines(GeneralTracker):
         """Gives the other tracker what the log has of that step: a resumed one drops the step."""
         for line in map(json.loads, lines_of(self.file)):
             if self.extra is not None and line["step"] >= first:
-                self.extra.log(flat({**line, "step": None}), step=line["step"])
+                self.extra.log(flat({**line, "step": None, "seconds": None}), step=line["step"])
 
     def flush(self) -> None:
         """What has been logged so far is written."""
         if self.line:
-            append_line(self.file, {"step": self.step, **self.line})
+            self._append(self.step, self.line)
             self.last |= self.line
         self.line = {}
+
+    def _append(self, step: int, values: Mapping[str, Any]) -> None:
+        seconds = round(time.time() - self.began, 1)
+        append_line(self.file, {"step": step, "seconds": seconds, **values})
 
     def shown(self) -> dict[str, float]:
         """For the progress bar."""

@@ -28,7 +28,9 @@ def curves(plan: Plan, path: Path) -> None:
         ("validation: share with too many", lambda line: _score(line, "counting", "over")),
         *((title, _logged(metric)) for title, metric in plan.panels.items()),
     ]
-    number = len(panels) + 2 * bool(plan.frontier)
+    found = {name: frontier(plan, name) for name in plan.methods if plan.frontier}
+    against = {_plain(plan.frontier): "metric", "seconds of training": "seconds"} if found else {}
+    number = len(panels) + len(against)
     height = -(-number // 4)
     figure, grid = plt.subplots(height, 4, figsize=(16, 3.6 * height), layout="constrained")
     axes = grid.flatten()
@@ -50,15 +52,12 @@ def curves(plan: Plan, path: Path) -> None:
             axis.fill_between(steps, least, most, alpha=0.15, color=drawn.get_color())
         axis.set(title=_plain(title), xlabel="optimizer step")
         axis.grid(alpha=0.3)
-    if plan.frontier:
-        found = {name: frontier(plan, name) for name in plan.methods}
-        shown = {_plain(plan.frontier): "metric", "seconds of training": "seconds"}
-        for axis, (against, field) in zip(axes[len(panels) :], shown.items(), strict=False):
-            for name, points in found.items():
-                across = [getattr(point, field) for point in points]
-                axis.plot(across, [point.score for point in points], "o-", label=_plain(name))
-            axis.set(title=f"overall, against {against}", xlabel=against)
-            axis.grid(alpha=0.3)
+    for axis, (shown, field) in zip(axes[len(panels) :], against.items(), strict=False):
+        for name, points in found.items():
+            across = [getattr(point, field) for point in points]
+            axis.plot(across, [point.score for point in points], "o-", label=_plain(name))
+        axis.set(title=f"overall, against {shown}", xlabel=shown)
+        axis.grid(alpha=0.3)
     if axes[0].dataLim.y0 > 0:  # a policy gradient's loss has either sign
         axes[0].set_yscale("log")
     axes[3].legend(fontsize=8)
@@ -92,7 +91,7 @@ class Point(NamedTuple):
     step: int
     metric: float  # the frontier's, since the validation before
     score: float  # overall
-    seconds: float  # since training began, with the validations
+    seconds: float  # since training began, with the validations; nan: not in the log
 
 
 def frontier(plan: Plan, method: str) -> list[Point]:
@@ -104,7 +103,7 @@ def frontier(plan: Plan, method: str) -> list[Point]:
             since += [line[plan.frontier]] if plan.frontier in line else []
             score = _score(line, "overall")
             if score is not None and since:
-                point = (float(np.mean(since)), score, line["seconds"])
+                point = (float(np.mean(since)), score, line.get("seconds", np.nan))
                 points.setdefault(line["step"], []).append(point)
                 since = []
     return [Point(step, *np.mean(points[step], axis=0).tolist()) for step in sorted(points)]

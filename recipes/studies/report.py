@@ -6,6 +6,7 @@ import base64
 import html
 import json
 from collections.abc import Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,8 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path) -> str:
         "",
         (
             f"Made by `python recipes/study.py --config {config}`. Its trainings took "
-            f"{sum(result['train_seconds'] for result in results) / 60:.0f} minutes in all."
+            f"{sum(result['train_seconds'] for result in results) / 60:.0f} minutes in all, by the "
+            "clock (of a resumed run its last part)."
         ),
         "",
     ]
@@ -402,7 +404,7 @@ def frontier_table(plan: Plan) -> list[str]:
     lines = [
         (
             f"Validation score (overall), {shown} since the validation before (its mean), and the "
-            "seconds since training began:"
+            "seconds since training began, by the clock:"
         ),
         "",
     ]
@@ -412,8 +414,8 @@ def frontier_table(plan: Plan) -> list[str]:
     lines += ["| --- |" + " --- |" * len(steps)]
     for name, points in by_method.items():
         at = {
-            step: f"{score:.3f} at {metric:.3f}, {seconds:.0f} s"
-            for step, metric, score, seconds in points
+            step: f"{score:.3f} at {metric:.3f}" + ("" if isnan(time) else f", {time:.0f} s")
+            for step, metric, score, time in points
         }
         lines.append(f"| {_plain(name)} | " + " | ".join(at.get(step, "") for step in steps) + " |")
     return [*lines, ""]

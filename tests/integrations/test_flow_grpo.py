@@ -10,8 +10,9 @@ from preference_setup import Setup
 
 from agsm_loss import Bank
 from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off, agsm_on, bank_of
+from agsm_loss.integrations.hosts.dynamics import Dynamics, cps_gaussian, sde_gaussian
 from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO, clipped_policy_loss
-from agsm_loss.integrations.hosts.rollouts import Steps, cps_gaussian, sample_sde, sde_gaussian
+from agsm_loss.integrations.hosts.rollouts import sample_sde
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.7, 1.5])
@@ -62,26 +63,32 @@ def test_flow_cps_draws_a_part_of_the_noise_anew():
     torch.testing.assert_close(anew, (1 - following)[:, None] * (x - sigma[:, None] * pred))
 
 
-@pytest.mark.parametrize("sde_type", ["sde", "cps"])
-def test_states_of_flow_cps_have_the_noise_of_their_level_and_no_more(sde_type):
-    """With one image in the data the velocity is known; x − (1 − σ)·image is the noise."""
+def noise_of_the_states(sde_type):
+    """Of each level but the last, over what it should be.
+
+    With one image in the data the velocity is known, and x − (1 − σ)·image is the noise.
+    """
     image, noise = torch.rand(4, 8, 8) * 2 - 1, torch.randn(400, 4, 8, 8)
     trajectory = sample_sde(
         lambda x, t: (x - image) / (t[0] / 1000),
         FlowMatchEulerDiscreteScheduler(),
         noise,
-        num_steps=10,
         sde_type=sde_type,
     )
     torch.testing.assert_close(trajectory.last, image.expand_as(noise), atol=1e-4, rtol=0)
-    over = [
+    return [
         ((state - (1 - sigma) * image).std() / sigma).item()
         for state, sigma in zip(trajectory.states[:-1], trajectory.sigmas[:-1], strict=True)
     ]
-    if sde_type == "cps":
-        assert over == pytest.approx([1.0] * 10, abs=0.01)
-    else:  # what the images of few steps keep, with a model that does not know it
-        assert over[-1] > 1.1
+
+
+def test_states_of_flow_cps_have_the_noise_of_their_level():
+    assert noise_of_the_states("cps") == pytest.approx([1.0] * 10, abs=0.01)
+
+
+def test_states_of_few_steps_of_the_sde_have_more():
+    """A model takes the noise of their level off, and leaves the rest in the image."""
+    assert noise_of_the_states("sde")[-1] > 1.1
 
 
 def rollout(setup, scheduler, seed=0, **steps):
@@ -97,11 +104,18 @@ def rollout(setup, scheduler, seed=0, **steps):
     )
 
 
-@pytest.mark.parametrize("steps", [Steps(), Steps("sde", 0.4), Steps("cps", 0.8)])
-def test_what_was_sampled_has_ratio_one_and_the_gradient_of_the_likelihoods(steps):
+@pytest.mark.parametrize(
+    ("given", "dynamics"),
+    [
+        ({}, Dynamics("sde", 0.7)),
+        ({"noise_level": 0.4}, Dynamics("sde", 0.4)),
+        ({"sde_type": "cps"}, Dynamics("cps", 0.8)),
+    ],
+)
+def test_what_was_sampled_has_ratio_one_and_the_gradient_of_the_likelihoods(given, dynamics):
     setup, scheduler = Setup("sd3"), FlowMatchEulerDiscreteScheduler()
-    trajectory = rollout(setup, scheduler, **steps._asdict())
-    assert trajectory.steps == steps
+    trajectory = rollout(setup, scheduler, **given)
+    assert trajectory.dynamics == dynamics
     assert trajectory.states.shape == (5, 3, 4, 8, 8)
     assert torch.equal(trajectory.last, trajectory.states[4])
     advantages = torch.tensor([1.0, -0.5, 0.25]).double()
@@ -116,9 +130,9 @@ def test_what_was_sampled_has_ratio_one_and_the_gradient_of_the_likelihoods(step
         pred = setup.denoiser(
             x, (sigma * 1000).expand(3), setup.conditioning, bank_of(Bank.POSITIVE, 3)
         )
-        mean, std = steps.gaussian(pred, x, sigma.expand(3), below.expand(3))
+        mean, std = dynamics.gaussian(pred, x, sigma.expand(3), below.expand(3))
         log_prob = torch.distributions.Normal(mean, std.expand_as(mean)).log_prob(following)
-        if steps.sde_type == "cps":  # its paper leaves the variance out
+        if dynamics.sde_type == "cps":  # its paper leaves the variance out
             log_prob = log_prob * 2 * std**2
         expected = expected - (advantages * log_prob.flatten(1).mean(1)).mean() / 3
     for one, other in zip(grads, torch.autograd.grad(expected, setup.trained), strict=True):
@@ -149,9 +163,11 @@ def test_agsm_is_added_and_absent_without_it():
     assert agsm.ema.num_updates == 1
 
 
-def test_the_divergence_to_the_reference_is_that_of_the_steps_gaussians():
+@pytest.mark.parametrize("sde_type", ["sde", "cps"])
+def test_the_divergence_to_the_reference_is_that_of_the_steps_gaussians(sde_type):
     setup, scheduler = Setup("sd3"), FlowMatchEulerDiscreteScheduler()
-    trajectory, advantages = rollout(setup, scheduler), torch.ones(3).double()
+    trajectory = rollout(setup, scheduler, sde_type=sde_type)
+    advantages = torch.ones(3).double()
     given = trajectory, advantages, setup.conditioning, torch.tensor([1])
     kept = {"reference": lambda: adapters_off(setup.model), "kl_weight": 0.25}
     plain = FlowGRPO(setup.denoiser, scheduler)(*given)
@@ -164,9 +180,13 @@ def test_the_divergence_to_the_reference_is_that_of_the_steps_gaussians():
             ref = setup.denoiser(x, times, setup.conditioning, bank_of(Bank.OFF, 3))
     ours, its = (
         torch.distributions.Normal(mean, std.expand_as(mean))
-        for mean, std in (sde_gaussian(v, x, sigma.expand(3), below.expand(3)) for v in (pred, ref))
+        for mean, std in (
+            trajectory.dynamics.gaussian(v, x, sigma.expand(3), below.expand(3))
+            for v in (pred, ref)
+        )
     )
-    kl = torch.distributions.kl_divergence(ours, its).mean()
+    kl = torch.distributions.kl_divergence(ours, its)
+    kl = (kl * (2 * ours.scale**2 if sde_type == "cps" else 1)).mean()
     torch.testing.assert_close(out.metrics["kl"], kl)
     torch.testing.assert_close(out.loss, plain.loss + 0.25 * kl)
     grads = torch.autograd.grad(out.loss - plain.loss, setup.trained, allow_unused=True)

@@ -1,5 +1,6 @@
 """train_ddpo.py: resume, log, either kind of image, rewards, refusals."""
 
+import json
 import os
 import signal
 from types import SimpleNamespace
@@ -128,6 +129,8 @@ def test_with_guidance_and_all_of_the_model_it_trains_too(epsilon_base, tmp_path
     first = log(tmp_path)[0]
     total = 2 * first["reward/redness"] + 0.5 * first["reward/jpeg_compressibility"]
     assert total == pytest.approx(first["reward/mean"], abs=1e-5)
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["seconds"] > 0 for line in lines)
     assert (tmp_path / "pipeline" / "unet").is_dir() and log(tmp_path)[-1]["scores"]["n"] == 6
 
 

@@ -9,6 +9,8 @@ from recipe_runs import killing, log, trained
 
 import train_flow_grpo
 import train_nft
+from agsm_loss.integrations.hosts import rollouts
+from agsm_loss.integrations.hosts.dynamics import Dynamics
 from common import on_policy, rewards
 from common.trained_pipeline import TrainedPipeline
 from world.captions import caption
@@ -62,6 +64,23 @@ def test_flow_grpo_resumes_and_has_agsm_in_it(flags, flow_base, tmp_path, monkey
     again = [*flags, "--resume_from_checkpoint", "latest"]
     assert same(whole, train(train_flow_grpo, flow_base, tmp_path / "cut", *again))
     assert log(tmp_path / "cut") == lines
+
+
+def test_flow_grpo_samples_by_the_dynamics_of_its_options(flow_base, tmp_path, monkeypatch):
+    seen, sampled = [], rollouts.sample_sde
+
+    def watching(*args, **kwargs):
+        trajectory = sampled(*args, **kwargs)
+        seen.append(trajectory.dynamics)
+        return trajectory
+
+    monkeypatch.setattr(rollouts, "sample_sde", watching)
+    flags = ["--max_train_steps", "1", "--sde_type", "cps"]
+    train(train_flow_grpo, flow_base, tmp_path / "default", *flags)
+    train(train_flow_grpo, flow_base, tmp_path / "given", *flags, "--noise_level", "0.5")
+    assert seen == [Dynamics("cps", 0.8), Dynamics("cps", 0.5)]
+    with pytest.raises(ValueError, match="noise_level: expected above 0 and at most 1 for cps"):
+        train(train_flow_grpo, tmp_path / "absent", tmp_path / "no", *flags, "--noise_level", "1.5")
 
 
 @pytest.mark.parametrize(
