@@ -16,8 +16,8 @@ import readme
 from agsm_loss import AGSMRegularizer
 from agsm_loss.integrations.denoisers import TokenDenoiser
 
-GUIDE = "integrations/README.md"
-FILES = {file.name: file for file in sorted((readme.ROOT / "integrations/patches").iterdir())}
+GUIDE = "integrations/patches/README.md"
+FILES = {file.name: file for file in sorted((readme.ROOT / "integrations/patches").glob("*.diff"))}
 OURS = {
     "agsm": AGSMRegularizer,
     "denoiser": TokenDenoiser,

@@ -136,7 +136,7 @@ def test_the_blocks_of_the_integrations_run(tmp_path, monkeypatch):
 
 
 @as_users_run_it
-@pytest.mark.parametrize("name", readme.NAMES[3:])
+@pytest.mark.parametrize("name", [*readme.RECIPES[1:], *readme.RESULTS])
 def test_the_blocks_of_the_recipes_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     readme.run(name, {})

@@ -8,7 +8,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 RECIPES = [f"recipes/{name}.md" for name in ("README", "running", "evaluation", "troubleshooting")]
 RESULTS = [f"recipes/results/{name}.md" for name in ("README", "alone", "preferences", "rewards")]
-NAMES = ("README.md", "integrations/README.md", *RECIPES, *RESULTS)
+INTEGRATIONS = ["integrations/README.md", "integrations/patches/README.md"]
+NAMES = ("README.md", *INTEGRATIONS, *RECIPES, *RESULTS)
 
 
 class Block(NamedTuple):
