@@ -190,6 +190,7 @@ class AGSMTrainer:
             self._denoiser.names,
             generator,
             null=self._null,
+            low=self.training_args.agsm_timestep_low,
             steps=self.adapter.scheduler.config.num_train_timesteps,
             device=self.accelerator.device,
         )

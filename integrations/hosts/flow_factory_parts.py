@@ -44,6 +44,7 @@ class AGSMArguments:
         agsm_batch: images of AGSM in a process and micro-step (a forward and backward pass).
         agsm_num_negatives: prompts of other images that compete with an image's own.
         agsm_null_caption: the empty caption competes too.
+        agsm_timestep_low: least noise of AGSM's images, as a share of the schedule in [0, 1).
         agsm_pos_scale, agsm_temperature: γ⁺ and T of `AGSMLoss`; γ⁻ is 0, as weights are trained.
         agsm_ema_decay: decay of AGSM's own EMA per optimizer step.
 
@@ -56,6 +57,7 @@ class AGSMArguments:
     agsm_batch: int = 8
     agsm_num_negatives: int = 3
     agsm_null_caption: bool = False
+    agsm_timestep_low: float = 0.0
     agsm_pos_scale: float = 1.0
     agsm_temperature: float = 0.1
     agsm_ema_decay: float = 0.9999
@@ -72,6 +74,10 @@ class AGSMArguments:
                 raise ValueError(
                     f"{name}: expected at least {at_least}, got {getattr(self, name)}."
                 )
+        if not 0 <= self.agsm_timestep_low < 1:
+            raise ValueError(
+                f"agsm_timestep_low: expected a share in [0, 1), got {self.agsm_timestep_low}."
+            )
 
 
 @dataclass
@@ -148,6 +154,7 @@ def noised(
     generator: torch.Generator,
     *,
     null: Mapping[str, Tensor] | None = None,
+    low: float = 0.0,
     steps: int = 1000,
     device: torch.device | str = "cpu",
 ) -> AGSMBatch:
@@ -158,6 +165,7 @@ def noised(
         names: of the samples' fields that encode the prompt.
         generator: of noise and timesteps, on the CPU.
         null: the empty caption's fields, a row each; None where it does not compete.
+        low: share of the schedule, from no noise on, whose timesteps are left out.
         steps: training timesteps of the scheduler.
         device: of the batch.
     """
@@ -166,5 +174,6 @@ def noised(
     for name, row in (null or {}).items():
         text[name] = torch.cat([text[name], row.to(text[name])])
     noise = torch.randn(latents.shape, generator=generator).to(device)
-    times = torch.rand(len(shown), generator=generator).to(device) * steps
+    times = torch.rand(len(shown), generator=generator).to(device)
+    times = (low + (1 - low) * times) * steps
     return AGSMBatch(latents, times, noise, text, [one.prompt for one in shown])
