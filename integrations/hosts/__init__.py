@@ -1,7 +1,8 @@
 """Training steps of other methods, with AGSM as a term.
 
-A file for each method; `base` holds what they share, `ddpo_parts` and `flow_factory_parts` what
-`trl_ddpo` and `flow_factory` need without trl and Flow-Factory.
+A file for each method; `base` holds what they share, `rollouts` and `dynamics` how the reward-driven
+ones sample, `ddpo_parts` and `flow_factory_parts` what `trl_ddpo` and `flow_factory` need without trl
+and Flow-Factory.
 """
 
 # The modules that `make docs` describes. Left out is `flow_factory`: Flow-Factory is no extra.
@@ -10,6 +11,7 @@ __all__ = [
     "ddpo_parts",
     "diffusion_dpo",
     "diffusion_nft",
+    "dynamics",
     "flow_factory_parts",
     "flow_grpo",
     "inpo",

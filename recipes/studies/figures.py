@@ -29,7 +29,9 @@ def curves(plan: Plan, path: Path) -> None:
         *((title, _logged(metric)) for title, metric in plan.panels.items()),
     ]
     found = {name: frontier(plan, name) for name in plan.methods if plan.frontier}
-    against = {_plain(plan.frontier): "metric", "seconds of training": "seconds"} if found else {}
+    against = {_plain(plan.frontier): "metric"} if found else {}
+    if any(not np.isnan(point.seconds) for points in found.values() for point in points):
+        against["seconds of training"] = "seconds"
     number = len(panels) + len(against)
     height = -(-number // 4)
     figure, grid = plt.subplots(height, 4, figsize=(16, 3.6 * height), layout="constrained")

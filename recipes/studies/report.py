@@ -404,7 +404,7 @@ def frontier_table(plan: Plan) -> list[str]:
     lines = [
         (
             f"Validation score (overall), {shown} since the validation before (its mean), and the "
-            "seconds since training began, by the clock:"
+            "seconds since training began, by the clock (where the log has them):"
         ),
         "",
     ]
