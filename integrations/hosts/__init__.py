@@ -1,8 +1,8 @@
 """Training steps of other methods, with AGSM as a term.
 
-A file for each method; `base` holds what they share, `rollouts` and `dynamics` how the reward-driven
-ones sample, `ddpo_parts` and `flow_factory_parts` what `trl_ddpo` and `flow_factory` need without trl
-and Flow-Factory.
+A file for each method; `base` holds what they share, `rollouts` and `dynamics` how those with a
+reward sample, `ddpo_parts` and `flow_factory_parts` what `trl_ddpo` and `flow_factory` need without
+trl and Flow-Factory.
 """
 
 # The modules that `make docs` describes. Left out is `flow_factory`: Flow-Factory is no extra.
