@@ -35,7 +35,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 
-from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank, InBatch, Passes
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank, InBatch, Passes, StepOutput
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.base import AGSMBatch, Host, adapters_off, take_rows
 from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
@@ -121,13 +121,18 @@ def make(host: str, variant: str) -> Callable[[], float]:
             pairs = StatePairs(noise, winner, loser, times, times - 50, torch.arange(BATCH))
             own = AGSMBatch(other, times, noise, text, captions) if agsm else None
             out = step(pairs, text, empty, agsm_batch=own)
-        optimizer.zero_grad()
-        out.loss.backward()
-        optimizer.step()
-        step.update_ema()
-        return float(out.loss.detach())
+        return trained_on(out, step, optimizer)
 
     return run
+
+
+def trained_on(out: StepOutput, step: Host, optimizer: torch.optim.Optimizer) -> float:
+    """Backward, optimizer and EMA -> the loss."""
+    optimizer.zero_grad()
+    out.loss.backward()
+    optimizer.step()
+    step.update_ema()
+    return float(out.loss.detach())
 
 
 def make_with_rollout(host: str, variant: str) -> Callable[[], float]:
@@ -159,20 +164,14 @@ def make_with_rollout(host: str, variant: str) -> Callable[[], float]:
         pred: torch.Tensor = denoiser(x, timesteps, prompts, Bank.POSITIVE)
         return pred
 
-    def trains(out: Any) -> float:
-        optimizer.zero_grad()
-        out.loss.backward()
-        optimizer.step()
-        step.update_ema()
-        return float(out.loss.detach())
-
     if host == "Flow-GRPO":
         step: Any = FlowGRPO(denoiser, scheduler, agsm=agsm)
 
         def run() -> float:
             trajectory = sample_sde(denoise, scheduler, noise)
             advantages = group_advantages(trajectory.last.mean((1, 2, 3)), BATCH)
-            return trains(step(trajectory, advantages, prompts, torch.arange(4), **given))
+            out = step(trajectory, advantages, prompts, torch.arange(4), **given)
+            return trained_on(out, step, optimizer)
 
     else:
         reference = partial(adapters_off, model)
@@ -186,7 +185,8 @@ def make_with_rollout(host: str, variant: str) -> Callable[[], float]:
             advantages = group_advantages(latents.mean((1, 2, 3)), BATCH)
             for rows in torch.arange(images).chunk(2):
                 part = latents[rows], advantages[rows], take_rows(prompts, rows)
-                loss = trains(step(*part, times[rows], noise[rows], **given))
+                out = step(*part, times[rows], noise[rows], **given)
+                loss = trained_on(out, step, optimizer)
             return loss
 
     return run

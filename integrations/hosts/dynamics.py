@@ -57,7 +57,7 @@ class Dynamics(NamedTuple):
     def gaussian(
         self, pred: Tensor, x: Tensor, sigma: Tensor, following: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mean (N, *D) and standard deviation (N, 1, …) of the next state; arguments as there."""
+        """Mean (N, *D) and standard deviation (N, 1, …) of the next state (`sde_gaussian`)."""
         step = cps_gaussian if self.sde_type == "cps" else sde_gaussian
         return step(pred, x, sigma, following, self.noise_level)
 
@@ -109,9 +109,7 @@ def sde_gaussian(
 
     Computed in float32 at least: bfloat16 would round the step and its log-probability away.
     """
-    shape = (-1,) + (1,) * (x.ndim - 1)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    sigma, following = sigma.to(x).reshape(shape), following.to(x).reshape(shape)
+    x, sigma, following = _wide(x, sigma, following)
     spread = noise_level * (sigma / (1 - sigma.clamp(max=largest))).sqrt()
     step = following - sigma
     drift = pred + spread**2 / (2 * sigma) * (x + (1 - sigma) * pred)
@@ -144,9 +142,13 @@ def cps_gaussian(
 
     Computed in float32 at least.
     """
-    shape = (-1,) + (1,) * (x.ndim - 1)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    sigma, following = sigma.to(x).reshape(shape), following.to(x).reshape(shape)
+    x, sigma, following = _wide(x, sigma, following)
     angle = noise_level * pi / 2
     x_0, noise = x - sigma * pred, x + (1 - sigma) * pred
     return (1 - following) * x_0 + cos(angle) * following * noise, sin(angle) * following
+
+
+def _wide(x: Tensor, *levels: Tensor) -> tuple[Tensor, ...]:
+    """x in float32 at least, and each level (N,) beside it, as (N, 1, …)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x, *(one.to(x).reshape(-1, *[1] * (x.ndim - 1)) for one in levels)
