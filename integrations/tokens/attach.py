@@ -165,7 +165,8 @@ class AttachedTokens:
         timesteps = self.backbone.timesteps(self.model, call)
         bank = torch.tensor(banks) if isinstance(banks, list) else banks
         tokens = self.tokens(timesteps, bank)
-        if tokens.shape[0] not in (1, batch):
+        # Two comparisons: inside a compiled graph, `in (1, batch)` was False for equal numbers.
+        if tokens.shape[0] != 1 and tokens.shape[0] != batch:
             raise ValueError(
                 f"timestep: expected one, or one for each of the {batch} samples, got "
                 f"{tokens.shape[0]}."

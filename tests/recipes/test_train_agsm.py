@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +71,23 @@ def test_a_killed_run_resumes_to_the_same_tokens(any_base, tmp_path, monkeypatch
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_plain_run(flow_base, tmp_path):
+    """Passes of several sizes, with and without gradient; the LoRA's wrapper breaks the graph.
+
+    In a fresh process, because executed shape annotations cannot be traced.
+    """
+    few = "--rank", "2", "--max_train_steps", "2", "--validation_inference_steps", "1"
+    train(flow_base, tmp_path / "plain", *few)
+    script = Path(__file__).parents[1] / "helpers" / "compiled_recipe.py"
+    flags = ["--model", flow_base, "--output_dir", tmp_path / "compiled", *FEW, *few, "--compile"]
+    subprocess.run([sys.executable, script, *flags], check=True)
+    plain, compiled = ([line["loss"] for line in log(tmp_path / one) if "loss" in line]
+                       for one in ("plain", "compiled"))  # fmt: skip
+    assert len(plain) == 2
+    assert compiled == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.parametrize(
