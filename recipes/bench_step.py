@@ -1,11 +1,12 @@
 """What a training step costs: the ways of `AGSMRegularizer` against the published arrangement.
 
     python recipes/bench_step.py
-    python recipes/bench_step.py --device cuda --dtype bfloat16 --compile
+    python recipes/bench_step.py --models sd15 sdxl sd3 --device cuda --dtype bfloat16
 
-Soft tokens are trained on the world's denoisers: "flow", a small SD3, and "epsilon", a small UNet.
-A batch has max(4, K) images and 16 tokens of text a caption. A step is all from the denoiser's
-passes to the optimizer and the EMA.
+Soft tokens are trained on the world's denoisers: "flow", a small SD3, and "epsilon", a small UNet,
+with 16 tokens of text a caption; or on sd15, sdxl, sd3 and flux in their published sizes, with
+random weights, at their own resolution and length of text. A batch has max(4, K) images. A step is
+all from the denoiser's passes to the optimizer and the EMA.
 
 The published arrangement, restated in our own words, makes one EMA pass and one student pass a
 caption, each over the whole batch; the K student graphs are kept and run backward together. The
@@ -21,27 +22,34 @@ others are AGSMRegularizer's:
 All but "gamma- = 0" and "one negative" have the published loss and gradients. They take turns, and
 time is a ratio to the published step of the same turn: the median over turns, with quartiles. On
 the CPU one thread is used, and time is processor time, in which waiting for other programs does not
-count. Memory is the peak of two steps over what was there before, in a process of its own: the
-resident set on the CPU (Linux), what torch has allocated on a GPU.
+count. Memory is the peak of two steps over what was there before: on the CPU the resident set of a
+process of its own (Linux), on a GPU what torch has allocated. nan: it did not fit the GPU.
 """
 
 import argparse
+import copy
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import SD3Transformer2DModel, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank, Candidates, InBatch, Passes
 from agsm_loss.integrations.denoisers import TokenDenoiser
 from bench_loss import plain, resident_mib
+from memory import Options, configs, inputs_of
+from memory import make as on_meta
 
 MODELS = Path(__file__).parent / "models"
 TEXT = 16  # tokens
@@ -49,6 +57,7 @@ DENOISERS: dict[str, Any] = {
     "flow": (SD3Transformer2DModel, "transformer"),
     "epsilon": (UNet2DConditionModel, "unet"),
 }
+REAL = ("sd15", "sdxl", "sd3", "flux")  # of configs/memory/
 PUBLISHED = "published"
 # name -> γ⁻, and the settings of Passes
 ARRANGEMENTS: dict[str, tuple[float, Passes]] = {
@@ -73,20 +82,18 @@ def make(
     compiled: bool = False,
 ) -> Callable[[], Tensor]:
     """One training step, on inputs that are the same for every arrangement -> its loss."""
+    net, inputs = network(model, device, dtype)
     torch.manual_seed(0)
-    kind, folder = DENOISERS[model]
-    net = kind.from_pretrained(MODELS / model, subfolder=folder, torch_dtype=dtype)
-    denoiser = TokenDenoiser(net.to(device).requires_grad_(False))
+    # Its own modules, which tokens are attached to, around the same weights.
+    net = copy.deepcopy(net, {id(p): p for p in (*net.parameters(), *net.buffers())})
+    denoiser = TokenDenoiser(net)
     if compiled:
         net.compile()
     batch = max(4, num_candidates) if batch is None else batch
-    side, channels = net.config.sample_size, net.config.in_channels
-    width = net.config.joint_attention_dim if model == "flow" else net.config.cross_attention_dim
-    noisy, target = torch.randn(2, batch, channels, side, side, device=device)
+    given = tree_map(lambda one: torch.randn(one.shape, device=device), inputs(batch))
+    noisy, _, text, image = given
+    target = torch.randn_like(noisy)
     times = torch.linspace(20, 980, batch, device=device)
-    text = {"prompt_embeds": torch.randn(batch, TEXT, width, device=device)}
-    if model == "flow":
-        text["pooled_prompt_embeds"] = torch.randn(batch, width, device=device)
     generator = torch.Generator().manual_seed(0)
     candidates = InBatch(num_candidates - 1)(range(batch), generator=generator)
     ema = EMA(denoiser.tokens.parameters())
@@ -94,7 +101,7 @@ def make(
     if arrangement == PUBLISHED:
 
         def loss() -> Tensor:
-            return published(denoiser, ema, noisy, times, target, text, candidates)
+            return published(denoiser, ema, noisy, times, target, text, candidates, image)
 
         update_ema = ema.update
     else:
@@ -102,7 +109,8 @@ def make(
         agsm = AGSMRegularizer(denoiser, ema, AGSMLoss(neg_scale=neg_scale), passes=passes, seed=0)
 
         def loss() -> Tensor:
-            return agsm(noisy, times, target, text, candidates).loss
+            batch = noisy, times, target, text, candidates
+            return agsm(*batch, image_conditioning=image).loss
 
         update_ema = agsm.update_ema
 
@@ -118,6 +126,39 @@ def make(
     return run
 
 
+@lru_cache(maxsize=1)
+def network(model: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[int], Any]]:
+    """The denoiser, frozen, and what makes its inputs' shapes.
+
+    The latter takes a number of samples and returns latents, timesteps, text and image conditioning
+    without data (meta device).
+    """
+    torch.manual_seed(0)
+    if model in DENOISERS:
+        kind, folder = DENOISERS[model]
+        net = kind.from_pretrained(MODELS / model, subfolder=folder, torch_dtype=dtype)
+        return net.to(device).requires_grad_(False), partial(world_inputs, net.config)
+    about = configs(model)
+    pipeline = about.pop("_class_name")
+    name, config = about.get("unet") or about["transformer"]
+    with torch.device(device):
+        net = getattr(diffusers, name).from_config(config).to(dtype).requires_grad_(False)
+    return net, inputs_of(Options(), pipeline, net, on_meta(*about["vae"]))
+
+
+def world_inputs(config: Any, number: int) -> Any:
+    """`inputs_of` for the world's models."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(number, *shape, device="meta")
+
+    width = config.get("joint_attention_dim") or config.cross_attention_dim
+    pooled = config.get("pooled_projection_dim")
+    text = {"prompt_embeds": empty(TEXT, width)}
+    text |= {"pooled_prompt_embeds": empty(pooled)} if pooled else {}
+    return empty(config.in_channels, config.sample_size, config.sample_size), empty(), text, {}
+
+
 def published(
     denoiser: TokenDenoiser,
     ema: EMA,
@@ -126,6 +167,7 @@ def published(
     target: Tensor,
     text: dict[str, Tensor],
     candidates: Candidates,
+    image: dict[str, Tensor],
 ) -> Tensor:
     """arXiv 2605.30038's step: a caption at a time, the whole batch, γ⁺ = γ⁻ = 1, T = 0.1."""
 
@@ -133,7 +175,7 @@ def published(
         rows = candidates.index[:, column].to(noisy.device)
         captions = {name: value[rows] for name, value in text.items()}
         bank = Bank.POSITIVE if column == 0 else Bank.NEGATIVE
-        return denoiser(noisy, times, captions, bank).float()
+        return denoiser(noisy, times, captions, bank, **image).float()
 
     columns = range(candidates.index.shape[1])
     with torch.no_grad(), ema.applied():
@@ -159,25 +201,28 @@ def child(model: str, arrangement: str, num_candidates: int, settings: dict[str,
     """Peak growth in MiB of two steps, in this fresh process."""
     make(model, arrangement, 2, batch=2, **settings)()  # loads the kernels
     run = make(model, arrangement, num_candidates, **settings)
-    on_cpu = settings["device"] == "cpu"
-    if on_cpu:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
-        before = resident_mib("VmRSS")
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    before = resident_mib("VmRSS")
     for _ in range(2):
         run()
-    peak = resident_mib("VmHWM") if on_cpu else torch.cuda.max_memory_allocated() / 2**20
-    return peak - before
+    return resident_mib("VmHWM") - before
 
 
-def peak_of(model: str, arrangement: str, num_candidates: int, options: list[str]) -> float:
+def peak_on_cpu(model: str, arrangement: str, num_candidates: int, options: list[str]) -> float:
     command = [sys.executable, __file__, *options, "--child", model, arrangement]
     # Freed blocks go back to the system at once: the peak is the tensors', not a reserve.
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     printed = subprocess.check_output([*command, str(num_candidates)], env=settings)
     return float(printed.split()[-1])
+
+
+def peak_on_gpu(run: Callable[[], object]) -> float:
+    """Peak growth in MiB of two steps."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(2):
+        run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def compare(model: str, num_candidates: int, args: argparse.Namespace) -> None:
@@ -187,17 +232,25 @@ def compare(model: str, num_candidates: int, args: argparse.Namespace) -> None:
         "dtype": getattr(torch, args.dtype),
         "compiled": args.compile,
     }
-    steps = {name: make(model, name, num_candidates, **settings) for name in NAMES}
-    for run in steps.values():
-        for _ in range(2):  # loads or compiles the kernels
-            run()
-    times: dict[str, list[float]] = {name: [] for name in NAMES}
-    for _ in range(args.rounds):
+    options = ["--dtype", args.dtype, *["--compile"] * args.compile]
+    steps, memory = {}, dict.fromkeys(NAMES, math.nan)
+    for name in NAMES:
+        run = make(model, name, num_candidates, **settings)
+        try:
+            for _ in range(2):  # loads or compiles the kernels
+                run()
+            if args.device == "cpu":
+                memory[name] = peak_on_cpu(model, name, num_candidates, options)
+            else:
+                memory[name] = peak_on_gpu(run)
+            steps[name] = run
+        except torch.OutOfMemoryError:
+            del run
+            torch.cuda.empty_cache()
+    times: dict[str, list[float]] = {name: [math.nan] * args.rounds for name in NAMES}
+    for turn in range(args.rounds):
         for name, run in steps.items():
-            times[name].append(timed(run, args.device))
-    del steps, run
-    options = ["--device", args.device, "--dtype", args.dtype, *["--compile"] * args.compile]
-    memory = {name: peak_of(model, name, num_candidates, options) for name in NAMES}
+            times[name][turn] = timed(run, args.device)
     for name in NAMES:
         ratios = [a / b for a, b in zip(times[name], times[PUBLISHED], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
@@ -216,8 +269,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("-r", "--rounds", type=int, default=9, help="Turns to take the median over (default 9).")
-    add("-m", "--models", nargs="+", default=list(DENOISERS), choices=DENOISERS,
-        help="Denoisers to train tokens on (default both).")  # fmt: skip
+    add("-m", "--models", nargs="+", default=list(DENOISERS), choices=[*DENOISERS, *REAL],
+        help="Denoisers to train tokens on (default the world's).")  # fmt: skip
     add("-k", "--candidates", nargs="+", type=int, default=[2, 4, 8, 16], metavar="K",
         help="Numbers of captions that compete for an image (default 2 4 8 16).")  # fmt: skip
     add("-d", "--device", default="cpu", choices=["cpu", "cuda"],
@@ -231,8 +284,8 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(1)
     if args.child:
         model, arrangement, number = args.child
-        settings = {"device": args.device, "dtype": getattr(torch, args.dtype)}
-        print(child(model, arrangement, int(number), settings | {"compiled": args.compile}))
+        settings = {"dtype": getattr(torch, args.dtype), "compiled": args.compile}
+        print(child(model, arrangement, int(number), settings))
         return
     where = "one thread" if args.device == "cpu" else torch.cuda.get_device_name()
     print(f"{where}, {args.dtype}{', compiled' * args.compile}; {args.rounds} rounds in turns")

@@ -16,7 +16,14 @@ from agsm_loss import draws
 from agsm_loss.integrations.hosts.base import AGSMBatch
 from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
 from common.agsm import agsm_weight
-from common.log import append_line, flat, lines_of, missing_tracker, tracker_settings
+from common.log import (
+    append_line,
+    flat,
+    lines_of,
+    missing_tracker,
+    tracker_settings,
+    used_since,
+)
 from common.on_policy import on_policy_images, prompts_of, samples_sheet
 from common.rewards import load
 from common.task import Task
@@ -224,8 +231,7 @@ class JsonLines(GeneralTracker):
         self.line = {}
 
     def _append(self, step: int, values: Mapping[str, Any]) -> None:
-        seconds = round(time.time() - self.began, 1)
-        append_line(self.file, {"step": step, "seconds": seconds, **values})
+        append_line(self.file, {"step": step, **used_since(self.began), **values})
 
     def shown(self) -> dict[str, float]:
         """For the progress bar."""

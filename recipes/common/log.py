@@ -43,8 +43,7 @@ class Log:
         return means
 
     def write(self, step: int, entry: Mapping[str, Any]) -> None:
-        seconds = round(time.time() - self.began, 1)
-        append_line(self.file, {"step": step, "seconds": seconds, **entry})
+        append_line(self.file, {"step": step, **used_since(self.began), **entry})
 
     def state_dict(self) -> dict[str, Any]:
         sums = {name: (total.cpu(), count) for name, (total, count) in self.sums.items()}
@@ -53,6 +52,14 @@ class Log:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sums = dict(state["sums"])
         self.began = time.time() - state["seconds"]
+
+
+def used_since(began: float) -> dict[str, float]:
+    """Seconds, and on a GPU the peak of what torch has held on this process's, in GiB."""
+    used = {"seconds": round(time.time() - began, 1)}
+    if torch.cuda.is_available():
+        used["gpu_memory"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return used
 
 
 def append_line(file: Path, line: Mapping[str, Any]) -> None:

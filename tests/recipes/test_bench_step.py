@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pipelines_tiny import speaking_pipeline
 
 import bench_step
 
@@ -30,7 +31,7 @@ def test_the_arrangements_have_the_published_loss(model, monkeypatch):
 
 def test_the_table(monkeypatch, capsys):
     peaks = iter([20.0, *[10.0] * 6])
-    monkeypatch.setattr(bench_step, "peak_of", lambda *_: next(peaks))
+    monkeypatch.setattr(bench_step, "peak_on_cpu", lambda *_: next(peaks))
     bench_step.main(["--rounds", "2", "--models", "flow", "--candidates", "2"])
     first, *lines = capsys.readouterr().out.splitlines()
     assert first == "one thread, float32; 2 rounds in turns"
@@ -41,5 +42,20 @@ def test_the_table(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_peak_is_that_of_the_step():
-    exact, fewer = (bench_step.peak_of("flow", one, 4, []) for one in ("exact", "gamma- = 0"))
+    exact, fewer = (bench_step.peak_on_cpu("flow", one, 4, []) for one in ("exact", "gamma- = 0"))
     assert 0 < 1.5 * fewer < exact
+
+
+@pytest.mark.parametrize("name", ["unet", "unet_sdxl", "sd3", "flux"])
+def test_a_released_model_takes_the_same_step(name, tmp_path, monkeypatch):
+    """On a tiny model of its class."""
+    small = bench_step.configs(str(speaking_pipeline(name, tmp_path / "p")))
+    monkeypatch.setattr(bench_step, "configs", lambda _: dict(small))
+    losses = []
+    for arrangement in ("published", "exact"):
+        bench_step.network.cache_clear()
+        run = bench_step.make("sd15", arrangement, 2, batch=2)
+        losses.append([run().item() for _ in range(2)])
+    bench_step.network.cache_clear()
+    assert losses[0][0] != losses[0][1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -34,6 +34,15 @@ def test_the_log_tells_steps_scores_and_means(tmp_path):
     assert [line.get("index") for line in told[1:]] == [1.5, 5.5, 9.5]
 
 
+def test_the_log_tells_a_gpus_peak_memory(tmp_path, monkeypatch):
+    file = tmp_path / "log.jsonl"
+    log.Log(file).write(1, {"loss": 2.0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3.5 * 2**30)
+    log.Log(file).write(2, {"loss": 1.0})
+    assert entries(tmp_path)[1] == {"step": 2, "gpu_memory": 3.5, "loss": 1.0}
+
+
 def test_only_trainable_parameters_are_saved(tmp_path):
     run(options(tmp_path))
     saved = sorted((tmp_path / "checkpoints").iterdir())
