@@ -58,10 +58,40 @@ def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch):
     assert namespace["image"].size == (8, 8)
 
 
+def of_unet(pipe):
+    """What the blocks for a UNet call yours."""
+
+    def encode(texts):
+        return pipe.encode_prompt(texts, "cpu", 1, False)[0]
+
+    captions = ["two circles", "a cat"]
+    tensors = "noisy", "target", "winner", "loser", "noise"
+    return {
+        "scheduler": pipe.scheduler,
+        "optimizer": torch.optim.SGD(pipe.unet.parameters(), 1e-3),
+        "captions": captions,
+        "encode": encode,
+        "conditioning": {"prompt_embeds": encode(captions)},
+        "empty": {"prompt_embeds": encode(["", ""])},
+        "empty_prompt_embeds": encode([""]),
+        "timesteps": torch.tensor([100, 800]),
+        **dict(zip(tensors, torch.randn(5, 2, 4, 8, 8), strict=True)),
+    }
+
+
+@as_users_run_it
+def test_the_blocks_of_the_integrations_run(tmp_path, monkeypatch):
+    pipe, _ = loaded("unet", tmp_path / "sd")
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.nn.Parameter(torch.randn(2, 4, 16)), "soft_tokens.pth")
+    torch.save(torch.nn.Embedding(100, 16), "soft_t_tokens.pth")
+    readme.run("integrations/README.md", {"pipe": pipe, **of_unet(pipe)})
+
+
 @as_users_run_it
 @pytest.mark.filterwarnings("ignore:DDPOTrainer is deprecated")
 @pytest.mark.filterwarnings("ignore:.*_encode_prompt.* is deprecated")
-def test_the_blocks_of_the_integrations_run(tmp_path, monkeypatch):
+def test_the_blocks_of_the_hosts_run(tmp_path, monkeypatch):
     pytest.importorskip("trl")
     from accelerate import PartialState
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -73,41 +103,23 @@ def test_the_blocks_of_the_integrations_run(tmp_path, monkeypatch):
     PartialState(cpu=True)  # trl logs before it has made its accelerator
     pipe, saved = loaded("unet", tmp_path / "sd")
     monkeypatch.chdir(tmp_path)
-    torch.save(torch.nn.Parameter(torch.randn(2, 4, 16)), "soft_tokens.pth")
-    torch.save(torch.nn.Embedding(100, 16), "soft_t_tokens.pth")
-
-    def encode(texts):
-        return pipe.encode_prompt(texts, "cpu", 1, False)[0]
+    yours = of_unet(pipe)
+    encode = yours["encode"]
 
     def data(number):
         latents, noise = torch.randn(2, 2, 4, 8, 8)
         text = {"prompt_embeds": encode(["a cat", "two cats"])}
         return AGSMBatch(latents, torch.tensor([9, 700]), noise, text, ["a cat", "two cats"])
 
-    captions = ["two circles", "a cat"]
     flow = PlainDenoiser(tiny("sd3", torch.float32).model.requires_grad_(True))
     flow_text = {"prompt_embeds": torch.randn(4, 6, 16), "pooled_prompt_embeds": torch.randn(4, 12)}
     latents, flow_noise = torch.randn(2, 4, 4, 8, 8)
     times = torch.tensor([10.0, 200.0, 600.0, 900.0])
     readme.run(
-        "integrations/README.md",
+        "integrations/hosts/README.md",
         {
-            "pipe": pipe,
-            "scheduler": pipe.scheduler,
-            "optimizer": torch.optim.SGD(pipe.unet.parameters(), 1e-3),
-            "captions": captions,
-            "encode": encode,
-            "conditioning": {"prompt_embeds": encode(captions)},
-            "empty": {"prompt_embeds": encode(["", ""])},
-            "empty_prompt_embeds": encode([""]),
-            "timesteps": torch.tensor([100, 800]),
-            **dict(
-                zip(
-                    ("noisy", "target", "winner", "loser", "noise"),
-                    torch.randn(5, 2, 4, 8, 8),
-                    strict=True,
-                )
-            ),
+            **yours,
+            "unet": pipe.unet.requires_grad_(False),
             "score": lambda latents, rows, timesteps: 9 * torch.randn(len(latents)),
             "config": DDPOConfig(
                 num_epochs=1,

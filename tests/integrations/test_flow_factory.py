@@ -208,7 +208,7 @@ def test_options_out_of_range_are_named(options, ours):
 
 
 def test_the_guides_yaml_names_every_option_and_its_default(ours):
-    (block,) = readme.blocks("integrations/README.md", "yaml")
+    (block,) = readme.blocks("integrations/hosts/README.md", "yaml")
     shown = yaml.safe_load(block.text)["train"]
     path = shown.pop("trainer_type")
     defaults = ours.RolloutArguments.__dataclass_fields__
