@@ -1,7 +1,7 @@
 """What a training step costs: the ways of `AGSMRegularizer` against the published arrangement.
 
     python recipes/bench_step.py
-    python recipes/bench_step.py --models sd15 sdxl sd3 --device cuda --dtype bfloat16
+    python recipes/bench_step.py --models sd15 sdxl --candidates 2 --device cuda --dtype bfloat16
 
 Soft tokens are trained on the world's denoisers: "flow", a small SD3, and "epsilon", a small UNet,
 with 16 tokens of text a caption; or on sd15, sdxl, sd3 and flux in their published sizes, with
@@ -23,11 +23,13 @@ All but "gamma- = 0" and "one negative" have the published loss and gradients. T
 time is a ratio to the published step of the same turn: the median over turns, with quartiles. On
 the CPU one thread is used, and time is processor time, in which waiting for other programs does not
 count. Memory is the peak of two steps over what was there before: on the CPU the resident set of a
-process of its own (Linux), on a GPU what torch has allocated. nan: it did not fit the GPU.
+process of its own (Linux), on a GPU what torch has allocated. nan: the step, or the published one
+that it is compared with, did not fit the GPU.
 """
 
 import argparse
 import copy
+import gc
 import math
 import os
 import statistics
@@ -35,6 +37,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +60,7 @@ DENOISERS: dict[str, Any] = {
     "flow": (SD3Transformer2DModel, "transformer"),
     "epsilon": (UNet2DConditionModel, "unet"),
 }
-REAL = ("sd15", "sdxl", "sd3", "flux")  # of configs/memory/
+RELEASED = ("sd15", "sdxl", "sd3", "flux")  # of configs/memory/
 PUBLISHED = "published"
 # name -> γ⁻, and the settings of Passes
 ARRANGEMENTS: dict[str, tuple[float, Passes]] = {
@@ -90,8 +93,9 @@ def make(
     if compiled:
         net.compile()
     batch = max(4, num_candidates) if batch is None else batch
-    given = tree_map(lambda one: torch.randn(one.shape, device=device), inputs(batch))
-    noisy, _, text, image = given
+    noisy, _, text, image = tree_map(
+        lambda one: torch.randn(one.shape, device=device), inputs(batch)
+    )
     target = torch.randn_like(noisy)
     times = torch.linspace(20, 980, batch, device=device)
     generator = torch.Generator().manual_seed(0)
@@ -109,8 +113,8 @@ def make(
         agsm = AGSMRegularizer(denoiser, ema, AGSMLoss(neg_scale=neg_scale), passes=passes, seed=0)
 
         def loss() -> Tensor:
-            batch = noisy, times, target, text, candidates
-            return agsm(*batch, image_conditioning=image).loss
+            given = noisy, times, target, text, candidates
+            return agsm(*given, image_conditioning=image).loss
 
         update_ema = agsm.update_ema
 
@@ -209,6 +213,7 @@ def child(model: str, arrangement: str, num_candidates: int, settings: dict[str,
 
 
 def peak_on_cpu(model: str, arrangement: str, num_candidates: int, options: list[str]) -> float:
+    """Of two steps, from `child`."""
     command = [sys.executable, __file__, *options, "--child", model, arrangement]
     # Freed blocks go back to the system at once: the peak is the tensors', not a reserve.
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -233,20 +238,22 @@ def compare(model: str, num_candidates: int, args: argparse.Namespace) -> None:
         "compiled": args.compile,
     }
     options = ["--dtype", args.dtype, *["--compile"] * args.compile]
+
+    def ready(name: str) -> tuple[Callable[[], Tensor], float]:
+        """The step, which has loaded or compiled its kernels, and its peak."""
+        run = make(model, name, num_candidates, **settings)
+        for _ in range(2):
+            run()
+        if args.device == "cpu":
+            return run, peak_on_cpu(model, name, num_candidates, options)
+        return run, peak_on_gpu(run)
+
     steps, memory = {}, dict.fromkeys(NAMES, math.nan)
     for name in NAMES:
-        run = make(model, name, num_candidates, **settings)
-        try:
-            for _ in range(2):  # loads or compiles the kernels
-                run()
-            if args.device == "cpu":
-                memory[name] = peak_on_cpu(model, name, num_candidates, options)
-            else:
-                memory[name] = peak_on_gpu(run)
-            steps[name] = run
-        except torch.OutOfMemoryError:
-            del run
-            torch.cuda.empty_cache()
+        with suppress(torch.OutOfMemoryError):
+            steps[name], memory[name] = ready(name)
+        gc.collect()  # what did not fit
+        torch.cuda.empty_cache()
     times: dict[str, list[float]] = {name: [math.nan] * args.rounds for name in NAMES}
     for turn in range(args.rounds):
         for name, run in steps.items():
@@ -269,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("-r", "--rounds", type=int, default=9, help="Turns to take the median over (default 9).")
-    add("-m", "--models", nargs="+", default=list(DENOISERS), choices=[*DENOISERS, *REAL],
+    add("-m", "--models", nargs="+", default=list(DENOISERS), choices=[*DENOISERS, *RELEASED],
         help="Denoisers to train tokens on (default the world's).")  # fmt: skip
     add("-k", "--candidates", nargs="+", type=int, default=[2, 4, 8, 16], metavar="K",
         help="Numbers of captions that compete for an image (default 2 4 8 16).")  # fmt: skip

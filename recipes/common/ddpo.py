@@ -17,6 +17,7 @@ from agsm_loss.integrations.hosts.base import AGSMBatch
 from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
 from common.agsm import agsm_weight
 from common.log import (
+    USED,
     append_line,
     flat,
     lines_of,
@@ -221,7 +222,8 @@ class JsonLines(GeneralTracker):
         """Gives the other tracker what the log has of that step: a resumed one drops the step."""
         for line in map(json.loads, lines_of(self.file)):
             if self.extra is not None and line["step"] >= first:
-                self.extra.log(flat({**line, "step": None, "seconds": None}), step=line["step"])
+                values = {name: one for name, one in line.items() if name not in ("step", *USED)}
+                self.extra.log(flat(values), step=line["step"])
 
     def flush(self) -> None:
         """What has been logged so far is written."""

@@ -54,11 +54,15 @@ class Log:
         self.began = time.time() - state["seconds"]
 
 
+USED = ("seconds", "gpu_memory")
+
+
 def used_since(began: float) -> dict[str, float]:
-    """Seconds, and on a GPU the peak of what torch has held on this process's, in GiB."""
+    """Seconds, and the most GiB torch had allocated on this process's GPU since the last call."""
     used = {"seconds": round(time.time() - began, 1)}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         used["gpu_memory"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        torch.cuda.reset_peak_memory_stats()
     return used
 
 

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from common.checkpoints import MAY_CHANGE
 from common.families import guidance
-from common.log import lines_of
+from common.log import USED, lines_of
 from common.settings import PipelineOptions
 from common.sources import is_hub_id
 from common.stop import command_of
@@ -186,7 +186,7 @@ def _scores(log: Path) -> str:
     """The last metrics and, where images were scored, the first and last scores."""
     lines = [json.loads(line) for line in lines_of(log)]
     measured = {name: value for line in lines for name, value in line.items()
-                if isinstance(value, float) and name != "seconds"}  # fmt: skip
+                if isinstance(value, float) and name not in USED}  # fmt: skip
     text = _table(("metric", "value"), {name: f"{one:.4g}" for name, one in measured.items()})
     scored = [line for line in lines if line.get("scores")]
     if not scored:

@@ -37,10 +37,17 @@ def test_the_log_tells_steps_scores_and_means(tmp_path):
 def test_the_log_tells_a_gpus_peak_memory(tmp_path, monkeypatch):
     file = tmp_path / "log.jsonl"
     log.Log(file).write(1, {"loss": 2.0})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3.5 * 2**30)
+    peaks = [3.5 * 2**30]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peaks[-1])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peaks.append(2**30))
     log.Log(file).write(2, {"loss": 1.0})
-    assert entries(tmp_path)[1] == {"step": 2, "gpu_memory": 3.5, "loss": 1.0}
+    log.Log(file).write(3, {"loss": 1.0})
+    assert entries(tmp_path) == [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "gpu_memory": 3.5, "loss": 1.0},
+        {"step": 3, "gpu_memory": 1.0, "loss": 1.0},
+    ]
 
 
 def test_only_trainable_parameters_are_saved(tmp_path):

@@ -83,7 +83,7 @@ def test_a_compiled_run_is_the_plain_run(flow_base, tmp_path):
     train(flow_base, tmp_path / "plain", *few)
     script = Path(__file__).parents[1] / "helpers" / "compiled_recipe.py"
     flags = ["--model", flow_base, "--output_dir", tmp_path / "compiled", *FEW, *few, "--compile"]
-    subprocess.run([sys.executable, script, *flags], check=True)
+    subprocess.run([sys.executable, script, *flags], check=True, timeout=600)
     plain, compiled = ([line["loss"] for line in log(tmp_path / one) if "loss" in line]
                        for one in ("plain", "compiled"))  # fmt: skip
     assert len(plain) == 2
