@@ -5,10 +5,15 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
-import train_agsm
+def main():
+    sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+    import train_agsm
 
-compiled = torch.nn.Module.compile
-torch.nn.Module.compile = lambda self: compiled(self, backend="aot_eager")
-train_agsm.main()
+    compiled = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self: compiled(self, backend="aot_eager")
+    train_agsm.main()
+
+
+if __name__ == "__main__":
+    main()
