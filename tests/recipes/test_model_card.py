@@ -1,5 +1,6 @@
 """Cards of what recipes save: they tell how it was made, and their code runs as it stands."""
 
+import json
 import re
 
 import pytest
@@ -10,6 +11,7 @@ from pipelines_tiny import speaking_pipeline
 
 import train_agsm
 import train_dpo
+from common import model_card
 from common.families import QwenImage
 from common.pipeline import TextToImage
 from world.architectures import pipeline_arguments
@@ -129,3 +131,10 @@ def test_a_merged_lora_is_part_of_the_code(epsilon_base, lora_run, tmp_path):
     data, text, names = card(tmp_path / "tokens")
     assert near(names["image"], wanted) and "trained by plain denoising" in text
     assert data["tags"] == ["text-to-image", "soft-tokens"]
+
+
+def test_what_the_run_used_is_no_score(tmp_path):
+    line = {"step": 1, "seconds": 2.5, "gpu_memory": 3.5, "loss": 0.25}
+    (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
+    told = model_card._scores(tmp_path / "log.jsonl")
+    assert "0.25" in told and "gpu_memory" not in told and "seconds" not in told
