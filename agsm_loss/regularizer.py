@@ -10,8 +10,8 @@ loss is a sum over (image, caption) cells, so the cells can be run a few at a ti
 gradient, and over a random subset of the negatives with the same gradient on average (`Passes`).
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -19,27 +19,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from agsm_loss import _checks
 from agsm_loss import functional as AF
+from agsm_loss._engines import (
+    check_backward,
+    check_checkpointing,
+    ddp_modules,
+    exchange_later,
+    run_again,
+    spared_by_negatives,
+    without_gradient,
+)
 from agsm_loss._passes import Cells, NoisedBatch, checked, split_alike
 from agsm_loss._random import draws
-from agsm_loss._storage import (
-    Place,
-    fsdp2_modules,
-    holding,
-    is_partitioned,
-    places_of,
-    several_ranks,
-)
+from agsm_loss._storage import Place, several_ranks
 from agsm_loss.candidates import Candidates, InBatch, Rule
 from agsm_loss.ema import EMA
 from agsm_loss.loss import AGSMLoss
 from agsm_loss.schedule import Schedule, as_schedule
-from agsm_loss.soft_tokens import SoftTokens
 
 
 @runtime_checkable
@@ -165,7 +163,7 @@ class AGSMRegularizer:
         self.seed = torch.initial_seed() if seed is None else seed
         if isinstance(denoiser, nn.Module):
             ema._look_in(denoiser)
-        self._spared = _spared(denoiser, ema, loss.neg_scale, negatives_train)
+        self._spared = spared_by_negatives(denoiser, ema, loss.neg_scale, negatives_train)
         self.step = self.calls = 0
 
     def __call__(
@@ -210,7 +208,7 @@ class AGSMRegularizer:
             return StepOutput(zero, {"agsm/weight": torch.zeros(())})
         backward = self.passes.backward
         if backward is not None:
-            _check_backward(backward, self.denoiser, pred)
+            check_backward(backward, self.denoiser, pred)
         self.calls += 1
         generator = draws(self.seed, self.calls)
         _check_images(noisy, target, pred)
@@ -249,7 +247,7 @@ class AGSMRegularizer:
             for kind, spared in zip(passes, ([], self._spared), strict=False)
             for cells in kind
         ]
-        if backward is not None and _ddp_modules(self.denoiser):
+        if backward is not None and ddp_modules(self.denoiser):
             to_run.reverse()  # DDP exchanges in the last pass; the matching cells' reaches all
         for number, (cells, spared) in enumerate(to_run, start=1):
             is_last = number == len(to_run)
@@ -257,7 +255,7 @@ class AGSMRegularizer:
             # last pass, whose graph is the only one.
             again = chunk_size is not None and backward is None and not is_last
             waits = backward is not None and not is_last
-            with _exchange_later(self.denoiser) if waits else nullcontext():
+            with exchange_later(self.denoiser) if waits else nullcontext():
                 values = self._student_errors(
                     inputs, guidance, cells, spared, coefficients, errors, again
                 )
@@ -361,45 +359,18 @@ class AGSMRegularizer:
 
         def run(*_: Tensor) -> Tensor:
             given, image = inputs.of(cells), inputs.image(cells)
-            with _without_gradient(spared, self.denoiser):
+            with without_gradient(spared, self.denoiser):
                 pred = self.denoiser(*given, **image)
             checked(pred, inputs.noisy, cells)
             if spared:
-                _check_checkpointing(pred, (given, image))
+                check_checkpointing(pred, (given, image))
             weights = coefficients if cells.counts else torch.zeros_like(coefficients)
             return _weighted_errors(pred, guidance, cells, weights, torch.zeros_like(errors))
 
         if not again or not torch.is_grad_enabled():
             return run()
-        # ZeRO-3 frees frozen weights before torch compares the sizes of what both runs have kept.
-        compare = "none" if any(map(is_partitioned, self.ema.parameters)) else "default"
-        # The cells' rows are taken inside, so as not to be kept. By its argument, `checkpoint`
-        # knows the device whose random state it restores.
-        return checkpoint(run, inputs.noisy, use_reentrant=False, determinism_check=compare)
-
-
-def _spared(
-    denoiser: Any, ema: EMA, neg_scale: float | int, negatives_train: Iterable[nn.Parameter] | None
-) -> list[Place]:
-    """What is trained and the negatives' gradient does not reach."""
-    places = [
-        *places_of(holding(ema.parameters)),
-        *(places_of(denoiser) if isinstance(denoiser, nn.Module) else []),
-    ]
-    if negatives_train is None:
-        modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
-        tokens = [one for one in modules if isinstance(one, SoftTokens)]
-        negatives_train = [p for one in tokens for p in one.parameters()]
-    reached = {id(p) for p in negatives_train if p.requires_grad}
-    if neg_scale > 0 and not reached:
-        raise ValueError(
-            f"negatives_train: expected trainable parameters for neg_scale={neg_scale}, got none: "
-            "the denoiser has no trainable SoftTokens. Take neg_scale=0 (for a LoRA or the "
-            "denoiser's own weights), train soft tokens, or pass the parameters that the negatives "
-            "shall train (ema.parameters for all)."
-        )
-    trained = {id(one.parameter): one for one in places if one.parameter.requires_grad}
-    return [one for key, one in trained.items() if key not in reached]
+        # The cells' rows are taken inside, so as not to be kept.
+        return run_again(run, inputs.noisy, self.ema)
 
 
 def _check_images(noisy: Tensor, target: Tensor, pred: Tensor | None) -> None:
@@ -411,90 +382,6 @@ def _check_images(noisy: Tensor, target: Tensor, pred: Tensor | None) -> None:
                 f"{name}: expected the shape of noisy {tuple(noisy.shape)}, got "
                 f"{tuple(tensor.shape)}."
             )
-
-
-def _check_backward(
-    backward: Callable[[Tensor], object], denoiser: Any, pred: Tensor | None
-) -> None:
-    if pred is not None and _ddp_modules(denoiser):
-        raise ValueError(
-            "pred: expected None with Passes(backward=...) in DDP, whose exchange of gradients "
-            "would end before the host's own backward. Take chunk_size without backward, or no "
-            "pred."
-        )
-    caller = getattr(backward, "__self__", None)  # an engine or accelerate's Accelerator, say
-    modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
-    if getattr(caller, "deepspeed_engine_wrapped", None) is not None or any(
-        base.__name__ == "DeepSpeedEngine"
-        for one in (caller, *modules)
-        for base in type(one).__mro__
-    ):
-        raise ValueError(
-            "passes: expected no backward with DeepSpeed, which ends a step with each backward. "
-            "Take Passes(chunk_size=...) alone, and run its loss backward with the host's."
-        )
-
-
-def _ddp_modules(denoiser: Any) -> list[DistributedDataParallel]:
-    """Where DDP exchanges the denoiser's gradients, as far as can be seen from here."""
-    modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
-    return [one for one in modules if several_ranks() and isinstance(one, DistributedDataParallel)]
-
-
-@contextmanager
-def _exchange_later(denoiser: Any) -> Iterator[None]:
-    """DDP only adds up gradients here, and exchanges them in the next pass outside."""
-    with ExitStack() as stack:
-        for one in _ddp_modules(denoiser):
-            stack.enter_context(one.no_sync())
-        yield
-
-
-@contextmanager
-def _without_gradient(places: list[Place], denoiser: Any) -> Iterator[None]:
-    """What runs here has no gradient to the parameters at these places.
-
-    FSDP2 puts the gathered parameters in their places in the pass itself.
-    """
-    trained = [one for one in places if one.parameter.requires_grad]
-    off: dict[int, nn.Parameter] = {}
-
-    def switch_off(*_: Any) -> None:
-        for one in trained:
-            parameter = one.parameter
-            off[id(parameter)] = parameter
-            parameter.requires_grad_(False)
-
-    sharding = fsdp2_modules(denoiser) if trained and isinstance(denoiser, nn.Module) else []
-    hooks = [one.register_forward_pre_hook(switch_off) for one in sharding]
-    try:
-        switch_off()
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter in off.values():
-            parameter.requires_grad_(True)
-
-
-def _check_checkpointing(pred: Tensor, inputs: Any) -> None:
-    """ValueError where the denoiser will run parts of this pass again, with nothing spared."""
-    graphs = (one.grad_fn for one in tree_leaves(inputs) if isinstance(one, Tensor))
-    seen = {None, *graphs}
-    todo: list[Any] = [pred.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise ValueError(
-                "negatives_train: expected no reentrant checkpointing inside the denoiser, which "
-                "runs parts of it again when the parameters that the negatives spare are trained. "
-                "Switch it off and take Passes(chunk_size=...), or pass the parameters of all that "
-                "is trained (ema.parameters)."
-            )
-        todo.extend(one for one, _ in node.next_functions)
 
 
 def _weighted_errors(
