@@ -42,7 +42,7 @@ sure (w_y near 1). Weights that are constant make it Model-guidance (arXiv 2502.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -347,16 +347,25 @@ def agsm_loss(
     target: Float[Tensor, "B *D"],
     positives: Positives = None,
     mask: Bool[Tensor, "B K"] | None = None,
-    **settings: Any,
+    *,
+    pos_scale: float | int = 1.0,
+    neg_scale: float | int,
+    temperature: Temperature = 0.1,
+    reward_weight: Float[Tensor, " B"] | Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
     """The AGSM objective (arXiv 2605.30038), averaged over images, elements and candidates.
 
-    It is `agsm_terms(pred, guide(ema_pred, ...)).loss`: the other arguments, the settings and the
-    errors are those of `guide`.
+    It is `agsm_terms(pred, guide(ema_pred, ...)).loss`, and raises what `guide` raises.
 
     Args:
-        pred: student predictions of every candidate; the only input that gets a gradient.
+        pred: student predictions (B, K, *D) of every candidate; the only input that gets a
+            gradient.
         ema_pred: the EMA model's predictions for the same x_t, t and captions.
+        target, positives, mask: as of `guide`.
+        pos_scale: γ⁺ ≥ 0, of the matching captions' guidance.
+        neg_scale: γ⁻ ≥ 0, of the other captions'; 0 drops the negative term.
+        temperature: T of the implicit reward.
+        reward_weight: A(t) of each image, (B,) or a scalar; None for 1.
 
     >>> pred = torch.zeros(2, 3, 4, requires_grad=True)
     >>> ema_pred, target = torch.zeros(2, 3, 4), torch.ones(2, 4)
@@ -364,7 +373,17 @@ def agsm_loss(
     2.0
     """
     _checks.check_predictions(pred, ema_pred, target)
-    return agsm_terms(pred, guide(ema_pred, target, positives, mask, **settings)).loss
+    guidance = guide(
+        ema_pred,
+        target,
+        positives,
+        mask,
+        pos_scale=pos_scale,
+        neg_scale=neg_scale,
+        temperature=temperature,
+        reward_weight=reward_weight,
+    )
+    return agsm_terms(pred, guidance).loss
 
 
 def agsm_terms(pred: Float[Tensor, "B K *D"], guidance: Guidance) -> AGSMTerms:

@@ -41,10 +41,34 @@ def test_module_and_function_have_the_same_settings_and_defaults():
         positional = [n for n, p in plain.items() if p.kind is not p.KEYWORD_ONLY]
         given = inspect.signature(called).parameters
         assert [n for n in given if n not in {"self", "timesteps"}] == positional
-    ours = inspect.signature(AF.agsm_loss).parameters
+    whole = inspect.signature(AF.agsm_loss).parameters
+    assert [*map(str, whole.values())][1:] == [
+        *map(str, inspect.signature(AF.guide).parameters.values())
+    ]
+    positional = [n for n, p in whole.items() if p.kind is not p.KEYWORD_ONLY]
     for method in (AGSMLoss.forward, AGSMLoss.terms):
         given = inspect.signature(method).parameters
-        assert [n for n in given if n not in {"self", "timesteps"}] == [*ours][:-1]
+        assert [n for n in given if n not in {"self", "timesteps"}] == positional
+
+
+def test_the_function_passes_every_setting_on():
+    pred, ema_pred, target = batch()
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    settings = {
+        "positives": torch.tensor([1, 0]),
+        "mask": mask,
+        "pos_scale": 0.7,
+        "neg_scale": 0.3,
+        "temperature": 0.2,
+        "reward_weight": torch.tensor([0.5, 2.0]),
+    }
+    guidance = AF.guide(ema_pred, target, **settings)
+    assert AF.agsm_loss(pred, ema_pred, target, **settings) == AF.agsm_terms(pred, guidance).loss
+    needed = {"neg_scale": 0.3}
+    for name in settings.keys() - needed.keys():
+        without = {n: value for n, value in settings.items() if n != name}
+        plain = AF.agsm_loss(pred, ema_pred, target, **without)
+        assert plain != AF.agsm_loss(pred, ema_pred, target, **settings), name
 
 
 def test_the_negative_scale_is_chosen():
