@@ -138,7 +138,7 @@ def check_rows(positive: Tensor, mask: Tensor | None) -> None:
 
 
 def check_scale(name: str, value: float | int) -> None:
-    if not (isinstance(value, int | float) and 0 <= value < math.inf):
+    if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
         raise ValueError(f"{name}: expected a finite number ≥ 0, got {value!r}.")
 
 
@@ -147,7 +147,7 @@ def check_temperature(name: str, value: float | Tensor) -> None:
         check_floating(**{name: value})
         good = torch.compiler.is_compiling() or bool((value.isfinite() & (value > 0)).all())
     else:
-        good = isinstance(value, int | float) and 0 < value < math.inf
+        good = isinstance(value, (int, float)) and 0 < value < math.inf
     if not good:
         raise ValueError(
             f"{name}: expected finite and > 0, got {value!r}. The published value is 0.1; "
