@@ -1,6 +1,6 @@
 """Tells before any training whether AGSM can help a model on a data set, and with which options.
 
-    python recipes/diagnose.py --model recipes/models/flow --output_dir runs/diagnose
+    python recipes/diagnose.py --model recipes/lab/models/flow --output_dir runs/diagnose
     python recipes/train_agsm.py --config runs/diagnose/config.yaml
     python recipes/diagnose.py --model <folder or hub id> --data <parquet, folder or hub id>
 
@@ -19,9 +19,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from common.options import option, parse
-from common.settings import DataOptions, ImageOptions, given_model
-from common.stop import command
+from run.options import option, parse
+from run.settings import DataOptions, ImageOptions, given_model
+from run.stop import command
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Options(DataOptions, ImageOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "model", given_model(self.model, self.data, "recipes/models/flow"))
+        object.__setattr__(
+            self, "model", given_model(self.model, self.data, "recipes/lab/models/flow")
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,16 +62,14 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
     from accelerate import PartialState
 
-    from common.diagnosis.measure import EDITS, measure
-    from common.diagnosis.report import report
-    from common.pipeline import TextToImage
-    from world.task import open_task
+    from data.task import open_task
+    from diagnosis.measure import EDITS, measure
+    from diagnosis.report import report
+    from model.pipeline import TextToImage
 
     state = PartialState()
     task = open_task(options, state)
-    model = TextToImage.load(
-        options.model, getattr(torch, options.dtype), state.device, task.pipeline_arguments
-    )
+    model = TextToImage.load(options.model, getattr(torch, options.dtype), state.device)
     images = task.images(options.batch_size, EDITS, options.image_column)
     batches = -(-options.num_images // options.batch_size)
     measured = measure(model, images, batches=batches, seed=options.seed)

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common.options import Checked, option, parse
-from common.settings import given_model
-from common.stop import command
+from run.options import Checked, option, parse
+from run.settings import given_model
+from run.stop import command
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Options(Checked):
         if self.method == "inversion" and self.strength:
             raise ValueError("strength: it is img2img's; inversion has none. Leave it out.")
         strengths(self.strength)
-        model = given_model(self.model, self.data, "recipes/models/flow_clean")
+        model = given_model(self.model, self.data, "recipes/lab/models/flow_clean")
         object.__setattr__(self, "model", model)
 
 
@@ -87,13 +87,12 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from agsm_loss.integrations.tokens.pipelines import Sampling, load_soft_tokens
-    from common.editing import change, image_to_image, read_changes
-    from common.messages import say
-    from common.pipeline import TextToImage, chosen_device
-    from common.sampling import image_side
-    from common.sources import check_source, loading
-    from world.architectures import pipeline_arguments
-    from world.edits import changes_of, world_edits
+    from data.sources import check_source, loading
+    from lab.world.edits import changes_of, world_edits
+    from model.editing import change, image_to_image, read_changes
+    from model.pipeline import TextToImage, chosen_device
+    from model.sampling import image_side
+    from run.messages import say
 
     output = Path(options.output_dir)
     if output.exists() and any(output.iterdir()):
@@ -101,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("model", "tokens", "lora", *(["data"] if options.data != "world" else [])):
         check_source(name, getattr(options, name))
     dtype, device = getattr(torch, options.dtype), chosen_device(options.device)
-    model = TextToImage.load(options.model, dtype, device, pipeline_arguments)
+    model = TextToImage.load(options.model, dtype, device)
     edits = world_edits(options.num_images, seed=options.seed) if options.data == "world" else []
     asked = changes_of(edits) if edits else read_changes(
         options.data, size=image_side(model.pipe), number=options.num_images
@@ -152,10 +151,10 @@ def _write(output: Path, asked: Any, edits: list[Any], results: dict[str, Any]) 
     import numpy as np
     from PIL import Image
 
-    from common.sheet import sheet
-    from world.captions import metadata
-    from world.edits import edit_summary, edit_table, judge_edit
-    from world.score import verdicts
+    from data.sheet import sheet
+    from lab.world.captions import metadata
+    from lab.world.edits import edit_summary, edit_table, judge_edit
+    from lab.world.score import verdicts
 
     rows = [metadata(edit.wanted) for edit in edits]
     rows = rows or [{"prompt": prompt} for prompt in asked.prompts]

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common.options import Checked, option, parse
-from common.settings import given_model
-from common.stop import command
+from run.options import Checked, option, parse
+from run.settings import given_model
+from run.stop import command
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Options(Checked):
         super().__post_init__()
         of_world = self.prompts.startswith("world:")
         data = "world" if of_world else self.prompts
-        object.__setattr__(self, "model", given_model(self.model, data, "recipes/models/flow"))
+        object.__setattr__(self, "model", given_model(self.model, data, "recipes/lab/models/flow"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -85,13 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
     from tqdm.auto import tqdm
 
     from agsm_loss.integrations.tokens.pipelines import Sampling
-    from common.messages import say
-    from common.pipeline import TextToImage, chosen_device
-    from common.sampling import calls
-    from common.sheet import side_by_side
-    from common.sources import check_source
-    from world.architectures import pipeline_arguments
-    from world.task import read_prompts
+    from data.prompts import read_prompts
+    from data.sheet import side_by_side
+    from data.sources import check_source
+    from model.pipeline import TextToImage, chosen_device
+    from model.sampling import calls
+    from run.messages import say
 
     output, rows = Path(options.output_dir), read_prompts(options.prompts)
     settings = _settings(output, options)
@@ -106,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         say(f"All {len(every)} images are in {output} already")
         return
     dtype, device = getattr(torch, options.dtype), chosen_device(options.device)
-    model = TextToImage.load(options.model, dtype, device, pipeline_arguments)
+    model = TextToImage.load(options.model, dtype, device)
     bare = compared if no_sheet and changed else []  # sampled without tokens and LoRA as well
     bar = tqdm(total=len(bare) + len(every), initial=len(every) - len(todo), unit="image")
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from common.options import Checked, option, parse
-from common.stop import command
+from run.options import Checked, option, parse
+from run.stop import command
 
 CARDS = (16, 24, 48, 80, 141)
 SPARE = 0.1
@@ -123,7 +123,7 @@ def needs(options: Options) -> Needs:
     """What the options take of one GPU."""
     import torch
 
-    from common.live_memory import checkpointing, passes
+    from model.live_memory import checkpointing, passes
 
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     low = dtype[options.mixed_precision]
@@ -153,7 +153,7 @@ def trained_module(options: Options, network: Any, dtype: Any) -> Any:
     import torch
 
     from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
-    from common.pipeline import add_lora
+    from model.pipeline import add_lora
 
     network.to(dtype).requires_grad_(options.train == "full").train()
     if options.train == "tokens":

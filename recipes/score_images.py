@@ -24,8 +24,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.options import Checked, option, parse
-from common.stop import command
+from run.options import Checked, option, parse
+from run.stop import command
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     import numpy as np
 
-    from common.compositional.evaluator import Evaluator
-    from common.metrics import Metrics, mean_with_interval
-    from common.pipeline import chosen_device
-    from common.sheet import sheet
-    from world.detect import palette_error
-    from world.geneval_folder import judge_folder, of_world, pixels, read_images, read_results
-    from world.score import verdicts
-    from world.summary import summarize_with_intervals, table
+    from data.sheet import sheet
+    from lab.world.detect import palette_error
+    from lab.world.geneval_folder import judge_folder, of_world, pixels, read_images, read_results
+    from lab.world.score import verdicts
+    from lab.world.summary import summarize_with_intervals, table
+    from model.pipeline import chosen_device
+    from rewards.geneval.evaluator import Evaluator
+    from rewards.metrics import Metrics, mean_with_interval
 
     folders = [Path(path) for path in options.images]
     contents = [read_images(folder) for folder in folders]

@@ -1,7 +1,7 @@
 """Compares ways of post-training one model: trains, sweeps the guidance scale, reports.
 
     python recipes/study.py --config recipes/configs/demo.yaml          the main job, `make demo`
-    python recipes/study.py --config recipes/configs/study_flow.yaml    AGSM on `flow`, three seeds
+    python recipes/study.py --config recipes/lab/configs/study_flow.yaml    three seeds
 
 Every method is trained from the same seeds on the world's train prompts, by `train_agsm.py` or by
 the recipe that it names (the base is not trained), gets the guidance scale at which it scores best
@@ -17,8 +17,8 @@ import argparse
 import os
 from pathlib import Path
 
-from common import stop
-from common.stop import command, end_with_parent
+from run import stop
+from run.stop import command, end_with_parent
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,13 +38,13 @@ def main(arguments: list[str] | None = None) -> None:
     stop.debugging = given.debug
     end_with_parent()
 
-    from common.messages import quiet_libraries
+    from run.messages import quiet_libraries
 
     quiet_libraries()  # before the imports that print
 
-    from studies.plan import read_plan
-    from studies.report import write
-    from studies.run import run_all, run_one
+    from lab.studies.plan import read_plan
+    from lab.studies.report import write
+    from lab.studies.run import run_all, run_one
 
     plan = read_plan(given.config, given.output_dir)
     if given.only is not None:

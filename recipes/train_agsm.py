@@ -1,6 +1,6 @@
 """Trains soft tokens, a LoRA or all weights of a pipeline by AGSM, SoftREPA or plain denoising.
 
-    python recipes/train_agsm.py --model recipes/models/flow
+    python recipes/train_agsm.py --model recipes/lab/models/flow
     accelerate launch recipes/train_agsm.py --config recipes/configs/agsm_sd3.yaml
     python recipes/train_agsm.py --model <folder or hub id> --data <parquet, folder or hub id>
 
@@ -21,12 +21,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from common.options import option, parse
-from common.settings import ImageOptions, PipelineLoopOptions, PrecomputeOptions
-from common.stop import command
+from run.options import option, parse
+from run.settings import ImageOptions, PipelineLoopOptions, PrecomputeOptions
+from run.stop import command
 
 if TYPE_CHECKING:
-    from common.image_data import Batch
+    from data.image_data import Batch
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(Options, __doc__, arguments)
 
     from agsm_loss import draws
-    from common.agsm import check_competitors
-    from common.loop import start
-    from common.objectives import hard_of, make_objective, prepare
-    from common.precompute import precompute
-    from common.trained_pipeline import TrainedPipeline
-    from world.task import open_task
+    from data.task import open_task
+    from model.agsm import check_competitors
+    from model.objectives import hard_of, make_objective, prepare
+    from model.precompute import precompute
+    from model.trained_pipeline import TrainedPipeline
+    from run.loop import start
 
     accelerator = start(options, sharding=True)
     task = open_task(options, accelerator)

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.options import option, parse
-from common.settings import ImageOptions, PipelineOptions, PromptOptions, RewardOptions
-from common.stop import command
+from run.options import option, parse
+from run.settings import ImageOptions, PipelineOptions, PromptOptions, RewardOptions
+from run.stop import command
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Options(RewardOptions, PromptOptions, PipelineOptions, ImageOptions):
 
     TITLE = "DDPO"
     output_dir: str = "runs/ddpo"
-    WORLD_MODEL = "recipes/models/epsilon"
+    WORLD_MODEL = "recipes/lab/models/epsilon"
     rank: int = 4
     learning_rate: float = 3e-4
     num_epochs: int = option(100, "Epochs of sampling and training to run.", at_least=1)
@@ -80,15 +80,15 @@ def main(arguments: list[str] | None = None) -> None:
     from accelerate.utils import parse_flag_from_env
     from tqdm.auto import tqdm
 
-    from common.checkpoints import check_output, last_whole, opened, save
-    from common.ddpo import JsonLines, extra_tracker, make_trainer, sheet_of
-    from common.engines import check_launched
-    from common.log import log_sheet
-    from common.messages import paused
-    from common.on_policy import check_best
-    from common.stop import Stop
-    from common.trained_pipeline import TrainedPipeline
-    from world.task import open_task
+    from data.task import open_task
+    from model.trained_pipeline import TrainedPipeline
+    from rewards.ddpo import JsonLines, extra_tracker, make_trainer, sheet_of
+    from rewards.rollout import check_best
+    from run.checkpoints import check_output, last_whole, opened, save
+    from run.engines import check_launched
+    from run.log import log_sheet
+    from run.messages import paused
+    from run.stop import Stop
 
     if options.agsm_weight and options.agsm_images == "best":
         check_best(options)

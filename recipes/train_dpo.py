@@ -21,9 +21,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from common.options import parse
-from common.settings import PreferenceOptions
-from common.stop import command
+from run.options import parse
+from run.settings import PreferenceOptions
+from run.stop import command
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
-    from common.preference_training import Pairs, run_preference
-    from world.task import open_task
+    from data.task import open_task
+    from model.preference_training import Pairs, run_preference
 
     def make_step(trained: Any, agsm: Any, settings: Any) -> DiffusionDPO:
         scheduler = trained.model.pipe.scheduler

@@ -20,12 +20,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from common.options import option, parse
-from common.settings import GroupOptions
-from common.stop import command
+from run.options import option, parse
+from run.settings import GroupOptions
+from run.stop import command
 
 if TYPE_CHECKING:
-    from common.on_policy import PromptBatch
+    from rewards.rollout import PromptBatch
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.hosts.dynamics import Dynamics
     from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
     from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_sde
-    from common.loop import start
-    from common.on_policy import OnPolicy
-    from common.trained_pipeline import TrainedPipeline
-    from world.task import open_task
+    from data.task import open_task
+    from model.trained_pipeline import TrainedPipeline
+    from rewards.rollout import OnPolicy
+    from run.loop import start
 
     Dynamics.of(options.sde_type, options.noise_level)  # checked before anything is loaded
     accelerator = start(options)

@@ -22,9 +22,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from common.options import option, parse
-from common.settings import PreferenceOptions
-from common.stop import command
+from run.options import option, parse
+from run.settings import PreferenceOptions
+from run.stop import command
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Options(PreferenceOptions):
 
     TITLE = "InPO"
     output_dir: str = "runs/inpo"
-    WORLD_MODEL = "recipes/models/epsilon"
+    WORLD_MODEL = "recipes/lab/models/epsilon"
     inversion_steps: int = option(
         10, "Timesteps, spread over the schedule, that the inversion visits.", at_least=1
     )
@@ -53,8 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     from agsm_loss.integrations.hosts.base import AGSMBatch
     from agsm_loss.integrations.hosts.inpo import InPO
-    from common.preference_training import Pairs, run_preference
-    from world.task import open_task
+    from data.task import open_task
+    from model.preference_training import Pairs, run_preference
 
     def make_step(trained: Any, agsm: Any, settings: Any) -> InPO:
         scheduler = trained.model.pipe.scheduler

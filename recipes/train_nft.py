@@ -1,7 +1,8 @@
 """DiffusionNFT on a pipeline, alone or with AGSM in its step.
 
     python recipes/train_nft.py --reward redness --agsm_weight 1
-    python recipes/train_nft.py --model recipes/models/epsilon --agsm_weight 1 --agsm_images best
+    python recipes/train_nft.py --model recipes/lab/models/epsilon --agsm_images best \
+        --agsm_weight 1
 
 A rollout samples `--sample_num_batches_per_epoch` batches of images without guidance, by the
 pipeline's own scheduler, and scores them by `--reward`. It is trained on
@@ -21,14 +22,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.options import option, parse
-from common.settings import GroupOptions
-from common.stop import command
+from run.options import option, parse
+from run.settings import GroupOptions
+from run.stop import command
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from common.on_policy import PromptBatch
+    from rewards.rollout import PromptBatch
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,10 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.hosts.base import take_rows
     from agsm_loss.integrations.hosts.diffusion_nft import DiffusionNFT, rising_decay
     from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_latents
-    from common.loop import start
-    from common.on_policy import OnPolicy
-    from common.trained_pipeline import TrainedPipeline
-    from world.task import open_task
+    from data.task import open_task
+    from model.trained_pipeline import TrainedPipeline
+    from rewards.rollout import OnPolicy
+    from run.loop import start
 
     images = options.sample_batch_size * options.sample_num_batches_per_epoch
     batch_size, group = options.train_batch_size, options.group_size

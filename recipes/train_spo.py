@@ -23,12 +23,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.options import option, parse
-from common.settings import OnPolicyOptions
-from common.stop import command
+from run.options import option, parse
+from run.settings import OnPolicyOptions
+from run.stop import command
 
 if TYPE_CHECKING:
-    from common.image_data import Batch
+    from data.image_data import Batch
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Options(OnPolicyOptions):
 
     TITLE = "SPO"
     output_dir: str = "runs/spo"
-    WORLD_MODEL = "recipes/models/epsilon"
+    WORLD_MODEL = "recipes/lab/models/epsilon"
     num_inference_steps: int = option(20, "DDIM steps per sampled image.", at_least=1)
     first_step: int = option(4, "First sampling step at which pairs are drawn.", at_least=0)
     num_candidates: int = option(4, "Next states per step to draw and score.", at_least=2)
@@ -86,12 +86,12 @@ def main(arguments: list[str] | None = None) -> None:
         sample_pairs,
     )
     from agsm_loss.integrations.noise import prediction_type
-    from common.agsm import agsm_weight
-    from common.loop import start
-    from common.on_policy import on_policy_images
-    from common.rewards import load
-    from common.trained_pipeline import TrainedPipeline
-    from world.task import open_task
+    from data.task import open_task
+    from model.agsm import agsm_weight
+    from model.trained_pipeline import TrainedPipeline
+    from rewards.rewards import load
+    from rewards.rollout import on_policy_images
+    from run.loop import start
 
     if options.agsm_batch and options.agsm_images == "best":
         raise ValueError(
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         guidance_scale=options.guidance_scale,
         agsm=agsm,
     )
-    reward = load(options.reward, accelerator.device, task.rewards)
+    reward = load(options.reward, accelerator.device)
     batches = on_policy_images(options, task, options.train_batch_size)
     more = None
     if options.agsm_batch and agsm is not None:

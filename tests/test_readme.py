@@ -15,7 +15,7 @@ import torch
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
 from agsm_loss.integrations.denoisers import PlainDenoiser
-from common.options import parse
+from run.options import parse
 
 ROOT = readme.ROOT
 RECIPES = ROOT / "recipes"
@@ -172,7 +172,9 @@ def test_the_first_steps_run(tmp_path, monkeypatch):
         r"^## First steps$(.*?)^## ", readme.text_of("recipes/README.md"), re.DOTALL | re.MULTILINE
     )
     commands = re.findall(r"^python recipes/(\w+)\.py (.*)$", section[1], re.MULTILINE)
-    commands = [one for one in commands if "recipes/models" in one[1] or one[0] == "score_images"]
+    commands = [
+        one for one in commands if "recipes/lab/models" in one[1] or one[0] == "score_images"
+    ]
     assert len(commands) == 5  # the others need weights
     for name, flags in commands:
         importlib.import_module(name).main([*shlex.split(flags), *SHORT[name].split()])
@@ -186,7 +188,7 @@ def test_the_first_steps_run(tmp_path, monkeypatch):
 def test_the_block_of_a_model_card_runs_as_it_stands(model, monkeypatch):
     monkeypatch.chdir(ROOT)
     namespace = {}
-    readme.run(f"recipes/models/{model}/README.md", namespace)
+    readme.run(f"recipes/lab/models/{model}/README.md", namespace)
     assert namespace["image"].size == (24, 24)
 
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import state as of_accelerate
 from accelerate.utils import DistributedType
 
-from common import loop
+from run import loop
 
 PATIENCE = 240
 """Seconds for a run; processes that wait for each other would do so for ever."""

@@ -10,8 +10,8 @@ from unittest import mock
 from torch.utils.data import Dataset
 
 import agsm_loss
-from common import preference_training
-from world import task
+from lab.world import task
+from model import preference_training
 
 
 class InTurn(Dataset):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from agsm_loss import draws
-from common import loop
-from common.settings import LoopOptions
+from run import loop
+from run.settings import LoopOptions
 
 
 @dataclass

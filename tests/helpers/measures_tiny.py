@@ -86,3 +86,8 @@ def owlv2(folder):
     Owlv2ForObjectDetection(config).save_pretrained(folder)
     Owlv2Processor(Owlv2ImageProcessor(size=SIDE), text).save_pretrained(folder)
     return str(folder)
+
+
+def counted(pixels, prompts):
+    """A reward of somebody's own: 1, 2, ..."""
+    return torch.arange(1.0, len(prompts) + 1)

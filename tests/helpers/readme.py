@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 RECIPES = [f"recipes/{name}.md" for name in ("README", "running", "evaluation", "troubleshooting")]
-RESULTS = [f"recipes/results/{name}.md" for name in ("README", "alone", "preferences", "rewards")]
+RESULTS = [
+    f"recipes/lab/results/{name}.md" for name in ("README", "alone", "preferences", "rewards")
+]
 INTEGRATIONS = [f"integrations/{part}README.md" for part in ("", "hosts/", "patches/")]
 NAMES = ("README.md", *INTEGRATIONS, *RECIPES, *RESULTS)
 

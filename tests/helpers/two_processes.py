@@ -21,8 +21,8 @@ def paired(rank, name, found, flags):
     found: a letter a step: "b" both processes find SPO's pairs, "1" the second one alone, "n" none.
     """
     sys.path.insert(0, RECIPES)
-    from common.trained_pipeline import TrainedPipeline
-    from world import task
+    from lab.world import task
+    from model.trained_pipeline import TrainedPipeline
 
     scored, built = [], []
 

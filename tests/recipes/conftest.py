@@ -35,7 +35,7 @@ def epsilon_base(tmp_path_factory):
 def _saved(kind, tmp_path_factory):
     import torch
 
-    from world import architectures
+    from lab.world import architectures
 
     torch.manual_seed(0)
     model = architectures.BASES[kind](width={"flow": 32, "epsilon": 8}[kind], layers=1)

@@ -19,8 +19,8 @@ from joint import joint
 from recipe_runs import log
 from safetensors.torch import load_file
 
-from common import engines
-from common.settings import LoopOptions
+from run import engines
+from run.settings import LoopOptions
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "4", "--validation_per_category", "1", "--num_negatives", "2",

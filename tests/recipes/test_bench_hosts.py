@@ -2,7 +2,7 @@
 
 import pytest
 
-import bench_hosts
+from lab.bench import hosts as bench_hosts
 
 
 @pytest.mark.parametrize("host", ["DPO", "SPO"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pipelines_tiny import speaking_pipeline
 
-import bench_step
+from lab.bench import step as bench_step
 
 
 @pytest.mark.parametrize("model", ["flow", pytest.param("epsilon", marks=pytest.mark.slow)])

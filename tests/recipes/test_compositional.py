@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 import score_images
-from common.compositional import detectors
-from common.compositional.colours import ColourClassifier, cropped, pooled
-from common.compositional.evaluator import Evaluator, result
-from common.compositional.prompts import CLASSES, COLOURS, row_of
-from common.compositional.rules import Detected, Rules, judge, overlap, reason_kind, relations
+from rewards.geneval import detectors
+from rewards.geneval.colours import ColourClassifier, cropped, pooled
+from rewards.geneval.evaluator import Evaluator, result
+from rewards.geneval.prompts import CLASSES, COLOURS, row_of
+from rewards.geneval.rules import Detected, Rules, judge, overlap, reason_kind, relations
 
 
 @pytest.fixture(scope="module")

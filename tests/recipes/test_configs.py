@@ -14,8 +14,8 @@ from PIL import Image
 from pipelines_tiny import WORDS, speaking_pipeline
 from recipe_runs import log
 
-from common.families import Flux, QwenImage
-from common.options import parse
+from model.families import Flux, QwenImage
+from run.options import parse
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 CLASSES = {

@@ -5,10 +5,10 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from world.detect import detect, palette_error
-from world.prompts import scenes
-from world.render import GROUND, PALETTE, render
-from world.scene import COLOURS, SHAPES, Thing
+from lab.world.detect import detect, palette_error
+from lab.world.prompts import scenes
+from lab.world.render import GROUND, PALETTE, render
+from lab.world.scene import COLOURS, SHAPES, Thing
 
 
 def found(image):

@@ -10,16 +10,15 @@ import yaml
 
 import diagnose
 import train_agsm
-from common.diagnosis import measure as measuring
-from common.diagnosis.levels import Levels, Numbers, Suspect, against, summarize
-from common.diagnosis.measure import COLUMNS, EDITS, KINDS, Measured, measure
-from common.diagnosis.report import conclude
-from common.diagnosis.verdict import columns_of, competitors, options_of, verdict
-from common.options import parse
-from common.pipeline import TextToImage
-from world.architectures import pipeline_arguments
-from world.data import WorldBatches
-from world.export import captioned
+from diagnosis import measure as measuring
+from diagnosis.levels import Levels, Numbers, Suspect, against, summarize
+from diagnosis.measure import COLUMNS, EDITS, KINDS, Measured, measure
+from diagnosis.report import conclude
+from diagnosis.verdict import columns_of, competitors, options_of, verdict
+from lab.world.data import WorldBatches
+from lab.world.export import captioned
+from model.pipeline import TextToImage
+from run.options import parse
 
 EDITED, IN_BATCH, EMPTY = (list(KINDS[name]) for name in ("edited", "in_batch", "empty"))
 
@@ -277,10 +276,10 @@ def test_the_errors_are_the_models_own(any_base, monkeypatch, tmp_path):
     captioned(6, seed=1).to_parquet(tmp_path / "w.parquet")
     flags = ["--data", str(tmp_path / "w.parquet"), "--resolution", "24", "--model", "org/any"]
     options = parse(diagnose.Options, None, flags)
-    from world.task import open_task
+    from data.task import open_task
 
     task = open_task(options, SimpleNamespace(process_index=0, num_processes=1))
-    model = TextToImage.load(str(any_base), torch.float32, arguments=pipeline_arguments)
+    model = TextToImage.load(str(any_base), torch.float32)
     seen, noised = [], measuring.add_noise
     monkeypatch.setattr(measuring, "add_noise", lambda *args: seen.append(args) or noised(*args))
     found = measure(model, task.images(4, EDITS), batches=2, seed=0, levels=2)
@@ -317,8 +316,8 @@ class Shuffled(WorldBatches):
 
 @pytest.mark.parametrize("data", [WorldBatches, Shuffled])
 def test_captions_of_other_images_are_at_chance(recipes, data):
-    path = str(recipes / "models" / "epsilon_clean")
-    model = TextToImage.load(path, torch.float32, arguments=pipeline_arguments)
+    path = str(recipes / "lab" / "models" / "epsilon_clean")
+    model = TextToImage.load(path, torch.float32)
     measured = measure(model, data(32, EDITS, seed=0), batches=1, seed=0, levels=2)
     found, findings = conclude(measured, 0.7)
     rate = found.kinds["in_batch"].win_rate

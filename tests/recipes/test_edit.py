@@ -13,20 +13,7 @@ import edit
 from agsm_loss.integrations.tokens.attach import make_soft_tokens
 from agsm_loss.integrations.tokens.pipelines import Sampling, load_soft_tokens, set_sampling
 from agsm_loss.integrations.tokens.saved import SavedTokens
-from common.editing import (
-    Changes,
-    change,
-    encode,
-    image_to_image,
-    img2img,
-    inversion,
-    read_changes,
-    there_and_back,
-)
-from common.pipeline import TextToImage
-from common.sampling import sample
-from world.architectures import pipeline_arguments
-from world.edits import (
+from lab.world.edits import (
     KINDS,
     Edit,
     changes_of,
@@ -36,9 +23,21 @@ from world.edits import (
     judge_edit,
     world_edits,
 )
-from world.geneval_folder import pixels
-from world.render import render
-from world.scene import Group, Spec, Thing
+from lab.world.geneval_folder import pixels
+from lab.world.render import render
+from lab.world.scene import Group, Spec, Thing
+from model.editing import (
+    Changes,
+    change,
+    encode,
+    image_to_image,
+    img2img,
+    inversion,
+    read_changes,
+    there_and_back,
+)
+from model.pipeline import TextToImage
+from model.sampling import sample
 
 SAMPLED = {"num_inference_steps": 4, "guidance_scale": 2.0}
 FEW = {**SAMPLED, "num_inference_steps": 2}
@@ -46,7 +45,7 @@ FEW = {**SAMPLED, "num_inference_steps": 2}
 
 def loaded(folder):
     """With weights large enough that its prediction depends on the image and the caption."""
-    model = TextToImage.load(str(folder), torch.float32, arguments=pipeline_arguments)
+    model = TextToImage.load(str(folder), torch.float32)
     for parameter in model.denoiser.parameters():
         if parameter.ndim > 1:
             parameter.mul_(2)
@@ -136,8 +135,8 @@ def test_the_way_back_has_the_noise_levels_of_the_way_there(scheduler):
 
 @pytest.mark.parametrize("name", ["flow_clean", "epsilon_clean"])
 def test_inversion_and_the_same_caption_give_the_image_back(name, recipes):
-    folder = str(recipes / "models" / name)
-    model = TextToImage.load(folder, torch.float32, arguments=pipeline_arguments)
+    folder = str(recipes / "lab" / "models" / name)
+    model = TextToImage.load(folder, torch.float32)
     changes = asked(1)
     scheduler = model.pipe.scheduler
     own = Changes(changes.images, changes.captions, changes.captions)

@@ -9,9 +9,9 @@ from pipelines_tiny import speaking_pipeline
 from agsm_loss import Bank
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.rollouts import sample_latents, sample_sde
-from common.families import guidance
-from common.pipeline import TextToImage
-from common.sampling import sample
+from model.families import guidance
+from model.pipeline import TextToImage
+from model.sampling import sample
 
 TOLD = ["a red circle", "two blue circles", "a cat"]
 SIZE = {"height": 32, "width": 32}

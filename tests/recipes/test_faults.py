@@ -12,8 +12,8 @@ import torch
 from filelock import FileLock
 from loop_runs import entries, killed_at, options, resumed, run, same
 
-from common import checkpoints
-from common.stop import Stop
+from run import checkpoints
+from run.stop import Stop
 
 
 class BrokenGradient(torch.autograd.Function):

@@ -8,14 +8,15 @@ from datasets import Dataset
 import diagnose
 import generate
 import train_agsm
-import train_base
 import train_ddpo
 import train_dpo
 import train_spo
-from common import pipeline, stop
-from common.options import did_you_mean
-from common.sources import check_source, loading
-from world.export import captioned, preferences
+from data.sources import check_source, loading
+from lab import train_base
+from lab.world.export import captioned, preferences
+from model import pipeline
+from run import stop
+from run.options import did_you_mean
 
 
 @pytest.fixture
@@ -73,9 +74,9 @@ def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(recipe, tmp_pa
 
 
 def test_only_the_world_has_a_model_of_its_own(tmp_path, capsys, monkeypatch):
-    assert train_agsm.Options().model == diagnose.Options().model == "recipes/models/flow"
-    assert train_spo.Options().model == "recipes/models/epsilon"
-    assert generate.Options().model == "recipes/models/flow"
+    assert train_agsm.Options().model == diagnose.Options().model == "recipes/lab/models/flow"
+    assert train_spo.Options().model == "recipes/lab/models/epsilon"
+    assert generate.Options().model == "recipes/lab/models/flow"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
     for module, flags in (
@@ -174,7 +175,7 @@ def test_names_are_guessed_by_spelling_and_by_initials():
 
 def test_an_empty_caption_column_is_no_caption(tmp_path):
     """Rows without a text are left out, and the others may be all the same."""
-    from common.task import Task
+    from data.task import Task
 
     Dataset.from_dict({"caption": ["a", None, "a"]}).to_parquet(tmp_path / "t.parquet")
     assert Task(str(tmp_path / "t.parquet")).one_caption() == "a"
@@ -191,8 +192,8 @@ def test_a_run_that_validates_nothing_says_so(flow_base, tmp_path, capsys):
 
 
 def test_a_summary_counts_what_a_step_sees():
-    from common.settings import LoopOptions
-    from common.summary import steps_line
+    from model.summary import steps_line
+    from run.settings import LoopOptions
 
     chosen = LoopOptions(train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=2000)
     told = steps_line(chosen, 500, 3, "rows")
@@ -219,8 +220,8 @@ def test_tensorboard_gets_the_sheets_once(tmp_path):
 
 
 def test_a_studys_bar_tells_runs_steps_and_what_is_left(tmp_path, monkeypatch, capsys):
-    from studies import progress
-    from studies.plan import Plan, folder_of
+    from lab.studies import progress
+    from lab.studies.plan import Plan, folder_of
 
     plan = Plan("org/base", str(tmp_path), {"AGSM": {"max_train_steps": 40}, "b": {}})
     runs = [("base", 0), ("AGSM", 0), ("b", 0)]

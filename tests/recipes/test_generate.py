@@ -10,13 +10,13 @@ from PIL import Image
 
 import generate
 import score_images
-from common.sampling import sample
-from world.geneval_folder import pixels
-from world.prompts import rows
-from world.render import render
-from world.score import Verdict
-from world.summary import summarize_with_intervals, wilson
-from world.task import read_prompts
+from data.prompts import read_prompts
+from lab.world.geneval_folder import pixels
+from lab.world.prompts import rows
+from lab.world.render import render
+from lab.world.score import Verdict
+from lab.world.summary import summarize_with_intervals, wilson
+from model.sampling import sample
 
 
 def files(folder):
@@ -52,7 +52,7 @@ def test_the_layout_is_genevals_and_a_second_call_goes_on(flow_base, tmp_path):
 
 def test_a_sheet_shows_the_tokens_beside_the_model_without_them(flow_base, tmp_path, capsys):
     from agsm_loss.integrations.denoisers import TokenDenoiser
-    from common.pipeline import TextToImage
+    from model.pipeline import TextToImage
 
     denoiser = TokenDenoiser(TextToImage.load(str(flow_base), torch.float32).denoiser, num_tokens=2)
     torch.nn.init.normal_(denoiser.tokens.tokens, std=3.0)
@@ -97,8 +97,8 @@ def test_prompts_are_lines_or_rows(tmp_path):
 
 def drawn(folder):
     """Right pictures for half of the rows and empty ones for the others."""
-    from world.prompts import TAGS, specs
-    from world.scene import place
+    from lab.world.prompts import TAGS, specs
+    from lab.world.scene import place
 
     wanted = rows("validation", 4)
     every = {json.dumps(_row(s)): s for tag in TAGS for s in specs(tag, "validation")}
@@ -111,7 +111,7 @@ def drawn(folder):
 
 
 def _row(spec):
-    from world.captions import metadata
+    from lab.world.captions import metadata
 
     return metadata(spec)
 

@@ -12,14 +12,14 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from common.hard_negatives import COLOUR_WORDS, edited, edits
-from common.image_data import TableBatches
-from common.tables import open_table
-from common.task import Task
-from world.captions import caption, hard_negatives
-from world.data import WorldBatches
-from world.export import captioned, imagefolder
-from world.prompts import specs
+from data.hard_negatives import COLOUR_WORDS, edited, edits
+from data.image_data import TableBatches
+from data.tables import open_table
+from data.task import Task
+from lab.world.captions import caption, hard_negatives
+from lab.world.data import WorldBatches
+from lab.world.export import captioned, imagefolder
+from lab.world.prompts import specs
 
 
 def png(colour, size=(40, 30)):

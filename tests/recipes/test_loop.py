@@ -6,8 +6,9 @@ from loop_runs import Model, Numbers, entries, killed_at, options, resumed, run,
 from safetensors.torch import load_file
 from torch import nn
 
-from common import log, loop, run_state
-from common.settings import LoopOptions
+from run import log, loop
+from run import state as run_state
+from run.settings import LoopOptions
 
 
 def test_resume_gives_the_run_that_was_not_stopped(tmp_path):

@@ -9,10 +9,10 @@ from pipelines_tiny import speaking_pipeline
 
 import memory
 from agsm_loss import EMA
-from common import live_memory
-from common.live_memory import AsOnCuda, passes
-from common.options import parse
-from common.pipeline import TextToImage
+from model import live_memory
+from model.live_memory import AsOnCuda, passes
+from model.pipeline import TextToImage
+from run.options import parse
 
 # Of the models' cards and papers; SD3's table of positions is a buffer.
 DENOISERS = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "sd3": 2_028_328_000,

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 import score_images
-from common import metrics, reward_models, rewards
-from common.metrics import Metrics, fid, image_files, kid, mean_with_interval
-from world.summary import table
+from lab.world.summary import table
+from rewards import metrics, rewards
+from rewards import models as reward_models
+from rewards.metrics import Metrics, fid, image_files, kid, mean_with_interval
 
 
 def drawn(seed, number, features=3, shift=0.0):

@@ -11,12 +11,11 @@ from pipelines_tiny import speaking_pipeline
 
 import train_agsm
 import train_dpo
-from common import model_card
-from common.families import QwenImage
-from common.pipeline import TextToImage
-from world.architectures import pipeline_arguments
-from world.export import captioned
-from world.prompts import rows
+from lab.world.export import captioned
+from lab.world.prompts import rows
+from model import card as model_card
+from model.families import QwenImage
+from model.pipeline import TextToImage
 
 FEW = ["--max_train_steps", "1", "--train_batch_size", "3", "--validation_per_category", "1",
        "--validation_inference_steps", "2", "--num_tokens", "2", "--num_negatives", "1",
@@ -35,7 +34,7 @@ def card(folder):
 
 def drawn(model, tokens="", lora="", merged=""):
     """The card's image, by the recipes' own code."""
-    loaded = TextToImage.load(str(model), torch.float32, arguments=pipeline_arguments)
+    loaded = TextToImage.load(str(model), torch.float32)
     if merged:
         loaded.merge_lora(str(merged))
     loaded.load_extras(str(tokens), str(lora))

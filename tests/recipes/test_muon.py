@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from world import architectures
-from world.muon import MuonAdamW, in_blocks
+from lab.world import architectures
+from lab.world.muon import MuonAdamW, in_blocks
 
 RATES = {"lr": 0.01, "adamw_lr": 0.002, "betas": (0.9, 0.99), "weight_decay": 0.1}
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 import pytest
 
-from common.options import flags, option, parse
-from common.settings import LoopOptions, PipelineLoopOptions
+from run.options import flags, option, parse
+from run.settings import LoopOptions, PipelineLoopOptions
 
 
 @dataclass(frozen=True)

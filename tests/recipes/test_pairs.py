@@ -9,15 +9,15 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from common.pair_data import TablePairs
-from common.pipeline import TextToImage
-from common.task import Task
-from studies.accuracy import implicit_accuracy
-from world.data import WorldPairs
-from world.detect import detect
-from world.export import preferences
-from world.prompts import rows as prompt_rows
-from world.score import judge
+from data.pair_data import TablePairs
+from data.task import Task
+from lab.studies.accuracy import implicit_accuracy
+from lab.world.data import WorldPairs
+from lab.world.detect import detect
+from lab.world.export import preferences
+from lab.world.prompts import rows as prompt_rows
+from lab.world.score import judge
+from model.pipeline import TextToImage
 
 
 def png(value):

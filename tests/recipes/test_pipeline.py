@@ -8,8 +8,8 @@ import torch
 from pipelines_tiny import speaking_pipeline
 
 import train_agsm
-from common.pipeline import TextToImage
-from world.export import captioned
+from lab.world.export import captioned
+from model.pipeline import TextToImage
 
 FIRST = ("unet", "unet_sdxl", "sd3", "flux")
 KINDS = (*FIRST, "qwen", "sana")  # these two: see also test_families.py
@@ -130,7 +130,7 @@ def test_a_stock_pipeline_loads_a_lora(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_pipeline_in_half_precision_samples(folder, dtype):
     """Its VAE is held in float32, and the stock pipelines don't cast the latents."""
-    from common.sampling import sample
+    from model.sampling import sample
 
     model = TextToImage.load(str(folder), dtype)
     images = sample(

@@ -15,12 +15,12 @@ from recipe_runs import log, trained
 
 import train_agsm
 import train_dpo
-from common import precompute as module
-from common.families import Family, QwenImage
-from common.image_data import Batch
-from common.pipeline import TextToImage
-from common.precompute import Store, image_identity, precompute, text_identity
-from world.export import captioned, preferences
+from data.image_data import Batch
+from lab.world.export import captioned, preferences
+from model import precompute as module
+from model.families import Family, QwenImage
+from model.pipeline import TextToImage
+from model.precompute import Store, image_identity, precompute, text_identity
 
 FEW = ["--resolution", "8", "--max_train_steps", "3", "--train_batch_size", "3",
        "--num_negatives", "2", "--candidates", "mixed", "--logging_steps", "1",
@@ -154,8 +154,8 @@ KILLED = """
     import torch
     from accelerate import Accelerator
     from safetensors.torch import save
-    from common import precompute
-    from common.pipeline import TextToImage
+    from model import precompute
+    from model.pipeline import TextToImage
     from test_precompute import shapes
 
     written = []

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import train_nft
-from common import on_policy, reward_models, rewards
-from common.pipeline import TextToImage
-from common.reward_models import HPSv2, edit_distance, quoted, readable
-from common.settings import REWARDS
+from model.pipeline import TextToImage
+from rewards import models as reward_models
+from rewards import rewards
+from rewards import rollout as on_policy
+from rewards.models import HPSv2, edit_distance, quoted, readable
 
 TEXTS = ["a photo of a dog", "two red cats"]
 
@@ -27,16 +28,16 @@ def pixels():
     return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def test_the_names_in_help_are_those_that_are_known(monkeypatch):
-    monkeypatch.setattr(rewards, "MODELS", dict.fromkeys(rewards.MODELS, lambda device: "made"))
-    assert all(rewards.load(name) for name in REWARDS)
-    assert {name for name in REWARDS if rewards.load(name) == "made"} == set(rewards.MODELS)
+def test_the_names_in_help_are_those_that_are_known():
+    told = train_nft.OPTIONS.help_of("reward")
+    assert all(name in told for name in rewards.REWARDS)
+    assert all(rewards.load(name) for name in ("detector", "redness", "jpeg_compressibility"))
 
 
 @pytest.mark.parametrize("name", ["pikscore", "redness:0.5,jpeg", "redness;jpeg", ""])
 def test_an_unknown_name_is_told_the_known_ones(name):
-    with pytest.raises(ValueError, match=r"redness, mine, pickscore, .*geneval, or a CLIP model"):
-        rewards.load(name, more={"mine": rewards.redness})
+    with pytest.raises(ValueError, match=r"redness, pickscore, .*geneval, package.module:function, or a CLIP"):
+        rewards.load(name)
 
 
 def test_a_missing_folder_is_found_before_anything_is_loaded(tmp_path, monkeypatch):
@@ -207,19 +208,18 @@ def test_what_counts_as_readable():
 
 
 def test_a_sum_has_weights_and_tells_its_parts(pixels):
-    mine = {"mine": lambda pixels, prompts: torch.tensor([1.0, 2.0])}
-    total = rewards.load("mine:0.5,redness:-2,jpeg_compressibility", more=mine)
-    expected = 0.5 * mine["mine"](pixels, TEXTS) - 2 * rewards.redness(pixels, TEXTS)
+    total = rewards.load("measures_tiny:counted:0.5,redness:-2,jpeg_compressibility")
+    expected = 0.5 * measures_tiny.counted(pixels, TEXTS) - 2 * rewards.redness(pixels, TEXTS)
     expected += rewards.jpeg_compressibility(pixels, TEXTS)
     assert torch.allclose(total(pixels, TEXTS), expected)
-    assert list(total.last) == ["mine", "redness", "jpeg_compressibility"]
-    assert total.last["mine"].tolist() == [1.0, 2.0]
-    alone = rewards.load("mine:3", more=mine)
+    assert list(total.last) == ["measures_tiny:counted", "redness", "jpeg_compressibility"]
+    assert total.last["measures_tiny:counted"].tolist() == [1.0, 2.0]
+    alone = rewards.load("measures_tiny:counted:3")
     assert alone(pixels, TEXTS).tolist() == [3.0, 6.0]
     own = object.__new__(on_policy.OnPolicy)
     own._reward = total
     logged = own.metrics(total(pixels, TEXTS))
-    assert logged["reward/mine"] == 1.5 and logged["reward/mean"] == total(pixels, TEXTS).mean()
+    assert logged["reward/measures_tiny:counted"] == 1.5 and logged["reward/mean"] == total(pixels, TEXTS).mean()
     assert set(logged) == {"reward/mean", "reward/std", *(f"reward/{name}" for name in total.last)}
     own._reward = rewards.redness
     assert set(own.metrics(torch.ones(2))) == {"reward/mean", "reward/std"}
@@ -229,3 +229,9 @@ def test_prompts_may_be_genevals(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"tag": "single_object", "prompt": "a photo of a dog"}\n')
     options = SimpleNamespace(sampling_prompts=str(tmp_path / "p.jsonl"))
     assert on_policy.prompts_of(options, None) == ["a photo of a dog"]
+
+
+@pytest.mark.parametrize("name", ["nowhere:function", "measures_tiny:nothing"])
+def test_a_function_that_cannot_be_imported_is_named(name):
+    with pytest.raises(ValueError, match=r"expected package\.module:name .* PYTHONPATH"):
+        rewards.check(name)

@@ -4,12 +4,12 @@ from itertools import islice
 
 import pytest
 
-from world.captions import metadata
-from world.detect import detect
-from world.prompts import scenes
-from world.render import render
-from world.scene import TAGS, Group, Spec, Thing
-from world.score import judge, relations, summarize
+from lab.world.captions import metadata
+from lab.world.detect import detect
+from lab.world.prompts import scenes
+from lab.world.render import render
+from lab.world.scene import TAGS, Group, Spec, Thing
+from lab.world.score import judge, relations, summarize
 
 SPOTS = ((1, 1), (9, 1), (17, 1), (1, 9), (9, 9))
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from filelock import FileLock, Timeout
 
-from studies.plan import folder_of, read_plan
-from studies.run import begin
+from lab.studies.plan import folder_of, read_plan
+from lab.studies.run import begin
 
 pytestmark = pytest.mark.slow
 FEW = {"train_batch_size": 2, "num_tokens": 1, "validation_per_category": 1,

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 
 import study
-from studies import figures, report, run
-from studies.plan import Plan, folder_of, jobs_of, read_plan, recipe_of
+from lab.studies import figures, report, run
+from lab.studies.plan import Plan, folder_of, jobs_of, read_plan, recipe_of
 
 
 def plan_file(folder, model, **changes):
@@ -348,18 +348,18 @@ def test_titles_and_names_are_text_in_every_report(name, tmp_path, monkeypatch):
 
 
 def test_shipped_plans_are_read(recipes):
-    for name in ("study_flow", "study_epsilon", "demo"):
-        plan = read_plan(recipes / "configs" / f"{name}.yaml")
+    for name in ("lab/configs/study_flow", "lab/configs/study_epsilon", "configs/demo"):
+        plan = read_plan(recipes / f"{name}.yaml")
         assert {"SoftREPA", "AGSM"} <= set(plan.methods)
 
 
 def test_every_shipped_study_has_its_report(recipes):
-    files = sorted((recipes / "configs").glob("study_*.yaml"))
+    files = sorted((recipes / "lab" / "configs").glob("study_*.yaml"))
     assert len(files) > 5
     for file in files:
         plan = read_plan(file)
         assert plan.output_dir == f"runs/{file.stem}"
-        text = (recipes / "results" / file.stem / "report.md").read_text()
+        text = (recipes / "lab" / "results" / file.stem / "report.md").read_text()
         assert all(f"| {name} |" in text for name in plan.methods), file.stem
 
 
@@ -373,9 +373,9 @@ def test_every_shipped_study_has_its_report(recipes):
     ],
 )
 def test_plans_and_configs_of_the_hosts_say_the_same(name, config, recipes):
-    from common.options import flags, parse
+    from run.options import flags, parse
 
-    plan = read_plan(recipes / "configs" / f"study_{name}.yaml")
+    plan = read_plan(recipes / "lab" / "configs" / f"study_{name}.yaml")
     alone, joint, *_ = plan.methods.values()
     assert alone["recipe"] == joint["recipe"] == f"train_{config.split('_')[0]}"
     assert any(one.get("after") in plan.methods for one in plan.methods.values())

@@ -14,8 +14,8 @@ from recipe_runs import log
 from safetensors.torch import load_file
 
 import train_agsm
-from common import objectives
-from world.export import captioned
+from lab.world.export import captioned
+from model import objectives
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "4", "--logging_steps", "1",
        "--validation_steps", "4", "--validation_per_category", "1",
@@ -122,7 +122,7 @@ def test_a_chunked_run_is_the_whole_run(flow_base, tmp_path):
 def test_tokens_load_into_the_pipeline_and_say_where_they_come_from(any_base, tmp_path):
     from agsm_loss.integrations.tokens.pipelines import load_soft_tokens
     from agsm_loss.integrations.tokens.saved import SavedTokens
-    from common.pipeline import TextToImage
+    from model.pipeline import TextToImage
 
     train(any_base, tmp_path)
     saved = SavedTokens.from_pretrained(tmp_path / "tokens")
@@ -135,7 +135,7 @@ def test_tokens_load_into_the_pipeline_and_say_where_they_come_from(any_base, tm
 
 
 def test_a_lora_is_trained_beside_the_tokens_and_loads_again(any_base, tmp_path):
-    from common.pipeline import TextToImage
+    from model.pipeline import TextToImage
 
     flags = ["--rank", "2", "--learning_rate", "0.05"]
     whole = train(any_base, tmp_path / "run", *flags)
@@ -173,7 +173,7 @@ def test_any_table_of_images_and_captions_will_do(flow_base, tmp_path):
 def test_what_makes_no_sense_is_refused(flow_base, tmp_path):
     with pytest.raises(ValueError, match="SoftREPA has one bank"):
         train(flow_base, tmp_path / "a", "--objective", "softrepa")
-    from common.pipeline import TextToImage
+    from model.pipeline import TextToImage
 
     with pytest.raises(TypeError, match="StableDiffusion3Pipeline"):
         TextToImage(object())
@@ -257,7 +257,7 @@ def test_two_processes_train_the_same_tokens_on_other_batches(flow_base, tmp_pat
 
 
 def test_logit_normal_timesteps_are_for_flows(flow_base, tmp_path):
-    from common.pipeline import TextToImage
+    from model.pipeline import TextToImage
 
     model = TextToImage.load(str(flow_base), torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -275,7 +275,7 @@ def test_logit_normal_timesteps_are_for_flows(flow_base, tmp_path):
 
 
 def test_prompts_are_encoded_once_and_the_cache_is_bounded(flow_base, monkeypatch):
-    from common.pipeline import TextToImage
+    from model.pipeline import TextToImage
 
     model = TextToImage.load(str(flow_base), torch.float32)
     kept = model.encode_prompts(["a square"])
@@ -304,7 +304,7 @@ def test_prompts_are_encoded_once_and_the_cache_is_bounded(flow_base, monkeypatc
 def test_training_keeps_to_its_share_of_the_schedule(flow_base):
     from diffusers import DDIMScheduler
 
-    from common.pipeline import TextToImage
+    from model.pipeline import TextToImage
 
     generator = torch.Generator().manual_seed(0)
     model = TextToImage.load(str(flow_base), torch.float32)

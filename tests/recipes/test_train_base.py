@@ -7,14 +7,14 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusi
 from recipe_runs import log
 from safetensors.torch import load_file
 
-import train_base
-from common.options import parse
-from common.sampling import sample
-from common.sheet import sheet
-from world import architectures, base_training
-from world.captions import vocabulary
-from world.prompts import rows
-from world.score import verdicts
+from data.sheet import sheet
+from lab import train_base
+from lab.world import architectures, base_training
+from lab.world.captions import vocabulary
+from lab.world.prompts import rows
+from lab.world.score import verdicts
+from model.sampling import sample
+from run.options import parse
 
 SMALL = ["--layers", "1", "--max_train_steps", "4", "--train_batch_size", "4",
          "--lr_warmup_steps", "1", "--lr_decay_steps", "2", "--logging_steps", "1",
@@ -60,7 +60,7 @@ def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path, monkeypatch):
     assert (whole / "sheets" / "000004.png").exists()
 
     card = (whole / "pipeline" / "README.md").read_text()
-    assert f"python recipes/train_base.py --base {base}" in card
+    assert f"python -m recipes.lab.train_base --base {base}" in card
     assert "40% come from a careless source: of those 50% with a wrong count" in card
     assert "| counting |" in card
     assert (whole / "pipeline" / "curve.png").exists()
@@ -207,7 +207,7 @@ def test_sources_are_careless_and_sign_as_often_as_told():
 
 
 def test_shipped_configs_parse(recipes):
-    files = sorted((recipes / "configs").glob("base_*.yaml"))
+    files = sorted((recipes / "lab" / "configs").glob("base_*.yaml"))
     assert files
     for file in files:
         parse(train_base.Options, None, ["--config", str(file)])

@@ -13,11 +13,11 @@ from recipe_runs import killing, log, trained
 
 import train_ddpo
 from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer
-from common import ddpo, rewards
-from common.task import Task
-from world.captions import caption
-from world.prompts import draw_spec
-from world.task import World
+from data.task import Task
+from lab.world.captions import caption
+from lab.world.prompts import draw_spec
+from lab.world.task import World
+from rewards import ddpo, rewards
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:DDPOTrainer is deprecated"),

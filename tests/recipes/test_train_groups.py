@@ -11,12 +11,13 @@ import train_flow_grpo
 import train_nft
 from agsm_loss.integrations.hosts import rollouts
 from agsm_loss.integrations.hosts.dynamics import Dynamics
-from common import on_policy, rewards
-from common.trained_pipeline import TrainedPipeline
-from world.captions import caption
-from world.prompts import specs
-from world.scene import TAGS
-from world.task import open_task
+from lab.world.captions import caption
+from lab.world.prompts import specs
+from lab.world.scene import TAGS
+from data.task import open_task
+from model.trained_pipeline import TrainedPipeline
+from rewards import rewards
+from rewards import rollout as on_policy
 
 FEW = ["--rank", "2", "--num_tokens", "2", "--validation_per_category", "1", "--group_size", "2",
        "--validation_inference_steps", "2", "--num_inference_steps", "3", "--num_negatives", "2",

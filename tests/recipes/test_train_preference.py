@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 import train_agsm
 import train_dpo
 import train_inpo
-from common import preference_training
-from world.export import preferences
+from lab.world.export import preferences
+from model import preference_training
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "4", "--beta", "50", "--validation_per_category", "1",
@@ -131,7 +131,7 @@ def test_dpo_on_a_flow_and_all_of_the_denoiser(flow_base, tmp_path):
 
 def test_a_tuned_lora_is_merged_before_the_next_method(flow_base, tmp_path):
     train("dpo", flow_base, tmp_path / "dpo", "--rank", "2", "--learning_rate", "0.05")
-    from common.pipeline import TextToImage
+    from model.pipeline import TextToImage
 
     plain = TextToImage.load(str(flow_base), torch.float32)
     merged = TextToImage.load(str(flow_base), torch.float32)

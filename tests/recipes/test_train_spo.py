@@ -6,13 +6,13 @@ import torch
 from recipe_runs import killing, log, trained
 
 import train_spo
-from common.image_data import to_model
-from common.trained_pipeline import TrainedPipeline
-from world import task
-from world.captions import caption
-from world.detector_reward import detector
-from world.prompts import scenes
-from world.render import render
+from data.image_data import to_model
+from lab.world import detector_reward
+from lab.world.captions import caption
+from lab.world.detector_reward import detector
+from lab.world.prompts import scenes
+from lab.world.render import render
+from model.trained_pipeline import TrainedPipeline
 
 FEW = ["--max_train_steps", "3", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "3", "--rank", "2", "--validation_per_category", "1",
@@ -34,7 +34,7 @@ def varied(pixels, prompts):
 @pytest.mark.slow
 @pytest.mark.parametrize("images", [["data"], ["best"], ["data", "--agsm_batch", "5"]])
 def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(task, "detector", varied)
+    monkeypatch.setattr(detector_reward, "detector", varied)
     flags = ["--agsm_weight", "0.5", "--candidates", "mixed", "--agsm_images", *images]
     whole = train(epsilon_base, tmp_path / "whole", *flags)
     last = log(tmp_path / "whole")[-1]
@@ -42,10 +42,10 @@ def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path
     moved = train(epsilon_base, tmp_path / "still", *flags, "--learning_rate", "1e-30")
     assert any(not torch.equal(whole[k], moved[k]) for k in whole if k.startswith("lora/"))
     # of two scored states a step: in the third
-    monkeypatch.setattr(task, "detector", killing(varied, 5))
+    monkeypatch.setattr(detector_reward, "detector", killing(varied, 5))
     with pytest.raises(KeyboardInterrupt):
         train(epsilon_base, tmp_path / "cut", *flags)
-    monkeypatch.setattr(task, "detector", varied)
+    monkeypatch.setattr(detector_reward, "detector", varied)
     resumed = train(epsilon_base, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -53,7 +53,7 @@ def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path
 
 @pytest.mark.slow
 def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(task, "detector", varied)
+    monkeypatch.setattr(detector_reward, "detector", varied)
     train(epsilon_base, tmp_path / "host")
     train(epsilon_base, tmp_path / "both", "--agsm_weight", "1")
     host, both = log(tmp_path / "host"), log(tmp_path / "both")
@@ -62,7 +62,7 @@ def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_pa
 
 @pytest.mark.slow
 def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(task, "detector", varied)
+    monkeypatch.setattr(detector_reward, "detector", varied)
     seen, made = [], TrainedPipeline.agsm_batch
 
     def counted(self, batch, latents, *rest):
@@ -83,7 +83,7 @@ def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeyp
 @pytest.mark.parametrize(("share", "kept"), [(0.5, 2), (0.1, 1), (1.0, 3)])
 def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, monkeypatch):
     """Of three images; a single one still has the others' captions to compete with."""
-    from common import trained_pipeline as pipelines
+    from model import trained_pipeline as pipelines
 
     scored, taken = [], []
 
@@ -97,7 +97,7 @@ def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, m
         taken.append((args, kwargs))
         return make(*args, **kwargs)
 
-    monkeypatch.setattr(task, "detector", scores)
+    monkeypatch.setattr(detector_reward, "detector", scores)
     monkeypatch.setattr(pipelines, "AGSMBatch", seen)
     flags = ["--agsm_weight", "1", "--agsm_images", "best", "--agsm_best", str(share)]
     train(epsilon_base, tmp_path / "run", *flags, "--max_train_steps", "1", "--num_negatives", "1")
@@ -117,7 +117,7 @@ def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, m
 
 
 def test_steps_without_a_pair_are_survived(epsilon_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(task, "detector", lambda pixels, prompts: torch.zeros(len(pixels)))
+    monkeypatch.setattr(detector_reward, "detector", lambda pixels, prompts: torch.zeros(len(pixels)))
     train(epsilon_base, tmp_path / "run", "--threshold", "0.3")
     assert log(tmp_path / "run")[-1]["spo/pairs"] == 0
 
@@ -128,7 +128,7 @@ def test_a_flow_is_refused(flow_base, tmp_path):
 
 
 def test_shipped_configs_parse(recipes):
-    from common.options import parse
+    from run.options import parse
 
     files = sorted((recipes / "configs").glob("spo_sd*.yaml"))
     assert len(files) == 2

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.image_data import to_model
-from world.captions import caption, corrupt, hard_negatives, metadata, vocabulary
-from world.detect import detect
-from world.prompts import FOLDS, SHARED_BELOW, rows, scenes, specs
-from world.render import MASKS, render
-from world.scene import IMAGE_SIDE, SHAPE_SIDE, TAGS, Group, Spec, Thing, place
-from world.score import judge
+from data.image_data import to_model
+from lab.world.captions import caption, corrupt, hard_negatives, metadata, vocabulary
+from lab.world.detect import detect
+from lab.world.prompts import FOLDS, SHARED_BELOW, rows, scenes, specs
+from lab.world.render import MASKS, render
+from lab.world.scene import IMAGE_SIDE, SHAPE_SIDE, TAGS, Group, Spec, Thing, place
+from lab.world.score import judge
 
 THREE = Spec("counting", (Group("circle", 3, "red"),))
 LEFT = Spec("position", (Group("circle", 1, "red"), Group("square", 1, "blue")), "left of")
@@ -160,7 +160,7 @@ def test_model_range():
 
 def test_exports(tmp_path):
     datasets = pytest.importorskip("datasets")
-    from world.export import captioned, imagefolder, preferences
+    from lab.world.export import captioned, imagefolder, preferences
 
     pairs = preferences(40, seed=5)
     assert pairs.column_names == ["jpg_0", "jpg_1", "label_0", "caption"]
@@ -176,7 +176,7 @@ def test_exports(tmp_path):
 
     data = captioned(12, seed=5)
     imagefolder(data, tmp_path / "folder")
-    data.to_parquet(str(tmp_path / "world.parquet"))
+    data.to_parquet(str(tmp_path / "lab.world.parquet"))
     for source in (
         datasets.load_dataset(
             "imagefolder",
@@ -185,7 +185,7 @@ def test_exports(tmp_path):
             cache_dir=str(tmp_path / "cache"),
         ),
         datasets.Dataset.from_parquet(
-            str(tmp_path / "world.parquet"), cache_dir=str(tmp_path / "cache")
+            str(tmp_path / "lab.world.parquet"), cache_dir=str(tmp_path / "cache")
         ),
     ):
         for row, original in zip(source, data, strict=True):

@@ -1,0 +1,1 @@
+"""Rows and images: tables, batches, edited captions."""

@@ -1,0 +1,233 @@
+"""Captioned images of any data set, a batch a micro-step.
+
+    table = open_table("photos.parquet", "train")    of data.tables
+    batches = TableBatches(table, 16, hard=0, seed=0, size=512)
+
+Item i is a function of (seed, i, process): a resumed run sees what it would have seen. Hard
+negatives, where asked for, are captions one edit away from the image's own
+(`data.hard_negatives`).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.hard_negatives import edited
+from data.tables import check_columns
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """pixels (B, 3, H, W) in [-1, 1]; `hard[i]`: edited captions of image i, maybe none."""
+
+    pixels: Tensor
+    captions: list[str]
+    image_ids: list[int]
+    hard: list[list[str]]
+
+
+def to_model(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1], the range pipelines work in."""
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images: expected (B, H, W, 3), got {images.shape}")
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row of a batch: its number, its images (3, H, W), and its text's cell.
+
+    image_id: the number of the batch's first row with the same image files; its own where the
+    images are not files.
+    """
+
+    row: int
+    image_id: int
+    images: list[Tensor]
+    text: Any
+
+
+class Rows:
+    """A table's rows in an order that the seed gives, with their images read and fitted.
+
+    A row with an image that cannot be read, or without a text, is replaced by the next one, and
+    counted in `unreadable`; the log tells of the 1st, 10th, 100th… Images are turned as their EXIF
+    says, resized to cover `size` pixels a side, and cropped in the middle.
+    """
+
+    def __init__(
+        self,
+        table: Any,
+        images: Sequence[str],
+        text: str,
+        batch_size: int,
+        *,
+        seed: int,
+        size: int,
+        rank: int = 0,
+        processes: int = 1,
+    ) -> None:
+        check_columns(table, [*images, text])
+        if len(table) == 0:
+            raise ValueError("data: expected at least one row, got none")
+        self.table = table.select_columns([*images, text])  # others may be heavy, or damaged
+        self.images, self.text = tuple(images), text
+        self.batch_size, self.seed, self.size = batch_size, seed, size
+        self.rank, self.processes = rank, processes
+        self.unreadable: set[int] = set()
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+
+    def batch(self, index: int) -> list[Item]:
+        """The rows of batch `index`."""
+        start = (index * self.processes + self.rank) * self.batch_size
+        first: dict[Any, int] = {}
+        found = []
+        for place in range(self.batch_size):
+            row, images, cells = self._readable(self._row(start + place))
+            files = tuple(_file(cells[name]) for name in self.images)
+            image_id = row if None in files else first.setdefault(files, row)
+            found.append(Item(row, image_id, images, cells[self.text]))
+        return found
+
+    def _readable(self, row: int) -> tuple[int, list[Tensor], Any]:
+        for _ in range(len(self.table)):
+            if row not in self.unreadable:
+                cells = self.table[row]
+                try:
+                    images = [self._load(cells[name]) for name in self.images]
+                    _check_text(cells[self.text])
+                    return row, images, cells
+                except UNREADABLE as error:
+                    self._leave_out(row, error)
+            row = (row + 1) % len(self.table)
+        raise ValueError(
+            f"data: none of the {len(self.table)} rows can be read; the log tells of the first."
+        )
+
+    def _leave_out(self, row: int, error: Exception) -> None:
+        self.unreadable.add(row)
+        number = len(self.unreadable)
+        if number == 10 ** (len(str(number)) - 1):
+            LOGGER.warning(
+                "data: row %d cannot be read (%s: %s); the next one stands for it. So far %d of "
+                "%d rows.",
+                row, type(error).__name__, error, number, len(self.table),
+            )  # fmt: skip
+
+    def _row(self, place: int) -> int:
+        """Every row once an epoch, in an order that the seed and the epoch give."""
+        epoch, inside = divmod(place, len(self.table))
+        if epoch not in self._orders:
+            order = np.random.default_rng([self.seed, epoch, 5]).permutation(len(self.table))
+            # A batch may lie in two epochs, and a table of millions takes seconds to shuffle.
+            self._orders = {n: kept for n, kept in self._orders.items() if n == epoch - 1}
+            self._orders[epoch] = order
+        return int(self._orders[epoch][inside])
+
+    def _load(self, cell: Any) -> Tensor:
+        """`UNREADABLE` if damaged."""
+        return torch.from_numpy(to_model(read_image(cell, self.size)[None]))[0]
+
+
+def _file(cell: Any) -> str | None:
+    """The path of an image that is a file; None for bytes, whose name may be anything."""
+    if isinstance(cell, Mapping):
+        return None if cell["bytes"] else cell["path"]
+    return cell if isinstance(cell, str) else None
+
+
+def read_image(cell: Any, size: int) -> npt.NDArray[np.uint8]:
+    """(size, size, 3) from a path, bytes, or a cell of `datasets.Image(decode=False)`.
+
+    Turned as its EXIF says, resized to cover the size, and cropped in the middle.
+
+    Raises:
+        OSError, ValueError, ...: of `UNREADABLE`, where it is damaged.
+    """
+    if isinstance(cell, Mapping):
+        cell = cell["bytes"] or cell["path"]
+    try:
+        with Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell) as file:
+            upright = _in_eight_bits(ImageOps.exif_transpose(file), file.format).convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+    return np.asarray(ImageOps.fit(upright, (size, size)))
+
+
+def _in_eight_bits(image: Any, kind: str) -> Any:
+    """Grey images of 16 bits or floats scaled to 0..255, where PIL would clip; others as is."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values, top = np.asarray(image), 1.0 if image.mode == "F" else 65535.0
+    known = image.mode != "I" or kind in ("PNG", "PPM")  # formats with at most 16 bits
+    if not known or not 0 <= values.min() <= values.max() <= top:
+        raise ValueError(
+            f"expected floats from 0 to 1, or integers of 8 or 16 bits, got mode {image.mode} with "
+            f"values from {values.min()} to {values.max()}, whose white is not known"
+        )
+    return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
+
+
+class TableBatches(Dataset[Batch]):
+    """A table with an image column and a caption column (a text, or several: one is drawn)."""
+
+    def __init__(
+        self,
+        table: Any,
+        batch_size: int,
+        hard: int,
+        *,
+        image: str = "image",
+        text: str = "caption",
+        **rows: Any,
+    ) -> None:
+        if image in table.column_names and len(table):
+            # Undecoded, so that a damaged file is an error of its own row.
+            table = table.cast_column(image, datasets.Image(decode=False))
+        self.rows = Rows(table, [image], text, batch_size, **rows)
+        self.hard = hard
+
+    def about(self) -> str:
+        """For a run's summary."""
+        return f"{len(self.rows.table):,} images"
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = np.random.default_rng([self.rows.seed, index, self.rows.rank, 4])
+        found = self.rows.batch(index)
+        captions = [one_text(item.text, rng) for item in found]
+        return Batch(
+            torch.stack([item.images[0] for item in found]),
+            captions,
+            [item.image_id for item in found],
+            [edited(text, self.hard, rng) for text in captions],
+        )
+
+
+# What PIL raises for damaged images of one format or another; and for no image, or no text, at all.
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, struct.error)
+
+
+def _check_text(cell: Any) -> None:
+    texts = [cell] if isinstance(cell, str) else cell
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"expected a text, or several, got {cell!r}")
+
+
+def one_text(cell: str | Sequence[str], rng: np.random.Generator) -> str:
+    """A caption's cell: itself, or one of several."""
+    return cell if isinstance(cell, str) else cell[int(rng.integers(len(cell)))]

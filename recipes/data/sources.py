@@ -1,0 +1,82 @@
+"""What an option names: a folder or a file, an id of the hub, or a Python object."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+
+def check_source(option: str, name: str) -> None:
+    """FileNotFoundError where a name can only be a path, and nothing is there. "" names nothing."""
+    path = Path(name).expanduser()
+    if not name or path.exists() or _may_be_id(name):
+        return
+    raise FileNotFoundError(
+        f"{option}: no such file or folder: {name}. Give one that exists (from here, {Path.cwd()}),"
+        " or a hub id (owner/name)."
+    )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether the hub takes it as an id; it may be a folder here all the same."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _may_be_id(name: str) -> bool:
+    """One of the hub's "owner/name"s; one whose owner is a folder here is a path."""
+    owner, slash, _ = name.partition("/")
+    of_path = (slash and Path(owner).is_dir()) or Path(name).suffix in _ENDINGS
+    return is_hub_id(name) and not of_path
+
+
+_ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".tar", ".safetensors", ".yaml"}
+
+
+@contextmanager
+def loading(option: str, name: str, *more: type[Exception]) -> Iterator[None]:
+    """What is loaded inside is the option's; what the libraries do not find is a ValueError.
+
+    more: errors of the libraries besides OSError that say so.
+    """
+    check_source(option, name)
+    try:
+        yield
+    except (OSError, *more) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{option}: expected a folder, or a hub id that can be reached, got {name}: {lines[0]}"
+        ) from error
+
+
+def load_object(option: str, name: str) -> Any:
+    """What `package.module:name` names; its module is imported.
+
+    Raises:
+        ValueError: no such module, or nothing of that name in it.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{option}: expected package.module:name that can be imported, got {name}: {error}. "
+            "The module has to be installed, or on PYTHONPATH."
+        ) from error
+
+
+def world(module: str) -> Any:
+    """A module of the embedded world, for `--data world` and `world:` prompts.
+
+    The world is evidence (`lab/`): nothing else of it is imported by the recipes.
+    """
+    return importlib.import_module(f"lab.world.{module}")

@@ -1,0 +1,132 @@
+"""What a recipe trains and validates on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Dataset
+
+from data.image_data import Batch, TableBatches, one_text
+from data.pair_data import PAIR_COLUMNS, PairBatch, TablePairs
+from data.prompts import read_prompts
+from data.sources import world
+from data.tables import check_columns, open_table
+
+
+@dataclass(frozen=True)
+class Captions:
+    """`number` captions, each made when asked for: `captions[0]` to `captions[number - 1]`."""
+
+    number: int
+    make: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, row: int) -> str:
+        if not 0 <= row < self.number:
+            raise IndexError(f"expected a number in 0..{self.number - 1}, got {row}.")
+        return self.make(row)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A table of captioned images or preference pairs, and prompts to look at.
+
+    data, split: of `open_table`. text: the column of the captions. size: pixels a side.
+    prompts: a file of validation prompts, or "" for none; their images are shown, not scored.
+    """
+
+    data: str
+    split: str = "train"
+    text: str = "caption"
+    size: int = 512
+    seed: int = 0
+    rank: int = 0
+    processes: int = 1
+    prompts: str = ""
+
+    def __post_init__(self) -> None:
+        if self.prompts:
+            read_prompts(self.prompts)  # an error before anything is loaded
+
+    def images(self, batch_size: int, hard: int, image: str = "image") -> Dataset[Batch]:
+        """Captioned images, a batch a micro-step, with up to `hard` edited captions each."""
+        table = open_table(self.data, self.split, columns=[image], text=self.text)
+        return TableBatches(table, batch_size, hard, image=image, text=self.text, **self._rows())
+
+    def pairs(self, batch_size: int, hard: int) -> Dataset[PairBatch]:
+        """Preference pairs, a batch a micro-step, with up to `hard` edited captions each."""
+        table = open_table(self.data, self.split, columns=PAIR_COLUMNS, text=self.text)
+        return TablePairs(table, batch_size, hard, text=self.text, **self._rows())
+
+    def _texts(self) -> Any:
+        """The captions' column, with no images read."""
+        table = open_table(self.data, self.split, columns=(), text=self.text)
+        check_columns(table, [self.text])
+        return table[self.text]
+
+    def captions(self) -> Captions:
+        """The data's captions; of a row with several, always the same one."""
+        texts = self._texts()
+        return Captions(len(texts), lambda row: one_text(texts[row], np.random.default_rng(row)))
+
+    def one_caption(self) -> str | None:
+        """The caption that all rows have; None where there are several."""
+        found: set[str] = set()
+        for cell in self._texts():
+            found.update([cell] if isinstance(cell, str) else cell or ())
+            if len(found) > 1:
+                return None
+        return next(iter(found), "")
+
+    def validation(self) -> list[dict[str, Any]]:
+        """A row with a prompt each; none where nothing is validated."""
+        return read_prompts(self.prompts) if self.prompts else []
+
+    def shown(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The rows whose images go on the sheet."""
+        return list(range(len(rows)))
+
+    def judge(
+        self, images: npt.NDArray[np.uint8], rows: Sequence[Mapping[str, Any]]
+    ) -> Sequence[Any] | None:
+        """A verdict on each image; None where nobody can judge them."""
+        return None
+
+    def summarize(self, verdicts: Sequence[Any]) -> dict[str, Any]:
+        """Scores of the verdicts, for the log."""
+        raise NotImplementedError
+
+    def _rows(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "size": self.size,
+            "rank": self.rank,
+            "processes": self.processes,
+        }
+
+
+def open_task(options: Any, processes: Any) -> Task:
+    """What `--data` and `--validation_prompts` name.
+
+    processes: has `process_index` and `num_processes`.
+    """
+    settings: dict[str, Any] = {
+        "data": options.data,
+        "split": options.split,
+        "text": options.caption_column,
+        "size": options.resolution,
+        "seed": options.seed,
+        "rank": processes.process_index,
+        "processes": processes.num_processes,
+        "prompts": options.validation_prompts,
+    }
+    if options.data == "world":
+        made: Task = world("task").World.of(settings, options.validation_per_category)
+        return made
+    return Task(**settings)

@@ -1,0 +1,18 @@
+"""The evidence: the embedded world, its base models, the studies and the benches.
+
+It imports the recipes' parts, and no recipe imports it, but for the one line of `data.task` that
+makes `--data world` work: without this folder everything else works on.
+
+    python recipes/study.py --config recipes/configs/demo.yaml
+    python -m recipes.lab.train_base --config recipes/lab/configs/base_flow.yaml
+    python -m recipes.lab.bench.step --models sd15
+"""
+
+import sys
+from pathlib import Path
+
+# `python -m recipes.lab...` starts in the clone's root. The parts are imported from recipes/, as
+# they are by `python recipes/train_dpo.py`.
+_RECIPES = str(Path(__file__).parents[1])
+if _RECIPES not in sys.path:
+    sys.path.insert(0, _RECIPES)

@@ -1,0 +1,251 @@
+"""Time and memory of a step of the hosts, alone and with AGSM in it.
+
+    python -m recipes.lab.bench.hosts
+
+A LoRA of rank 8 on the embedded world's UNet (recipes/lab/models/epsilon, 3.5 M parameters, 16 tokens
+of text), with soft tokens where there is AGSM; forward, backward, optimizer and EMA on eight pairs.
+All variants of a host take turns in one run: time is the median over rounds, against the host's own
+of the same round; memory is what the peak resident set of a fresh process grows by in its first two
+steps (Linux). DPO and InPO give AGSM their prediction on the winner; "winner again" runs it again.
+SPO's rollout, which is the same with and without AGSM, is not timed.
+
+Flow-GRPO and DiffusionNFT: a LoRA on the embedded world's transformer (recipes/lab/models/flow), with
+the rollout of 16 images in ten steps. Flow-GRPO trains on four of these steps at once, DiffusionNFT
+on eight images at a time. With each backward pass comes AGSM on four images, the empty caption
+competing, or plain denoising on them (AGSM with pos_scale 0, whose EMA runs too). Decoding and the
+reward are not timed.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_backbones import timed
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from peft import LoraConfig
+
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank, InBatch, Passes, StepOutput
+from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
+from agsm_loss.integrations.hosts.base import AGSMBatch, Host, adapters_off, take_rows
+from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
+from agsm_loss.integrations.hosts.diffusion_nft import DiffusionNFT
+from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
+from agsm_loss.integrations.hosts.inpo import InPO
+from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_latents, sample_sde
+from agsm_loss.integrations.hosts.spo import SPO, StatePairs
+from lab.bench.loss import resident_mib
+
+BATCH = 8
+MODELS = Path(__file__).parents[1] / "models"
+LORA = LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+
+
+class Again(AGSMRegularizer):
+    """AGSM that does not take the host's prediction."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **{**kwargs, "pred": None})
+
+
+# name -> settings of the regularizer; None: the host alone
+VARIANTS: dict[str, Any] = {
+    "alone": None,
+    "K = 2": {"candidates": InBatch(1)},
+    "K = 4": {},
+    "K = 4, winner again": {"kind": Again},
+    "K = 4, 8 samples a pass": {"passes": Passes(chunk_size=8)},
+}
+PREFERENCE_HOSTS: dict[str, Callable[..., Host]] = {
+    "DPO": DiffusionDPO,
+    "InPO": partial(InPO, num_steps=4),
+    "SPO": partial(SPO, guidance_scale=5.0),
+}
+# of Flow-GRPO and DiffusionNFT: name -> settings of the loss
+REWARD_VARIANTS: dict[str, Any] = {
+    "alone": None,
+    "denoising": {"pos_scale": 0.0},
+    "empty caption": {"temperature": 1e6},
+}
+HOSTS = (*PREFERENCE_HOSTS, "Flow-GRPO", "DiffusionNFT")
+
+
+def make(host: str, variant: str) -> Callable[[], float]:
+    """One training step of the host, on inputs that are the same for every variant -> its loss."""
+    if host not in PREFERENCE_HOSTS:
+        return make_with_rollout(host, variant)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(
+        MODELS / "epsilon", subfolder="unet"
+    ).requires_grad_(False)
+    unet.add_adapter(LORA)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    settings = VARIANTS[variant]
+    if settings is None:
+        denoiser: Any = PlainDenoiser(unet)
+    else:
+        denoiser = TokenDenoiser(unet)
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    agsm = None
+    if settings is not None:
+        settings = dict(settings)
+        kind = settings.pop("kind", AGSMRegularizer)
+        agsm = kind(denoiser, EMA(trained), AGSMLoss(neg_scale=0.1), **settings)
+    step = PREFERENCE_HOSTS[host](
+        denoiser, scheduler, reference=partial(adapters_off, unet), agsm=agsm
+    )
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    side, width = unet.config.sample_size, unet.config.cross_attention_dim
+    winner, loser, noise, other = torch.randn(4, BATCH, unet.config.in_channels, side, side)
+    times = torch.arange(1, 1 + BATCH) * 100
+    text, empty = ({"prompt_embeds": torch.randn(BATCH, 16, width)} for _ in range(2))
+    captions = list(range(BATCH))
+
+    def run() -> float:
+        if host == "DPO":
+            out = step(winner, loser, text, times, noise, captions=captions)
+        elif host == "InPO":
+            out = step(winner, loser, text, 601, captions=captions)
+        else:
+            pairs = StatePairs(noise, winner, loser, times, times - 50, torch.arange(BATCH))
+            own = AGSMBatch(other, times, noise, text, captions) if agsm else None
+            out = step(pairs, text, empty, agsm_batch=own)
+        return trained_on(out, step, optimizer)
+
+    return run
+
+
+def trained_on(out: StepOutput, step: Host, optimizer: torch.optim.Optimizer) -> float:
+    """Backward, optimizer and EMA -> the loss."""
+    optimizer.zero_grad()
+    out.loss.backward()
+    optimizer.step()
+    step.update_ema()
+    return float(out.loss.detach())
+
+
+def make_with_rollout(host: str, variant: str) -> Callable[[], float]:
+    """A rollout by the host's sampler and the training on it -> the last pass's loss."""
+    torch.manual_seed(0)
+    model = SD3Transformer2DModel.from_pretrained(MODELS / "flow", subfolder="transformer")
+    model.requires_grad_(False).add_adapter(LORA)
+    denoiser, scheduler = PlainDenoiser(model), FlowMatchEulerDiscreteScheduler()
+    trained = [p for p in denoiser.parameters() if p.requires_grad]
+    settings, agsm = REWARD_VARIANTS[variant], None
+    if settings is not None:
+        loss = AGSMLoss(neg_scale=0, **settings)
+        agsm = AGSMRegularizer(denoiser, EMA(trained), loss, candidates=InBatch(0, null=True))
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    images, shown = 2 * BATCH, BATCH // 2
+    size = model.config
+    noise = torch.randn(images, size.in_channels, size.sample_size, size.sample_size)
+    text = {
+        "prompt_embeds": torch.randn(images + 1, 16, size.joint_attention_dim),
+        "pooled_prompt_embeds": torch.randn(images + 1, size.pooled_projection_dim),
+    }
+    prompts = {name: rows[:images] for name, rows in text.items()}
+    pool = {name: rows[[*range(shown), images]] for name, rows in text.items()}
+    times = torch.arange(1, 1 + images) * 55.0
+    data = AGSMBatch(noise[:shown], times[:shown], noise[-shown:], pool, list(range(shown)))
+    given = {"agsm_batch": data if agsm else None}
+
+    def denoise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        pred: torch.Tensor = denoiser(x, timesteps, prompts, Bank.POSITIVE)
+        return pred
+
+    if host == "Flow-GRPO":
+        step: Any = FlowGRPO(denoiser, scheduler, agsm=agsm)
+
+        def run() -> float:
+            trajectory = sample_sde(denoise, scheduler, noise)
+            advantages = group_advantages(trajectory.last.mean((1, 2, 3)), BATCH)
+            out = step(trajectory, advantages, prompts, torch.arange(4), **given)
+            return trained_on(out, step, optimizer)
+
+    else:
+        reference = partial(adapters_off, model)
+        step = DiffusionNFT(
+            denoiser, scheduler, old=EMA(trained), reference=reference, steps_per_epoch=2, agsm=agsm
+        )
+
+        def run() -> float:
+            with step.old.applied():
+                latents = sample_latents(denoise, scheduler, noise)
+            advantages = group_advantages(latents.mean((1, 2, 3)), BATCH)
+            for rows in torch.arange(images).chunk(2):
+                part = latents[rows], advantages[rows], take_rows(prompts, rows)
+                out = step(*part, times[rows], noise[rows], **given)
+                loss = trained_on(out, step, optimizer)
+            return loss
+
+    return run
+
+
+def variants_of(host: str) -> list[str]:
+    """SPO has no prediction that AGSM could take."""
+    if host not in PREFERENCE_HOSTS:
+        return list(REWARD_VARIANTS)
+    return [name for name in VARIANTS if host != "SPO" or "again" not in name]
+
+
+def child(host: str, variant: str) -> None:
+    """Peak growth in MiB of two steps, in this fresh process."""
+    run = make(host, variant)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    before = resident_mib("VmRSS")
+    for _ in range(2):
+        run()
+    print(resident_mib("VmHWM") - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--child", nargs=2, metavar=("HOST", "VARIANT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(*args.child)
+        return
+    print(f"{torch.get_num_threads()} threads, {args.rounds} rounds in turns; (quartiles)")
+    for host in HOSTS:
+        names = variants_of(host)
+        steps = {name: make(host, name) for name in names}
+        for run in steps.values():
+            run()
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(args.rounds):
+            for name in names:
+                times[name].append(timed(steps[name]))
+        del steps
+        memory = {}
+        for name in names:
+            command = [sys.executable, "-m", "recipes.lab.bench.hosts", "--child", host, name]
+            # Freed blocks go back to the system at once: the peak is the tensors', not a reserve.
+            settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+            memory[name] = float(subprocess.check_output(command, env=settings))
+        for name in names:
+            ratios = [a / b for a, b in zip(times[name], times["alone"], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            told = f"{middle:.2f} ({low:.2f}-{high:.2f})" if name != "alone" else "1"
+            print(
+                f"{host:12} {name:24} {statistics.median(times[name]):6.2f} s  time {told:18} "
+                f"peak +{memory[name]:5.0f} MiB, {memory[name] / memory['alone']:.2f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Implicit accuracy (arXiv 2311.12908) on held-out preference pairs of the world."""
+
+from __future__ import annotations
+
+import torch
+
+from agsm_loss import Bank
+from agsm_loss.integrations.denoisers import PlainDenoiser
+from agsm_loss.integrations.hosts.diffusion_dpo import diffusion_dpo_loss
+from agsm_loss.integrations.noise import add_noise, regression_target
+from lab.world.data import WorldPairs
+from model.pipeline import TextToImage
+
+
+@torch.no_grad()
+def implicit_accuracy(
+    tuned: TextToImage,
+    reference: TextToImage,
+    number: int,
+    *,
+    fold: str,
+    seed: int,
+    low: float = 0.0,
+    batch_size: int = 64,
+) -> float:
+    """Share of `number` pairs of the world's fold in which `tuned`, more than `reference`, denoises
+    the winner better than the loser (`diffusion_dpo_loss`'s accuracy, arXiv 2311.12908).
+
+    Each pair has one noise and one timestep, from the share `low` of the schedule on; the draws are
+    the seed's. `tuned` uses its tokens as it does when sampling.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scheduler, right = reference.pipe.scheduler, 0.0
+    for index, first in enumerate(range(0, number, batch_size)):
+        size = min(batch_size, number - first)
+        batch = WorldPairs(size, 0, seed=seed, fold=fold)[index]
+        latents = reference.encode_images(torch.cat([batch.winner, batch.loser]), generator)
+        noise = (
+            torch.randn(latents[:size].shape, generator=generator).repeat(2, 1, 1, 1).to(latents)
+        )
+        timesteps = reference.timesteps(size, "uniform", generator, low).repeat(2)
+        target = regression_target(scheduler, latents, noise, timesteps)
+        inputs = (
+            add_noise(scheduler, latents, noise, timesteps),
+            timesteps,
+            reference.encode_prompts(batch.captions * 2),
+            Bank.POSITIVE,
+        )
+        preds = [PlainDenoiser(model.denoiser)(*inputs) for model in (tuned, reference)]
+        right += size * diffusion_dpo_loss(*preds, target).accuracy.item()
+    return right / number

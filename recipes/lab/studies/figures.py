@@ -1,0 +1,127 @@
+"""A study's curves.png and images.png, and what they are drawn from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from data.sheet import sheet
+from lab.studies.plan import BASE, OF, Plan, images_of, log_of
+from lab.world.detect import detect
+from lab.world.score import judge
+
+
+def curves(plan: Plan, path: Path) -> None:
+    """Loss, validation scores and the plan's own panels against steps: mean over seeds, band from
+    least to most."""
+    panels: list[tuple[str, Callable[[dict[str, Any]], float | None]]] = [
+        ("training loss", _logged("loss")),
+        ("validation: overall", lambda line: _score(line, "overall")),
+        ("validation: counting", lambda line: _score(line, "counting", "score")),
+        ("validation: share with too many", lambda line: _score(line, "counting", "over")),
+        *((title, _logged(metric)) for title, metric in plan.panels.items()),
+    ]
+    found = {name: frontier(plan, name) for name in plan.methods if plan.frontier}
+    against = {_plain(plan.frontier): "metric"} if found else {}
+    if any(not np.isnan(point.seconds) for points in found.values() for point in points):
+        against["seconds of training"] = "seconds"
+    number = len(panels) + len(against)
+    height = -(-number // 4)
+    figure, grid = plt.subplots(height, 4, figsize=(16, 3.6 * height), layout="constrained")
+    axes = grid.flatten()
+    for axis in axes[number:]:
+        axis.set_axis_off()
+    for axis, (title, read) in zip(axes, panels, strict=False):
+        for name in plan.methods:
+            by_step: dict[int, list[float]] = {}
+            for seed in plan.seeds:
+                for line in log_of(plan, name, seed):
+                    value = read(line)
+                    if value is not None:
+                        by_step.setdefault(line["step"], []).append(value)
+            steps = sorted(by_step)
+            values = [by_step[step] for step in steps]
+            middle = [np.mean(v) for v in values]
+            (drawn,) = axis.plot(steps, middle, marker=".", label=_plain(name))
+            least, most = [min(v) for v in values], [max(v) for v in values]
+            axis.fill_between(steps, least, most, alpha=0.15, color=drawn.get_color())
+        axis.set(title=_plain(title), xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+    for axis, (shown, field) in zip(axes[len(panels) :], against.items(), strict=False):
+        for name, points in found.items():
+            across = [getattr(point, field) for point in points]
+            axis.plot(across, [point.score for point in points], "o-", label=_plain(name))
+        axis.set(title=f"overall, against {shown}", xlabel=shown)
+        axis.grid(alpha=0.3)
+    if axes[0].dataLim.y0 > 0:  # a policy gradient's loss has either sign
+        axes[0].set_yscale("log")
+    axes[3].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def pictures(plan: Plan, path: Path, counting: int = 8) -> None:
+    """The same prompts and noise, a column a method, with verdicts.
+
+    Of the entries at other guidance scales those of the base alone.
+    """
+    wanted = plan.prompts("heldout", plan.per_category)
+    first = {tag: i for i, tag in reversed(list(enumerate(row["tag"] for row in wanted)))}
+    several = range(first["counting"], first["counting"] + min(counting, plan.per_category))
+    shown = sorted({*first.values(), *several})
+    guided = [name for name, one in plan.sampled.items() if one[OF] == BASE]
+    methods = [BASE, *guided, *plan.methods]
+    images = {name: images_of(plan, name, plan.seeds[0]) for name in methods}
+    picked = [(name, i) for i in shown for name in methods]
+    stack = np.stack([images[name][i] for name, i in picked])
+    told = [wanted[i] for _, i in picked]
+    judged = [judge(detect(image), row) for image, row in zip(stack, told, strict=True)]
+    sets = max(1, 9 // len(methods))  # prompts a line of the sheet
+    sheet(stack, told, judged, path, columns=sets * len(methods), titles=methods * sets, side=96)
+
+
+class Point(NamedTuple):
+    """A validation: means over the seeds."""
+
+    step: int
+    metric: float  # the frontier's, since the validation before
+    score: float  # overall
+    seconds: float  # since training began, with the validations; nan: not in the log
+
+
+def frontier(plan: Plan, method: str) -> list[Point]:
+    """The validations of a method."""
+    points: dict[int, list[tuple[float, float, float]]] = {}
+    for seed in plan.seeds:
+        since: list[float] = []
+        for line in log_of(plan, method, seed):
+            since += [line[plan.frontier]] if plan.frontier in line else []
+            score = _score(line, "overall")
+            if score is not None and since:
+                point = (float(np.mean(since)), score, line.get("seconds", np.nan))
+                points.setdefault(line["step"], []).append(point)
+                since = []
+    return [Point(step, *np.mean(points[step], axis=0).tolist()) for step in sorted(points)]
+
+
+def _plain(text: str) -> str:
+    """Without matplotlib's formulas."""
+    return text.replace("$", r"\$")
+
+
+def _score(line: Mapping[str, Any], name: str, key: str | None = None) -> float | None:
+    scores = line.get("scores")
+    if not scores:
+        return None
+    return float(scores[name] if key is None else scores["categories"][name][key])
+
+
+def _logged(metric: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda line: line.get(metric)

@@ -1,0 +1,78 @@
+"""The world as training data, rendered on the fly: captioned images and preference pairs.
+
+Item i is a function of (seed, i, process), as of `data.image_data` and `data.pair_data`.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data.image_data import Batch, to_model
+from data.pair_data import PairBatch
+from lab.world.captions import caption, hard_negatives
+from lab.world.export import pair_of_scenes
+from lab.world.prompts import scenes
+from lab.world.render import render
+from lab.world.scene import Spec
+
+
+class WorldBatches(Dataset[Batch]):
+    """Scenes of a fold's prompts with their own captions and, as hard negatives, random edits."""
+
+    def __init__(
+        self, batch_size: int, hard: int, *, seed: int, rank: int = 0, fold: str = "train"
+    ) -> None:
+        self.batch_size, self.hard, self.seed, self.rank, self.fold = (
+            batch_size,
+            hard,
+            seed,
+            rank,
+            fold,
+        )
+
+    def about(self) -> str:
+        """For a run's summary."""
+        return "the embedded world's images, rendered"
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = np.random.default_rng([self.seed, index, self.rank, 3])
+        drawn = list(islice(scenes(int(rng.integers(2**62)), self.fold), self.batch_size))
+        pixels = to_model(np.stack([render(scene) for _, scene in drawn]))
+        hard = [world_edits(spec, self.hard, rng) for spec, _ in drawn]
+        captions = [caption(spec) for spec, _ in drawn]
+        ids = [index * self.batch_size + i for i in range(self.batch_size)]
+        return Batch(torch.from_numpy(pixels), captions, ids, hard)
+
+
+class WorldPairs(Dataset[PairBatch]):
+    """Scenes of a fold's prompts, each with a scene that is one edit of its caption away."""
+
+    def __init__(
+        self, batch_size: int, hard: int, *, seed: int, rank: int = 0, fold: str = "train"
+    ) -> None:
+        self.batch_size, self.hard = batch_size, hard
+        self.seed, self.rank, self.fold = seed, rank, fold
+
+    def about(self) -> str:
+        """For a run's summary."""
+        return "the embedded world's pairs, rendered"
+
+    def __getitem__(self, index: int) -> PairBatch:
+        rng = np.random.default_rng([self.seed, index, self.rank, 7])
+        drawn = list(islice(scenes(int(rng.integers(2**62)), self.fold), self.batch_size))
+        pairs = [pair_of_scenes(spec, scene, rng) for spec, scene in drawn]
+        winner, loser = (to_model(np.stack([render(pair[i]) for pair in pairs])) for i in (0, 1))
+        hard = [world_edits(spec, self.hard, rng) for spec, _ in drawn]
+        ids = [index * self.batch_size + i for i in range(self.batch_size)]
+        captions = [caption(spec) for spec, _ in drawn]
+        return PairBatch(torch.from_numpy(winner), torch.from_numpy(loser), captions, ids, hard)
+
+
+def world_edits(spec: Spec, number: int, rng: np.random.Generator) -> list[str]:
+    """Up to `number` of a spec's hard negatives as captions, drawn without replacement."""
+    edits = [caption(edit) for edit in hard_negatives(spec)]
+    return [edits[i] for i in rng.permutation(len(edits))[:number]]

@@ -1,0 +1,41 @@
+"""The world's exact detector as a reward: alignment, with nothing to over-optimise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.pictures import to_uint8
+from lab.world.captions import caption, metadata
+from lab.world.detect import detect
+from lab.world.prompts import specs
+from lab.world.scene import TAGS
+from lab.world.score import judge
+
+
+def detector(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    """1 for a right picture, less 1 for each object too many or too few where it is wrong.
+
+    Prompts must be the world's own.
+    """
+    rows = _rows()
+    unknown = sorted(set(prompts) - rows.keys())
+    if unknown:
+        raise ValueError(f"prompts: expected captions of the embedded world, got {unknown[:3]}.")
+    images = to_uint8(pixels).permute(0, 2, 3, 1).cpu().numpy()
+    scores = []
+    for image, prompt in zip(images, prompts, strict=True):
+        verdict = judge(detect(image), rows[prompt])
+        assert verdict.found is not None
+        scores.append(float(verdict.correct) - abs(verdict.found - verdict.expected))
+    return torch.tensor(scores)
+
+
+@cache
+def _rows() -> dict[str, dict[str, Any]]:
+    """Every prompt of the world -> its GenEval row."""
+    return {caption(spec): metadata(spec) for tag in TAGS for spec in specs(tag)}

@@ -1,0 +1,1 @@
+"""What is trained, sampled and saved."""

@@ -1,0 +1,274 @@
+"""An image and a new caption -> the image changed: img2img, or inversion and sampling.
+
+    changes = read_changes("edits.jsonl", size=512, number=100)
+    images = change(model, image_to_image(model), changes, strength=0.7, seed=0, ...)
+    images = change(model, model.pipe, changes, strength=None, seed=0, ...)     inversion
+
+Both run stock pipelines; the second calls the text-to-image one with a scheduler that goes from the
+image to noise, then with the one that comes back. Images are (N, H, W, 3) uint8, one batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from PIL import Image
+from torch import Tensor
+
+from agsm_loss import draws
+from agsm_loss.integrations.noise import prediction_type
+from data.image_data import UNREADABLE, read_image, to_model
+from data.tables import open_table
+from model.families import guidance
+from model.pipeline import TextToImage
+from model.sampling import images_per_call, sample
+
+Images = npt.NDArray[np.uint8]
+COLUMNS = ("image", "caption", "new_caption")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Images (N, H, W, 3), their captions, and the prompts that they are to be changed to."""
+
+    images: Images
+    captions: list[str]
+    prompts: list[str]
+
+
+def read_changes(data: str, *, size: int, number: int) -> Changes:
+    """The first rows of a table with the COLUMNS, its images `size` pixels a side.
+
+    Raises:
+        ValueError: a column or all rows missing, an image that cannot be read, a text that is none.
+    """
+    table = open_table(data, "train", columns=COLUMNS, text="caption")
+    missing = sorted(set(COLUMNS) - set(table.column_names))
+    if missing or len(table) == 0:
+        raise ValueError(
+            f"data: expected rows with the columns {list(COLUMNS)}, got {len(table)} rows with "
+            f"{table.column_names}."
+        )
+    if isinstance(table.features["image"], datasets.Image):
+        table = table.cast_column("image", datasets.Image(decode=False))
+    images = []
+    rows = list(table.select(range(min(number, len(table)))))
+    for index, row in enumerate(rows):
+        try:
+            images.append(read_image(row["image"], size))
+        except UNREADABLE as error:
+            raise ValueError(
+                f"data: the image of row {index} cannot be read: {error}. Paths are taken from "
+                "the folder that the command runs in."
+            ) from error
+        empty = [name for name in COLUMNS[1:] if not isinstance(row[name], str) or not row[name]]
+        if empty:
+            raise ValueError(f"data: row {index}: expected texts, got none as {empty}.")
+    return Changes(
+        np.stack(images), [row["caption"] for row in rows], [row["new_caption"] for row in rows]
+    )
+
+
+class FlowInverseScheduler(FlowMatchEulerDiscreteScheduler):
+    """Flow matching's Euler steps from the image to noise, over the levels that sampling has.
+
+    The model is given the noisier of a step's two levels, as by `DDIMInverseScheduler`: sampling
+    asks it at that level too.
+    """
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        self.sigmas = self.sigmas.flip(0)
+        self.timesteps = self.timesteps.flip(0)
+
+
+def there_and_back(scheduler: Any) -> tuple[Any, Any]:
+    """The schedulers from images to noise and from noise to images, over the same noise levels."""
+    if prediction_type(scheduler) == "flow":
+        config = scheduler.config
+        if "flow_shift" in config:  # a DPM-Solver, which knows it by this name
+            config = {"shift": config.flow_shift}
+        there: Any = FlowInverseScheduler.from_config(config)
+        return there, FlowMatchEulerDiscreteScheduler.from_config(config)
+    # "trailing" begins at the noisiest level; a clipped x_0 could not be inverted.
+    same = {"timestep_spacing": "trailing", "clip_sample": False}
+    there = DDIMInverseScheduler.from_config(scheduler.config, **same)
+    return there, DDIMScheduler.from_config(scheduler.config, **same)
+
+
+def image_to_image(model: TextToImage) -> Any:
+    """diffusers' img2img pipeline around the model's parts.
+
+    Load soft tokens into this one: what each branch of guidance gets is asked of the pipeline that
+    they were loaded into (`set_sampling` changes it).
+
+    Raises:
+        ValueError: diffusers has none for the model.
+    """
+    try:
+        pipe = AutoPipelineForImage2Image.from_pipe(model.pipe)
+    except ValueError as error:
+        raise ValueError(
+            f"method: diffusers has no img2img pipeline for a {type(model.pipe).__name__}. Take "
+            "--method inversion."
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def change(
+    model: TextToImage,
+    pipe: Any,
+    changes: Changes,
+    *,
+    strength: float | None,
+    seed: int,
+    batch_size: int = 0,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Images:
+    """All images changed, a batch a call: by `img2img`, or with a strength of None by `inversion`.
+
+    Image i's noise is `draws((seed, i))`. batch_size 0: as `images_per_call`.
+    """
+    found, size = [], batch_size or images_per_call(pipe)
+    sampled: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+    }
+    for start in range(0, len(changes.prompts), size):
+        part = slice(start, start + size)
+        images, prompts = changes.images[part], changes.prompts[part]
+        if strength is None:
+            found.append(inversion(model, images, changes.captions[part], prompts, **sampled))
+        else:
+            seeds = [(seed, start + i) for i in range(len(prompts))]
+            found.append(
+                img2img(model, pipe, images, prompts, strength=strength, seeds=seeds, **sampled)
+            )
+    return np.concatenate(found)
+
+
+def img2img(
+    model: TextToImage,
+    pipe: Any,
+    images: Images,
+    prompts: Sequence[str],
+    *,
+    strength: float,
+    seeds: Sequence[Any],
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Images:
+    """SDEdit (arXiv 2108.01073): noise on the images, then the last steps of sampling.
+
+    pipe: of `image_to_image`. strength: the share of the steps that is taken, in (0, 1].
+    seeds: image i's noise is `draws(seeds[i])`.
+
+    Raises:
+        ValueError: a strength outside (0, 1], or so small that no step is left.
+    """
+    if not 0 < strength <= 1 or int(strength * num_inference_steps) == 0:
+        raise ValueError(
+            f"strength: expected a share in (0, 1] that leaves at least one of "
+            f"{num_inference_steps} steps, got {strength:g}."
+        )
+    given: Any = encode(model, images)
+    if given.shape[1] != pipe.image_processor.config.vae_latent_channels:
+        if model.denoiser.dtype != torch.float32:
+            raise ValueError(
+                f"dtype: expected float32 for img2img of this {type(pipe).__name__}, got "
+                f"{model.denoiser.dtype}: it knows no latents of {given.shape[1]} channels."
+            )
+        given = [Image.fromarray(image) for image in images]
+    return sample(
+        pipe,
+        prompts,
+        seeds=seeds,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        batch_size=len(prompts),
+        arguments={**_arguments(model, pipe, images), "image": given, "strength": strength},
+    )
+
+
+def inversion(
+    model: TextToImage,
+    images: Images,
+    captions: Sequence[str],
+    prompts: Sequence[str],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Images:
+    """DDIM inversion (arXiv 2010.02502), or a flow's Euler steps backwards; then sampling.
+
+    captions: of the images; the way to noise is taken under them without guidance, the way back
+    under `prompts` with it.
+    """
+    latents = encode(model, images)
+    if hasattr(model.pipe, "_pack_latents"):  # Flux, Qwen-Image
+        latents = model.pipe._pack_latents(latents, *latents.shape)
+    arguments = _arguments(model, model.pipe, images)
+    there, back = there_and_back(model.pipe.scheduler)
+    with _scheduler(model.pipe, there):
+        noise = model.pipe(
+            list(captions),
+            latents=latents.to(model.denoiser.dtype),
+            num_inference_steps=num_inference_steps,
+            **guidance(model.pipe, 1.0, len(captions)),
+            output_type="latent",
+            **arguments,
+        ).images
+    with _scheduler(model.pipe, back):
+        return sample(
+            model.pipe,
+            prompts,
+            seeds=range(len(prompts)),  # nothing is drawn
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            batch_size=len(prompts),
+            arguments={**arguments, "latents": noise},
+        )
+
+
+def _arguments(model: TextToImage, pipe: Any, images: Images) -> dict[str, Any]:
+    """Those of the model, and the images' size where the pipeline takes one."""
+    size = {"height": images.shape[1], "width": images.shape[2]}
+    known = inspect.signature(pipe.__call__).parameters
+    return {**model.arguments, **{name: value for name, value in size.items() if name in known}}
+
+
+def encode(model: TextToImage, images: Images) -> Tensor:
+    """Scaled latents (N, C, h, w); what a VAE draws is the same for the same number of images."""
+    return model.encode_images(torch.from_numpy(to_model(images)), draws("vae"))
+
+
+@contextmanager
+def _scheduler(pipe: Any, other: Any) -> Iterator[None]:
+    own, pipe.scheduler = pipe.scheduler, other
+    try:
+        yield
+    finally:
+        pipe.scheduler = own

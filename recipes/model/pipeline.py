@@ -1,0 +1,281 @@
+"""A diffusers text-to-image pipeline, taken apart for training: text, latents, timesteps.
+
+    model = TextToImage.load("stabilityai/stable-diffusion-3-medium-diffusers", torch.bfloat16)
+    conditioning = model.encode_prompts(captions)      # what TokenDenoiser takes
+    latents = model.encode_images(pixels)              # (B, C, h, w)
+
+Everything is frozen. `model.families` lists the pipelines that are known.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import (
+    cast_training_params,
+    compute_density_for_timestep_sampling,
+)
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from agsm_loss.integrations.noise import prediction_type
+from agsm_loss.integrations.tokens.pipelines import Sampling, denoiser_of, load_soft_tokens
+from data.sources import loading
+from model.families import Row, family_of
+from model.latents import decode_latents, encode_image, hold_in_float32, scale_latents
+
+# Projections of the image stream and, in joint attention, of the text stream.
+_ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+)
+
+
+Encoder = Callable[[Sequence[Any]], list[Row]]
+"""Items -> a row each."""
+
+
+def _bytes_of(encoded: Row) -> int:
+    return sum(value.nbytes for value in encoded.values())
+
+
+def add_lora(denoiser: Any, rank: int) -> None:
+    """A trainable LoRA (arXiv 2106.09685) in float32 on every attention projection."""
+    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_ATTENTION)))
+    cast_training_params(denoiser, torch.float32)
+
+
+def chosen_device(device: str | None) -> str:
+    """The one that is named; left out: the accelerator where there is one, else the CPU."""
+    if device is None and torch.accelerator.is_available():
+        return str(torch.accelerator.current_accelerator())
+    return device or "cpu"
+
+
+class TextToImage:
+    """A frozen pipeline.
+
+    Args:
+        pipe: the pipeline.
+        cached_bytes: so much of the latest prompts' encodings is kept, on the CPU.
+        guidance: the distilled guidance scale that Flux.1-dev is given in training.
+
+    Attributes:
+        text_rows: prompts -> their conditioning, on the CPU.
+        arguments: what its prompts are encoded and its images sampled with, besides the prompts.
+        image_rows: images (3, H, W) -> "mean", and "std" where the VAE has one, of their latents.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        cached_bytes: int = 2**30,
+        guidance: float = 3.5,
+    ) -> None:
+        self.family = family_of(pipe)
+        self.pipe = pipe
+        self.guidance = guidance
+        self.cached_bytes = cached_bytes
+        self.arguments = self.family.call(pipe)
+        self.text_rows: Encoder = self._text_rows
+        self.image_rows: Encoder = self._image_rows
+        self._cache: OrderedDict[str, Row] = OrderedDict()
+        self._cached = 0
+        self._offloaded = False
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> TextToImage:
+        """From a saved folder or a hub id; the VAE in float32, where SDXL's is not finite in fp16."""
+        with loading("model", model):
+            pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
+        pipe.to(device)
+        if pipe.dtype != dtype:  # earlier diffusers know the argument by another name
+            pipe.to(dtype)
+        if hasattr(pipe, "unet"):
+            pipe.unet.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+        if dtype is not torch.float32:
+            hold_in_float32(pipe.vae)
+        pipe.set_progress_bar_config(disable=True)
+        return cls(pipe)
+
+    def add_lora(self, rank: int) -> None:
+        """A trainable LoRA (arXiv 2106.09685) in float32 on every attention projection."""
+        add_lora(self.denoiser, rank)
+
+    def save_lora(self, folder: Path) -> None:
+        """The LoRA as `pipe.load_lora_weights(folder)` takes it, with its alpha."""
+        part = "unet" if hasattr(self.pipe, "unet") else "transformer"
+        layers = get_peft_model_state_dict(self.denoiser)
+        metadata = self.denoiser.peft_config["default"].to_dict()
+        parts = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
+        self.pipe.save_lora_weights(folder, **parts)
+
+    def merge_lora(self, lora: str) -> None:
+        """Adds a LoRA, from a folder or a hub id, to the denoiser's own weights for good."""
+        self.load_extras("", lora)
+        self.denoiser.fuse_lora()
+        self.denoiser.unload_lora()
+        self.denoiser.requires_grad_(False)
+
+    def load_extras(self, tokens: str, lora: str, sampling: Sampling = Sampling.BOTH) -> None:
+        """Soft tokens and a LoRA onto the denoiser, each from a folder or a hub id; "" for none."""
+        if lora:
+            with loading("lora", lora, ValueError):
+                self.pipe.load_lora_weights(lora)
+        if tokens:
+            with loading("tokens", tokens):
+                load_soft_tokens(self.pipe, tokens, sampling)
+
+    @property
+    def denoiser(self) -> Any:
+        """The UNet or transformer."""
+        return denoiser_of(self.pipe)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def offload(self) -> None:
+        """Moves all but the denoiser to the CPU; `loaded` brings it back for a while."""
+        self._move_encoders("cpu")
+        self._offloaded = True
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """What runs inside has the whole pipeline on the denoiser's device."""
+        if not self._offloaded:
+            yield
+            return
+        self._move_encoders(self.device)
+        self._offloaded = False
+        try:
+            yield
+        finally:
+            self.offload()
+
+    def _move_encoders(self, device: torch.device | str) -> None:
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module) and part is not self.denoiser:
+                part.to(device)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """One row a prompt in every tensor, as `TokenDenoiser` names them.
+
+        The empty prompt is what the pipeline guides away from: zeros for SDXL, where its config
+        has `force_zeros_for_empty_prompt`.
+        """
+        encoded = self.encode_text(prompts)
+        if self.pipe.config.get("force_zeros_for_empty_prompt") and "" in prompts:
+            told = torch.tensor([text != "" for text in prompts], device=self.device)
+            for value in encoded.values():
+                value[~told] = 0
+        return encoded
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """What the text encoders make of the prompts, the empty one too."""
+        missing = [text for text in dict.fromkeys(prompts) if text not in self._cache]
+        for text, row in zip(missing, self.text_rows(missing), strict=True):
+            self._cache[text] = row
+            self._cached += _bytes_of(row)
+        rows = [self._cache[text] for text in prompts]
+        for text in prompts:
+            self._cache.move_to_end(text)
+        while self._cached > self.cached_bytes:
+            self._cached -= _bytes_of(self._cache.popitem(last=False)[1])
+        # Texts of different lengths are padded; their masks have zeros there.
+        padded = {n: pad_sequence([row[n] for row in rows], batch_first=True) for n in rows[0]}
+        return {name: value.to(self.device) for name, value in padded.items()}
+
+    @torch.no_grad()
+    def _text_rows(self, prompts: Sequence[str]) -> list[Row]:
+        rows = []
+        with self.loaded():
+            size = self.family.prompts_a_pass
+            for first in range(0, len(prompts), size):
+                group = list(prompts[first : first + size])
+                whole = group + group[-1:] * (size - len(group))
+                given = {"device": self.device, **self.arguments}
+                encoded = self.family.encode(self.pipe, whole, given)
+                # Clones, as a row would keep its whole batch.
+                rows += [
+                    {name: value[row].cpu().clone() for name, value in encoded.items()}
+                    for row in range(len(group))
+                ]
+        return rows
+
+    def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w) in float32."""
+        rows = self.image_rows(pixels)
+        spread = {n: torch.stack([row[n] for row in rows]).to(self.device) for n in rows[0]}
+        latents = spread["mean"]
+        if "std" in spread:
+            # The generator lives on the CPU, so that any device draws alike.
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            latents = latents + spread["std"] * noise
+        return scale_latents(self.pipe.vae, latents)
+
+    @torch.no_grad()
+    def _image_rows(self, images: Sequence[Tensor]) -> list[Row]:
+        """An image a pass, always: the last bits of a latent depend on what shares its pass."""
+        with self.loaded():
+            return [encode_image(self.pipe.vae, image) for image in images]
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> (B, 3, H, W) around [-1, 1], in float32."""
+        return decode_latents(self.pipe.vae, latents)
+
+    def image_conditioning(self, pixels: Tensor) -> dict[str, Tensor]:
+        """SDXL's time ids (uncropped, at full size) and Flux's guidance, one row an image."""
+        given = self.family.image_conditioning(self.pipe, pixels, self.guidance)
+        return {name: value.to(self.device) for name, value in given.items()}
+
+    def timesteps(
+        self,
+        number: int,
+        density: str,
+        generator: torch.Generator,
+        low: float = 0.0,
+    ) -> Tensor:
+        """(number,) training timesteps: whole ones for a DDPM schedule, real ones for flows.
+
+        density: "uniform", or "logit_normal" (SD3's, flows only), over the timesteps from the share
+        `low` of the schedule on (0: no noise).
+        """
+        if not 0 <= low < 1:
+            raise ValueError(f"timestep_low: expected a share in [0, 1), got {low}.")
+        steps = self.pipe.scheduler.config.num_train_timesteps
+        flow = prediction_type(self.pipe.scheduler) == "flow"
+        if density == "logit_normal" and not flow:
+            raise ValueError(
+                "timestep_density: logit_normal is defined for flow matching; expected uniform for "
+                f"{type(self.pipe.scheduler).__name__}."
+            )
+        if not flow:
+            first = int(low * steps)
+            return torch.randint(first, steps, (number,), generator=generator).to(self.device)
+        share = compute_density_for_timestep_sampling(
+            density.replace("uniform", "none"),
+            number,
+            logit_mean=0.0,
+            logit_std=1.0,
+            generator=generator,
+        )
+        return ((low + (1 - low) * share) * steps).to(self.device)

@@ -1,0 +1,246 @@
+"""What the reward-driven recipes share: prompts, rewards, AGSM's images, names in the log, sheets.
+
+    own = OnPolicy(options, accelerator, trained, prompts=16)
+    step = FlowGRPO(..., agsm=own.agsm)
+
+    def loss(batch, index):                                 # batch: a `PromptBatch`
+        captions = own.grouped(batch.captions)              # each prompt `group_size` times
+        text, image = own.conditioning(captions)
+        ...                                                 # sample latents of the captions
+        rewards = own.rewards(latents, captions, index)
+        out = step(..., agsm_batch=own.agsm_batch(batch, index, latents, captions, rewards))
+        return out.loss, {**out.metrics, **own.metrics(rewards)}
+
+    trained.train(accelerator, own.batches, loss, step)
+
+Prompts are the data set's captions, or those of `--sampling_prompts`. AGSM trains on the data
+set's images, or on the samples with the best rewards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from agsm_loss import Bank, draws
+from agsm_loss.integrations.hosts.base import AGSMBatch, bank_of, best_rows
+from data.image_data import Batch
+from data.pictures import to_uint8
+from data.prompts import read_prompts
+from data.sheet import sheet
+from data.task import Captions, Task
+from model.agsm import agsm_weight, check_competitors
+from model.trained_pipeline import TrainedPipeline
+from rewards.rewards import load
+from run.settings import AGSMOptions, GroupOptions, PromptOptions, hard_per_image
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The prompts to sample, and AGSM's images where it trains on the data's."""
+
+    captions: list[str]
+    images: Batch | None = None
+
+
+class PromptBatches(Dataset[PromptBatch]):
+    """Item i: what micro-step i trains on, a function of (seed, i, process).
+
+    Args:
+        options, task: where prompts and images come from.
+        number: prompts a rollout.
+        micro_steps: micro-steps a rollout, which all have the same prompts.
+        images: AGSM's images per item; 0: none.
+    """
+
+    def __init__(
+        self, options: GroupOptions, task: Task, number: int, micro_steps: int, images: int
+    ) -> None:
+        self.options, self.task = options, task
+        self.number, self.micro_steps = number, micro_steps
+        self.images = on_policy_images(options, task, images) if images else None
+
+    @cached_property
+    def texts(self) -> Captions | list[str]:
+        """Opened in the process that reads it."""
+        return prompts_of(self.options, self.task)
+
+    def __getitem__(self, index: int) -> PromptBatch:
+        rollout = index // self.micro_steps
+        generator = draws(self.options.seed, rollout, self.task.rank, "prompts")
+        rows = torch.randint(len(self.texts), (self.number,), generator=generator)
+        captions = [self.texts[int(row)] for row in rows]
+        return PromptBatch(captions, None if self.images is None else self.images[index])
+
+
+class OnPolicy:
+    """Prompts, rewards and AGSM's images of a recipe that samples in groups on the shared loop.
+
+    Args:
+        options, accelerator, trained: the recipe's.
+        prompts: to sample a rollout and process.
+        micro_steps: micro-steps a rollout.
+
+    Attributes:
+        agsm: the regularizer; None where its weight is 0.
+        batches: the loop's items.
+
+    Raises:
+        ValueError: AGSM on the best samples with edited captions.
+    """
+
+    def __init__(
+        self,
+        options: GroupOptions,
+        accelerator: Accelerator,
+        trained: TrainedPipeline,
+        *,
+        prompts: int,
+        micro_steps: int = 1,
+    ) -> None:
+        if options.agsm_weight and options.agsm_images == "best":
+            check_best(options)
+        self.options, self.accelerator, self.trained = options, accelerator, trained
+        self.micro_steps = micro_steps
+        self.agsm = None
+        if options.agsm_weight:
+            self.agsm = trained.agsm(options.agsm_batch, agsm_weight(options))
+        on_data = self.agsm is not None and options.agsm_images == "data"
+        task = trained.task
+        self.batches = PromptBatches(
+            options, task, prompts, micro_steps, options.agsm_batch if on_data else 0
+        )
+        self._reward = load(options.reward, accelerator.device)
+        self._blank = torch.zeros(1, 3, task.size, task.size)
+        self._shape = trained.model.encode_images(self._blank, draws(options.seed)).shape[1:]
+
+    def grouped(self, prompts: Sequence[str]) -> list[str]:
+        """Each prompt `group_size` times, in consecutive rows."""
+        return [text for text in prompts for _ in range(self.options.group_size)]
+
+    def conditioning(self, captions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What belongs to the captions, and what to their images."""
+        model = self.trained.model
+        blank = self._blank.expand(len(captions), -1, -1, -1)
+        return model.encode_prompts(captions), model.image_conditioning(blank)
+
+    def noise(self, number: int, generator: torch.Generator) -> Tensor:
+        """N(0, 1) in the shape of so many images' latents."""
+        drawn = torch.randn(number, *self._shape, generator=generator)
+        return drawn.to(self.accelerator.device)
+
+    def denoise(self, text: Any, image: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        """The model in training with ψ⁺, as rollouts call it."""
+
+        def run(x: Tensor, timesteps: Tensor) -> Tensor:
+            own = bank_of(Bank.POSITIVE, len(x))
+            pred: Tensor = self.trained.denoiser(x, timesteps, text, own, **image)
+            return pred.float()
+
+        return run
+
+    def rewards(self, latents: Tensor, captions: Sequence[str], index: int) -> Tensor:
+        """(N,) of a rollout's images; a sheet of them where a validation is due in it.
+
+        index: of the rollout's first micro-step.
+        """
+        pixels = self.trained.model.decode_latents(latents)
+        rewards = self._reward(pixels, captions).float().to(latents.device)
+        options, a_step = self.options, self.options.gradient_accumulation_steps
+        last = -(-(index + self.micro_steps) // a_step)
+        due = [
+            step
+            for step in range(index // a_step + 1, last + 1)
+            if step % options.validation_steps == 0 or step == options.max_train_steps
+        ]
+        if due and self.accelerator.is_main_process:
+            file = Path(options.output_dir) / "sheets" / f"samples_{due[-1]:06d}.png"
+            samples_sheet(pixels, captions, rewards, file)
+        return rewards
+
+    def metrics(self, rewards: Tensor) -> dict[str, Tensor]:
+        """Of the last rollout's rewards, for the log; of a sum also each part's mean."""
+        parts = getattr(self._reward, "last", {})
+        return {
+            "reward/mean": rewards.mean(),
+            "reward/std": rewards.std(unbiased=False),
+            **{f"reward/{name}": scores.mean() for name, scores in parts.items()},
+        }
+
+    def agsm_batch(
+        self,
+        batch: PromptBatch,
+        index: int,
+        latents: Tensor,
+        captions: Sequence[str],
+        rewards: Tensor,
+    ) -> AGSMBatch | None:
+        """AGSM's images of a micro-step: the data's, or some of a rollout's best; None without it.
+
+        latents, captions, rewards: the rollout's, all of them.
+        """
+        if self.agsm is None:
+            return None
+        # Draws of its own: the host's are what they are without AGSM.
+        draw = draws(self.options.seed, index, self.accelerator.process_index, "agsm")
+        if batch.images is not None:
+            clean = self.trained.model.encode_images(batch.images.pixels, draw)
+            return self.trained.agsm_batch(batch.images, clean, draw)
+        number = min(self.options.agsm_batch, len(rewards))
+        share = max(self.options.agsm_best, number / len(rewards))
+        best = best_rows(rewards.cpu(), share)
+        rows = best[torch.randperm(len(best), generator=draw)[:number]]
+        shown = Batch(
+            self._blank.expand(number, -1, -1, -1),
+            [captions[int(row)] for row in rows],
+            rows.tolist(),
+            [[] for _ in rows],
+        )
+        return self.trained.agsm_batch(shown, latents[rows.to(latents.device)], draw)
+
+
+def check_best(options: AGSMOptions) -> None:
+    """ValueError where the best samples should have edited captions: only a data set has them."""
+    if options.candidates != "in_batch":
+        raise ValueError(
+            f"agsm_images: best has in-batch negatives only; expected candidates in_batch, got "
+            f"{options.candidates}. Take --agsm_images data, or --candidates in_batch."
+        )
+
+
+def on_policy_images(options: Any, task: Task, batch_size: int) -> Dataset[Batch]:
+    """The data set's images, with edited captions where AGSM is on."""
+    if options.agsm_weight:
+        check_competitors(options, task)
+    hard = hard_per_image(options) if options.agsm_weight else 0
+    return task.images(batch_size, hard, options.image_column)
+
+
+def prompts_of(options: PromptOptions, task: Task) -> Captions | list[str]:
+    """The prompts of `--sampling_prompts`, or the data set's captions."""
+    if not options.sampling_prompts:
+        return task.captions()
+    texts = [row["prompt"] for row in read_prompts(options.sampling_prompts)]
+    if not texts:
+        raise ValueError(f"{options.sampling_prompts}: expected a prompt in one line at least.")
+    return texts
+
+
+def samples_sheet(
+    pixels: Tensor, prompts: Sequence[str], rewards: Tensor, path: Path, most: int = 32
+) -> None:
+    """The first images (N, 3, H, W) in [-1, 1] of a rollout, each with its reward and prompt."""
+    told = [
+        {"prompt": f"{float(reward):.3f} {prompt}"}
+        for prompt, reward in zip(prompts, rewards, strict=True)
+    ]
+    shown = to_uint8(pixels[:most].float()).permute(0, 2, 3, 1).cpu().numpy()
+    sheet(shown, told[:most], None, path, side=96)
