@@ -8,7 +8,7 @@ take an `AGSMBatch`:
 >>> from diffusers import DDPMScheduler
 >>> from torch import nn
 >>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
->>> from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on, best_rows
+>>> from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on, best_rows, best_samples
 >>> layer = nn.Linear(4 + 3, 4)
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
@@ -20,8 +20,11 @@ take an `AGSMBatch`:
 
 Of generated images, AGSM takes those with the best rewards:
 
->>> best_rows(torch.tensor([0.1, 0.9, 0.4, 0.7]), share=0.5)
+>>> rewards = torch.tensor([0.1, 0.9, 0.4, 0.7])
+>>> best_rows(rewards, share=0.5)
 tensor([1, 3])
+>>> best_samples(rewards, 0.5, 1, torch.Generator()).item() in (1, 3)  # one of them, drawn
+True
 """
 
 import math
@@ -83,7 +86,9 @@ def agsm_on(batch: AGSMBatch, agsm: AGSMRegularizer, scheduler: Any) -> StepOutp
     )
 
 
-def best_rows(scores: Float[Tensor, " B"], share: float = 0.5) -> Int[Tensor, " n"]:
+def best_rows(
+    scores: Float[Tensor, " B"], share: float = 0.5, *, at_least: int = 1
+) -> Int[Tensor, " n"]:
     """The rows of the best ⌈share·B⌉ scores, at least one, in the batch's order.
 
     A score that is not a number is the worst. Of equal scores the earlier row is taken.
@@ -91,6 +96,7 @@ def best_rows(scores: Float[Tensor, " B"], share: float = 0.5) -> Int[Tensor, " 
     Args:
         scores: one an image (B,), larger is better.
         share: of the images to take, in (0, 1].
+        at_least: images to take where the share has fewer; all of them where there are fewer.
 
     Raises:
         ValueError: no score, or a share that is not in (0, 1].
@@ -100,9 +106,32 @@ def best_rows(scores: Float[Tensor, " B"], share: float = 0.5) -> Int[Tensor, " 
             f"expected scores (B,) of at least one image and share in (0, 1], got "
             f"{tuple(scores.shape)} and {share}."
         )
+    share = max(share, min(1.0, at_least / len(scores)))
     number = math.ceil(share * len(scores))
     order = scores.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
     return order[:number].sort().values
+
+
+def best_samples(
+    rewards: Float[Tensor, " B"], share: float, number: int, generator: torch.Generator
+) -> Int[Tensor, " n"]:
+    """`number` rows of the best samples of a rollout, drawn without replacement; all if fewer.
+
+    >>> best_samples(torch.tensor([0.1, 0.9, 0.4]), 0.1, 2, torch.Generator()).sort().values
+    tensor([1, 2])
+
+    Args:
+        rewards: one a sample (B,), larger is better.
+        share: of the samples to draw from, best first, in (0, 1]. Where it has fewer than `number`
+            samples, more of the best are taken.
+        number: rows to draw.
+        generator: a CPU generator, for the draw.
+
+    Raises:
+        ValueError: as of `best_rows`.
+    """
+    best = best_rows(rewards, share, at_least=number)
+    return best[torch.randperm(len(best), generator=generator)[:number].to(best.device)]
 
 
 def mean_log_prob(x: Float[Tensor, "N *D"], mean: Tensor, std: Tensor) -> Float[Tensor, " N"]:

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agsm_loss import draws
-from agsm_loss.integrations.hosts.base import AGSMBatch, best_rows
+from agsm_loss._random import draws
+from agsm_loss.integrations.hosts.base import AGSMBatch, best_samples
 
 
 def check_schedule(scheduler: Any, num_steps: int, eta: float) -> None:
@@ -107,15 +107,14 @@ class BestSamples:
     """The samples of an epoch that have the best rewards, for AGSM to train on.
 
     Args:
-        share: of the epoch's samples to keep, in (0, 1]; at least `batch_size` are kept, where
-            there are so many.
+        share: of the epoch's samples to draw from, in (0, 1], as of `best_samples`.
         batch_size: images a batch, at the most.
         seed, rank: each batch draws from these and its number.
     """
 
     def __init__(self, share: float, batch_size: int, seed: int, rank: int = 0) -> None:
         self.share, self.batch_size, self.seed, self.rank = share, batch_size, seed, rank
-        self.latents = self.embeds = torch.empty(0)
+        self.latents = self.embeds = self.rewards = torch.empty(0)
         self.prompts: list[str] = []
         self.steps = 1000
 
@@ -134,16 +133,13 @@ class BestSamples:
         self.steps = scheduler.config.num_train_timesteps
 
     def choose(self, rewards: Tensor) -> None:
-        """Keeps the best of them, by their rewards (N,)."""
-        share = max(self.share, min(1.0, self.batch_size / len(rewards)))
-        kept = best_rows(rewards.float(), share).to(self.latents.device)
-        self.latents, self.embeds = self.latents[kept], self.embeds[kept]
-        self.prompts = [self.prompts[int(i)] for i in kept]
+        """The batches are of the best of them, by their rewards (N,)."""
+        self.rewards = rewards.detach().float().cpu()
 
     def batch(self, number: int) -> AGSMBatch:
         """The batch of micro-step `number`: some of the best, noised at uniform timesteps."""
         generator = draws(self.seed, self.rank, number)
-        rows = torch.randperm(len(self.latents), generator=generator)[: self.batch_size]
+        rows = best_samples(self.rewards, self.share, self.batch_size, generator)
         latents = self.latents[rows.to(self.latents.device)]
         times = torch.randint(self.steps, (len(rows),), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)

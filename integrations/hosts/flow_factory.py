@@ -32,7 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch, draws
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch
+from agsm_loss._random import draws
 from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on, best_rows
 from agsm_loss.integrations.hosts.flow_factory_parts import (
     AdapterDenoiser,
@@ -121,8 +122,8 @@ class AGSMTrainer:
         """The samples that AGSM trains on: those with the best advantages, in this process."""
         options = self.training_args
         advantages = torch.tensor([float(one.extra_kwargs["advantage"]) for one in samples])
-        share = max(options.agsm_best, min(1.0, options.agsm_batch / len(samples)))
-        return [samples[int(row)] for row in best_rows(advantages, share)]
+        best = best_rows(advantages, options.agsm_best, at_least=options.agsm_batch)
+        return [samples[int(row)] for row in best]
 
     def optimize(self, samples: list[Any]) -> None:
         """Flow-Factory's optimizer steps of an epoch, with λ·AGSM in their losses."""

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from preference_setup import Setup
 
 from agsm_loss import Bank
-from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off, best_rows, mean_log_prob
+from agsm_loss.integrations.hosts.base import (
+    AGSMBatch,
+    adapters_off,
+    best_rows,
+    best_samples,
+    mean_log_prob,
+)
 from agsm_loss.integrations.hosts.spo import (
     SPO,
     StatePairs,
@@ -113,6 +119,38 @@ def test_the_best_rows_are_the_share_with_the_best_scores():
     assert best_rows(scores, 0.01).tolist() == [2]
     assert best_rows(scores, 1.0).tolist() == [0, 1, 2, 3, 4]
     assert best_rows(scores[:1]).tolist() == [0]
+
+
+def test_the_best_rows_are_at_least_so_many():
+    scores = torch.tensor([0.3, math.nan, 2.0, 0.3, -1.0])
+    assert best_rows(scores, 0.1, at_least=2).tolist() == [0, 2]
+    assert best_rows(scores, 0.6, at_least=2).tolist() == [0, 2, 3]
+    assert best_rows(scores, 0.1, at_least=9).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("share", "number"), [(0.1, 3), (0.5, 2), (1.0, 4), (0.2, 40)])
+def test_best_samples_are_drawn_from_the_best(share, number):
+    rewards, generator = torch.randn(10), torch.Generator()
+    order = rewards.argsort(descending=True).tolist()
+    best = set(order[: max(round(share * 10), number)])
+    shown = set()
+    for seed in range(100):
+        rows = best_samples(rewards, share, number, generator.manual_seed(seed))
+        again = best_samples(rewards, share, number, generator.manual_seed(seed))
+        assert torch.equal(rows, again)
+        assert len(rows) == len(set(rows.tolist())) == min(number, 10)
+        shown |= set(rows.tolist())
+    assert shown == best
+
+
+def test_best_samples_take_one_draw_from_the_generator():
+    """A host's other draws come after it: timesteps and noise."""
+    rewards, generator = torch.rand(6), torch.Generator().manual_seed(5)
+    rows = best_samples(rewards, 0.5, 2, generator)
+    later, plain = torch.rand(3, generator=generator), torch.Generator().manual_seed(5)
+    best = best_rows(rewards, 0.5)
+    assert torch.equal(rows, best[torch.randperm(3, generator=plain)[:2]])
+    assert torch.equal(later, torch.rand(3, generator=plain))
 
 
 @pytest.mark.unchecked_shapes

@@ -293,6 +293,7 @@ def test_own_samples_are_noised_by_seed_rank_and_micro_step():
         own = BestSamples(1.0, 4, seed, rank)
         own.latents, own.embeds = torch.zeros(4, 1, 2, 2), torch.zeros(4, 1)
         own.prompts = ["a", "b", "c", "d"]
+        own.choose(torch.zeros(4))
         return own.batch(number).noise
 
     first = drawn(0, 0, 0)
