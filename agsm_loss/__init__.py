@@ -1,8 +1,8 @@
 """Alignment-Guided Score Matching (arXiv 2605.30038) as a loss for any diffusion trainer."""
 
 from agsm_loss import candidates, functional, schedule
-from agsm_loss._random import draws
-from agsm_loss.candidates import Candidates, Grid, Hard, InBatch, Mixed, caption_pool
+from agsm_loss._random import draws as draws
+from agsm_loss.candidates import Candidates, Grid, Hard, InBatch, Mixed, Rule, caption_pool
 from agsm_loss.ema import EMA
 from agsm_loss.loss import AGSMLoss, SoftREPALoss
 from agsm_loss.regularizer import AGSMRegularizer, Denoiser, Passes, StepOutput
@@ -24,12 +24,12 @@ __all__ = [
     "InBatch",
     "Mixed",
     "Passes",
+    "Rule",
     "SoftREPALoss",
     "SoftTokens",
     "StepOutput",
     "candidates",
     "caption_pool",
-    "draws",
     "functional",
     "schedule",
 ]

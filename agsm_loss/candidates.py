@@ -84,6 +84,24 @@ class Candidates:
 class Rule(Protocol):
     """Chooses who competes in a batch: `InBatch`, `Hard`, `Mixed`, `Grid`, or your own.
 
+    A rule is any function with this signature. Each image against the caption of the next one:
+
+    >>> import torch
+    >>> from agsm_loss import Candidates, Rule
+    >>> def next_caption(captions, *, hard_negatives=None, image_ids=None, generator=None):
+    ...     own = torch.arange(len(captions))
+    ...     index = torch.stack([own, own.roll(-1)], dim=1)
+    ...     mask = torch.ones_like(index, dtype=torch.bool)
+    ...     return Candidates(index, torch.zeros_like(own), mask, pool_size=len(captions))
+    >>> isinstance(next_caption, Rule)  # give it as AGSMRegularizer(..., candidates=next_caption)
+    True
+    >>> next_caption(["a dog", "a cat", "a fox"]).index
+    tensor([[0, 1],
+            [1, 2],
+            [2, 0]])
+
+    The rule itself masks false negatives; `index` counts the captions of `caption_pool`.
+
     Args:
         captions: one caption an image, as text or as ids; equal values are the same caption.
             Dropped captions are known by their text, "": ids of them would compete.

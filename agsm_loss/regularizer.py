@@ -122,7 +122,7 @@ class AGSMRegularizer:
         weight: λ, a number or a function of the optimizer step (`agsm_loss.schedule`). At a step
             where it is 0 nothing is run and the returned loss is a constant 0.
         candidates: the rule by which captions compete: `InBatch`, `Hard`, `Mixed` or `Grid` of
-            `agsm_loss.candidates`, or your own.
+            `agsm_loss.candidates`, or your own `Rule`.
         negatives_train: the parameters that the negatives' gradient reaches, where γ⁻ > 0. None
             for those of the `SoftTokens` in the denoiser. Weights that all captions share would
             learn this image for wrong captions (`AGSMLoss`). Where others are trained too, the

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from agsm_loss import draws
+from agsm_loss._random import draws
 
 
 def first(*key):

@@ -22,8 +22,8 @@ from agsm_loss import (
     Mixed,
     Passes,
     SoftTokens,
-    draws,
 )
+from agsm_loss._random import draws
 
 B, D, W = 4, 6, 8
 CAPTIONS = ["one", "two", "three", "four"]
