@@ -1,6 +1,6 @@
 """Alignment-Guided Score Matching (arXiv 2605.30038) as a loss for any diffusion trainer."""
 
-from agsm_loss import candidates, functional, schedule
+from agsm_loss import _clone, candidates, functional, schedule
 from agsm_loss._random import draws as draws
 from agsm_loss.candidates import Candidates, Grid, Hard, InBatch, Mixed, Rule, caption_pool
 from agsm_loss.ema import EMA
@@ -10,6 +10,8 @@ from agsm_loss.soft_tokens import Bank, SoftTokens
 from agsm_loss.temperature import AdaptiveTemperature
 
 __version__ = "0.1.0"
+
+_clone.find_integrations()
 
 __all__ = [
     "EMA",

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -68,7 +69,7 @@ def test_the_remedies_name_extras_that_there_are():
 def test_a_missing_package_of_the_recipes_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(SystemExit, match=r"missing: peft\. In the clone, run: pip install"):
-        runpy.run_path(str(ROOT / "recipes" / "common" / "__init__.py"))
+        runpy.run_path(str(ROOT / "recipes" / "run" / "__init__.py"))
 
 
 def test_every_package_folder_is_in_the_wheel():
@@ -80,6 +81,44 @@ def test_every_package_folder_is_in_the_wheel():
             parts = init.parent.relative_to(ROOT / folder).parts
             found.add(".".join((name, *parts)))
     assert listed == found
+
+
+IN_CLONE = """
+import sys
+sys.meta_path[:] = [one for one in sys.meta_path if "Editable" not in getattr(one, "__name__", "")]
+import agsm_loss
+import agsm_loss.integrations.hosts.base as base
+from agsm_loss.integrations import how_to_install, noise
+from agsm_loss import integrations
+assert integrations.noise is noise and base.AGSMRegularizer is agsm_loss.AGSMRegularizer
+for one in (agsm_loss, integrations, noise, base):
+    print(one.__name__, one.__file__)
+try:
+    import agsm_loss.recipes
+except ModuleNotFoundError:
+    print("no recipes")
+"""
+
+
+def test_a_clones_root_has_the_integrations(tmp_path):
+    """Python that starts there imports the clone's folders, whatever is installed."""
+    for folder in ("agsm_loss", "integrations"):
+        without = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=without)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "__init__.py").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", IN_CLONE], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    expected = {
+        "agsm_loss": "agsm_loss/__init__.py",
+        "agsm_loss.integrations": "integrations/__init__.py",
+        "agsm_loss.integrations.noise": "integrations/noise.py",
+        "agsm_loss.integrations.hosts.base": "integrations/hosts/base.py",
+    }
+    found = [f"{name} {tmp_path / file}" for name, file in expected.items()]
+    assert done.stdout.splitlines() == [*found, "no recipes"]
 
 
 def test_no_module_shadows_a_library():
