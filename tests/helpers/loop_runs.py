@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from agsm_loss import draws
+from agsm_loss._random import draws
 from run import loop
 from run.settings import LoopOptions
 
