@@ -5,11 +5,9 @@ starts in the clone's root finds the clone's `agsm_loss` first, and must be show
 """
 
 import sys
-from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 
 NAME = "agsm_loss.integrations"
 PACKAGE = Path(__file__).parent
@@ -20,9 +18,7 @@ class CloneFinder:
     """Finds `agsm_loss.integrations` beside the package, and nothing else."""
 
     @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name != NAME:
             return None
         return spec_from_file_location(
