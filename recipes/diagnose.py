@@ -17,26 +17,22 @@ Under `--output_dir`:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from run.options import option, parse
-from run.settings import DataOptions, ImageOptions, given_model
-from run.stop import command
+from data.sources import given_model
+from data.task import DataOptions, ImageOptions
+from run.cli import command
+from run.options import OptionSet, option
 
 
 @dataclass(frozen=True)
-class Options(DataOptions, ImageOptions):
+class Options:
     """Every option, its default and its meaning."""
 
     model: str = option(
         "",
         "Pipeline to diagnose: a folder or a hub id. Left out, with --data world alone: a model of "
         "the embedded world.",
-    )
-    data: str = option(
-        "world",
-        "Captioned images to measure on: world (the embedded one, rendered), or a table as of "
-        "train_agsm.py.",
     )
     num_images: int = option(256, "Images to measure, rounded up to whole batches.", at_least=1)
     batch_size: int = option(16, "Images per forward pass.", at_least=1)
@@ -46,18 +42,19 @@ class Options(DataOptions, ImageOptions):
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Type of the weights.")
     seed: int = option(0, "Seed of data, noise and competitors.", at_least=0)
     output_dir: str = option("runs/diagnose", "Folder for the verdict, config, numbers and plot.")
-    validation_prompts, validation_per_category = "", 1  # of the task; nothing is sampled
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(
-            self, "model", given_model(self.model, self.data, "recipes/lab/models/flow")
-        )
+
+def resolve(options: Any) -> None:
+    """Fills in the model."""
+    options.model = given_model(options.model, options.data, "recipes/lab/models/flow")
+
+
+OPTIONS = OptionSet(Options, DataOptions, ImageOptions, resolve=resolve)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints and writes."""
-    options = parse(Options, __doc__, arguments)
+    options = OPTIONS.parse(__doc__, arguments)
 
     import torch
     from accelerate import PartialState

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from run.options import Checked, option, parse
-from run.settings import given_model
-from run.stop import command
+from data.sources import given_model
+from run.cli import command
+from run.options import OptionSet, option
 
 
 @dataclass(frozen=True)
-class Options(Checked):
+class Options:
     """Every option, its default and its meaning."""
 
     model: str = option(
@@ -71,18 +71,21 @@ class Options(Checked):
         None, "Device to sample on; left out: the accelerator where there is one, else cpu."
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.method == "inversion" and self.strength:
-            raise ValueError("strength: it is img2img's; inversion has none. Leave it out.")
-        strengths(self.strength)
-        model = given_model(self.model, self.data, "recipes/lab/models/flow_clean")
-        object.__setattr__(self, "model", model)
+
+def resolve(options: Any) -> None:
+    """Fills in the model, and checks options together."""
+    if options.method == "inversion" and options.strength:
+        raise ValueError("strength: it is img2img's; inversion has none. Leave it out.")
+    strengths(options.strength)
+    options.model = given_model(options.model, options.data, "recipes/lab/models/flow_clean")
+
+
+OPTIONS = OptionSet(Options, resolve=resolve)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Edits, scores and writes."""
-    options = parse(Options, __doc__, arguments)
+    options = OPTIONS.parse(__doc__, arguments)
 
     import torch
 

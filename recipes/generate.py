@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from run.options import Checked, option, parse
-from run.settings import given_model
-from run.stop import command
+from data.sources import given_model
+from run.cli import command
+from run.options import OptionSet, option
 
 
 @dataclass(frozen=True)
-class Options(Checked):
+class Options:
     """Every option, its default and its meaning."""
 
     model: str = option(
@@ -68,16 +68,20 @@ class Options(Checked):
         None, "Device to sample on; left out: the accelerator where there is one, else cpu."
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        of_world = self.prompts.startswith("world:")
-        data = "world" if of_world else self.prompts
-        object.__setattr__(self, "model", given_model(self.model, data, "recipes/lab/models/flow"))
+
+def resolve(options: Any) -> None:
+    """Fills in the model, and checks options together."""
+    of_world = options.prompts.startswith("world:")
+    data = "world" if of_world else options.prompts
+    options.model = given_model(options.model, data, "recipes/lab/models/flow")
+
+
+OPTIONS = OptionSet(Options, resolve=resolve)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Generates what is not there yet."""
-    options = parse(Options, __doc__, arguments)
+    options = OPTIONS.parse(__doc__, arguments)
 
     import numpy as np
     import torch
@@ -159,7 +163,7 @@ def _file(output: Path, place: tuple[int, int]) -> Path:
     return output / f"{place[0]:05d}" / "samples" / f"{place[1]:04d}.png"
 
 
-def _settings(output: Path, options: Options) -> dict[str, Any]:
+def _settings(output: Path, options: Any) -> dict[str, Any]:
     """What the images depend on.
 
     Raises:

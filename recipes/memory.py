@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from run.options import Checked, option, parse
-from run.stop import command
+from run.cli import command
+from run.options import OptionSet, option
 
 CARDS = (16, 24, 48, 80, 141)
 SPARE = 0.1
@@ -31,7 +31,7 @@ TEXT = {"StableDiffusionPipeline": 77, "StableDiffusionXLPipeline": 77,
 
 
 @dataclass(frozen=True)
-class Options(Checked):
+class Options:
     """The command's options."""
 
     model: str = option("sd15", "sd15, sdxl, sd3, flux, or a pipeline: a folder or a hub id.")
@@ -119,7 +119,7 @@ def make(name: str, config: dict[str, Any]) -> Any:
         return kind(kind.config_class.from_dict(config))
 
 
-def needs(options: Options) -> Needs:
+def needs(options: Any) -> Needs:
     """What the options take of one GPU."""
     import torch
 
@@ -148,7 +148,7 @@ def needs(options: Options) -> Needs:
     return Needs(parts, ranking, plain, checkpointed, options.train == "tokens")
 
 
-def trained_module(options: Options, network: Any, dtype: Any) -> Any:
+def trained_module(options: Any, network: Any, dtype: Any) -> Any:
     """The denoiser as the recipes train it."""
     import torch
 
@@ -164,7 +164,7 @@ def trained_module(options: Options, network: Any, dtype: Any) -> Any:
     return PlainDenoiser(network)
 
 
-def inputs_of(options: Options, kind: str, network: Any, vae: Any) -> Callable[[int], Any]:
+def inputs_of(options: Any, kind: str, network: Any, vae: Any) -> Callable[[int], Any]:
     """Number of samples -> noisy latents, timesteps, conditioning, image conditioning."""
     import torch
 
@@ -190,7 +190,7 @@ def inputs_of(options: Options, kind: str, network: Any, vae: Any) -> Callable[[
     return make_inputs
 
 
-def parts_of(options: Options, module: Any, others: dict[str, Any], low: Any) -> dict[str, float]:
+def parts_of(options: Any, module: Any, others: dict[str, Any], low: Any) -> dict[str, float]:
     """Bytes of what stays on one GPU."""
 
     def size(parameters: Any, each: float | None = None) -> float:
@@ -221,7 +221,7 @@ def parts_of(options: Options, module: Any, others: dict[str, Any], low: Any) ->
     return parts
 
 
-def table(options: Options, found: Needs) -> list[str]:
+def table(options: Any, found: Needs) -> list[str]:
     """The lines to print."""
     batch, captions = options.train_batch_size, 1 + options.num_negatives
 
@@ -252,9 +252,12 @@ def largest(needed: Callable[[int], tuple[float, float]], card: int) -> list[int
     return [sum(needed(n)[way] <= room for n in range(1, 1025)) for way in (0, 1)]
 
 
+OPTIONS = OptionSet(Options)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Prints the table."""
-    options = parse(Options, __doc__, arguments)
+    options = OPTIONS.parse(__doc__, arguments)
     print("\n".join(table(options, needs(options))))
 
 

@@ -23,13 +23,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from run.options import Checked, option, parse
-from run.stop import command
+from run.cli import command
+from run.options import OptionSet, option
 
 
 @dataclass(frozen=True)
-class Options(Checked):
+class Options:
     """Every option, its default and its meaning."""
 
     images: list[str] = option(["runs/images"], "Folders that generate.py wrote.")
@@ -55,24 +56,28 @@ class Options(Checked):
     reference: str = option("", "Folder of real images (for fid and kid).")
     sheet: int = option(48, "Images to show on a sheet.", at_least=1)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.results and (self.detector or len(self.results) != len(self.images)):
-            raise ValueError(
-                f"results: expected one file for each folder and no --detector, got "
-                f"{len(self.results)} files, {len(self.images)} folders and --detector "
-                f"{self.detector!r}."
-            )
-        if bool(self.reference) != bool({"fid", "kid"} & set(self.metrics)):
-            raise ValueError(
-                "reference: expected a folder of real images where --metrics has fid or kid, and "
-                f"only there, got {self.reference!r} and --metrics {' '.join(self.metrics)!r}."
-            )
+
+def resolve(options: Any) -> None:
+    """Checks options together."""
+    if options.results and (options.detector or len(options.results) != len(options.images)):
+        raise ValueError(
+            f"results: expected one file for each folder and no --detector, got "
+            f"{len(options.results)} files, {len(options.images)} folders and --detector "
+            f"{options.detector!r}."
+        )
+    if bool(options.reference) != bool({"fid", "kid"} & set(options.metrics)):
+        raise ValueError(
+            "reference: expected a folder of real images where --metrics has fid or kid, and "
+            f"only there, got {options.reference!r} and --metrics {' '.join(options.metrics)!r}."
+        )
+
+
+OPTIONS = OptionSet(Options, resolve=resolve)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Scores and writes."""
-    options = parse(Options, __doc__, arguments)
+    options = OPTIONS.parse(__doc__, arguments)
 
     import numpy as np
 

@@ -17,8 +17,8 @@ import argparse
 import os
 from pathlib import Path
 
-from run import stop
-from run.stop import command, end_with_parent
+from run.cli import command
+from run.stop import end_with_parent
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,7 +35,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="Seed of the one run.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     given = parser.parse_args(arguments)
-    stop.debugging = given.debug
     end_with_parent()
 
     from run.messages import quiet_libraries

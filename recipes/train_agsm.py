@@ -18,64 +18,216 @@ Under `--output_dir`:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from run.options import option, parse
-from run.settings import ImageOptions, PipelineLoopOptions, PrecomputeOptions
-from run.stop import command
+import torch
+from torch import Generator, Tensor, nn
 
-if TYPE_CHECKING:
-    from data.image_data import Batch
+from agsm_loss import AGSMRegularizer, Bank, Candidates, SoftREPALoss
+from agsm_loss import functional as AF
+from agsm_loss.integrations.noise import add_noise, regression_target
+from data.image_data import Batch
+from data.task import DataOptions, ImageOptions, PromptFileOptions, open_task
+from model.agsm import AGSMOptions, check_competitors, competitors, hard_per_image
+from model.precompute import PrecomputeOptions, precompute
+from model.session import Session, ValidationOptions
+from model.trained import ModelOptions, TimestepOptions, resolve
+from run.cli import command
+from run.loop import LoopOptions, Run, RunOptions
+from run.options import OptionSet, option
 
 
 @dataclass(frozen=True)
-class Options(PipelineLoopOptions, ImageOptions, PrecomputeOptions):
-    """The recipe's own options; the shared ones are in common/settings.py."""
+class Options:
+    """The objective."""
 
-    TITLE = "objective"
-    output_dir: str = "runs/agsm"
     objective: Literal["agsm", "softrepa", "denoising"] = option("agsm", "Loss to minimize.")
-    softrepa_scale: float = option(4.0, "s of SoftREPA: scale of its logits.", at_least=0)
-    softrepa_temperature: float = option(0.07, "T of SoftREPA: temperature of its logits.", above=0)
-    denoising_weight: float = option(
-        0.0, "Weight of the denoising error in SoftREPA's loss.", at_least=0
-    )
 
-    @property
-    def method(self) -> str:
-        """The objective, in words."""
-        return {"agsm": "AGSM", "softrepa": "SoftREPA"}.get(self.objective, "plain denoising")
+
+OPTIONS = OptionSet(
+    Options,
+    ModelOptions,
+    DataOptions,
+    ImageOptions,
+    PrecomputeOptions,
+    AGSMOptions,
+    TimestepOptions,
+    LoopOptions,
+    RunOptions,
+    ValidationOptions,
+    PromptFileOptions,
+    title="objective",
+    resolve=resolve,
+    output_dir="runs/agsm",
+)
+METHODS = {"agsm": "AGSM", "softrepa": "SoftREPA", "denoising": "plain denoising"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains, validates, checkpoints and saves the tokens."""
-    options = parse(Options, __doc__, arguments)
+    """Trains, validates, checkpoints and saves."""
+    options = OPTIONS.parse(__doc__, arguments)
+    with Run(options, sharding=True) as run:
+        task = open_task(options, run.accelerator)
+        hard = 0
+        if options.objective != "denoising":
+            check_competitors(options, task)
+            hard = hard_per_image(options)
+        method = METHODS[options.objective]
+        model = Session(options, run.accelerator, task, method=method).prepare(run.accelerator)
+        objective = make_objective(options, model)
+        batches = task.images(options.train_batch_size, hard, options.image_column)
+        fill = precompute(options.precompute, model.pipeline, run.accelerator)
+        for index, batch in run.steps(model, batches, objective, fill=fill):
+            inputs = prepare(options, model, batch, run.draws(index))
+            with run.accelerator.autocast():
+                loss, metrics = objective(inputs)
+            run.backward(loss, metrics)
+        model.save()
 
-    from agsm_loss import draws
-    from data.task import open_task
-    from model.agsm import check_competitors
-    from model.objectives import hard_of, make_objective, prepare
-    from model.precompute import precompute
-    from model.trained_pipeline import TrainedPipeline
-    from run.loop import start
 
-    accelerator = start(options, sharding=True)
-    task = open_task(options, accelerator)
-    if options.objective != "denoising":
-        check_competitors(options, task)
-    trained = TrainedPipeline.build(options, accelerator, task)
-    objective = make_objective(options, trained)
-    batches = task.images(options.train_batch_size, hard_of(options), options.image_column)
+class Inputs(NamedTuple):
+    """One noised batch of B images and P captions."""
 
-    def loss(batch: Batch, index: int) -> Any:
-        generator = draws(options.seed, index, accelerator.process_index)
-        inputs = prepare(options, trained, batch, generator)
-        with accelerator.autocast():
-            return objective(inputs)
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    conditioning: dict[str, Tensor]
+    image: dict[str, Tensor]
+    candidates: Candidates
 
-    fill = precompute(options.precompute, trained.model, accelerator)
-    trained.train(accelerator, batches, loss, objective, fill)
+
+Result = tuple[Tensor, Mapping[str, Tensor]]
+
+
+class AGSM:
+    """`AGSMRegularizer` alone."""
+
+    def __init__(self, regularizer: AGSMRegularizer) -> None:
+        self.regularizer = regularizer
+
+    def __call__(self, inputs: Inputs) -> Result:
+        output = self.regularizer(
+            inputs.noisy,
+            inputs.timesteps,
+            inputs.target,
+            inputs.conditioning,
+            inputs.candidates,
+            image_conditioning=inputs.image,
+        )
+        return output.loss, output.metrics
+
+    def update_ema(self) -> None:
+        self.regularizer.update_ema()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.regularizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.regularizer.load_state_dict(state)
+
+
+class SoftREPA:
+    """SoftREPA's contrast over the same candidates; every caption uses the one bank."""
+
+    def __init__(self, denoiser: nn.Module, loss: SoftREPALoss) -> None:
+        self.denoiser, self.loss = denoiser, loss
+
+    def __call__(self, inputs: Inputs) -> Result:
+        candidates = inputs.candidates
+        pred = _every_candidate(self.denoiser, inputs)
+        positives = candidates.positives.to(pred.device)
+        mask = candidates.mask.to(pred.device)
+        loss = self.loss(pred, inputs.target, positives, mask)
+        return loss, _ranking(pred, inputs.target, candidates, self.loss.temperature)
+
+    def update_ema(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Denoising:
+    """Plain score matching of each image under its own caption, which uses ψ⁺."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.denoiser = denoiser
+
+    def __call__(self, inputs: Inputs) -> Result:
+        batch = len(inputs.noisy)
+        own = {name: value[:batch] for name, value in inputs.conditioning.items()}
+        bank = torch.full((batch,), int(Bank.POSITIVE))
+        pred = self.denoiser(inputs.noisy, inputs.timesteps, own, bank, **inputs.image)
+        return AF.denoising_error(pred.unsqueeze(1), inputs.target).mean(), {}
+
+    def update_ema(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def _every_candidate(denoiser: nn.Module, inputs: Inputs) -> Tensor:
+    """(B, K, *D): one forward pass over all B·K pairs."""
+    batch, number = inputs.candidates.index.shape
+    images = torch.arange(batch).repeat_interleave(number).to(inputs.noisy.device)
+    pool = inputs.candidates.index.flatten().to(inputs.noisy.device)
+    pred = denoiser(
+        inputs.noisy[images],
+        inputs.timesteps[images],
+        {name: value[pool] for name, value in inputs.conditioning.items()},
+        torch.full((batch * number,), int(Bank.POSITIVE)),
+        **{name: value[images] for name, value in inputs.image.items()},
+    )
+    return pred.unflatten(0, (batch, number))
+
+
+def _ranking(
+    pred: Tensor, target: Tensor, candidates: Candidates, temperature: float
+) -> dict[str, Tensor]:
+    """How often, and by how much, the matching caption has the smallest error."""
+    pred = pred.detach()
+    masks = candidates.positives.to(pred.device), candidates.mask.to(pred.device)
+    guidance = AF.guide(pred, target, *masks, neg_scale=1.0, temperature=temperature)
+    terms = AF.agsm_terms(pred, guidance)
+    wanted = ("win_rate", "score_margin", "positive_weight", "chance_weight", "weight_entropy")
+    return {f"agsm/{name}": getattr(terms, name) for name in wanted}
+
+
+def make_objective(options: Any, model: Session) -> Any:
+    """The objective that `--objective` names, over the (prepared) denoiser."""
+    if options.objective == "agsm":
+        return AGSM(model.agsm(options.train_batch_size))
+    if options.objective == "softrepa":
+        if options.banks != "shared":
+            raise ValueError(
+                f"banks: SoftREPA has one bank; expected shared, got {options.banks}. AGSM's "
+                "ablation with two banks is --objective agsm."
+            )
+        return SoftREPA(model.denoiser, SoftREPALoss())
+    return Denoising(model.denoiser)
+
+
+def prepare(options: Any, model: Session, batch: Batch, generator: Generator) -> Inputs:
+    """Noises a batch and chooses who competes; the draws are the generator's alone."""
+    pipeline = model.pipeline
+    latents = pipeline.encode_images(batch.pixels, generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    timesteps = model.timesteps(len(latents), generator)
+    pool, candidates = competitors(options, batch, generator)
+    scheduler = model.scheduler
+    return Inputs(
+        add_noise(scheduler, latents, noise, timesteps),
+        timesteps,
+        regression_target(scheduler, latents, noise, timesteps),
+        pipeline.encode_prompts(pool),
+        pipeline.image_conditioning(batch.pixels),
+        candidates,
+    )
 
 
 if __name__ == "__main__":

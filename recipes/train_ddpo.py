@@ -18,24 +18,49 @@ Under `--output_dir`:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from run.options import option, parse
-from run.settings import ImageOptions, PipelineOptions, PromptOptions, RewardOptions
-from run.stop import command
+import torch
+from accelerate import PartialState
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import gather, parse_flag_from_env
+from tqdm.auto import tqdm
+
+from agsm_loss._random import draws
+from agsm_loss.integrations.hosts.base import AGSMBatch
+from data.task import DataOptions, ImageOptions, PromptFileOptions, Task, open_task
+from model.agsm import AGSMOptions, HostOptions, agsm_weight, method
+from model.session import Session, ValidationOptions
+from model.trained import ModelOptions, TimestepOptions, resolve
+from rewards.rewards import check, load
+from rewards.rollout import (
+    PromptOptions,
+    RewardOptions,
+    check_best,
+    on_policy_images,
+    prompts_of,
+    samples_sheet,
+)
+from run.checkpoints import check_output, last_whole, opened, save
+from run.cli import command
+from run.engines import check_launched
+from run.log import log_sheet
+from run.loop import RunOptions
+from run.messages import paused
+from run.options import OptionSet, option
+from run.stop import Stop
+from run.summary import say_summary
+from run.trackers import JsonLines, extra_tracker
 
 
 @dataclass(frozen=True)
-class Options(RewardOptions, PromptOptions, PipelineOptions, ImageOptions):
-    """The recipe's own options, with trl's defaults; the shared ones are in common/settings.py."""
+class Options:
+    """Of DDPO (arXiv 2305.13301), with trl's defaults."""
 
-    TITLE = "DDPO"
-    output_dir: str = "runs/ddpo"
-    WORLD_MODEL = "recipes/lab/models/epsilon"
-    rank: int = 4
-    learning_rate: float = 3e-4
     num_epochs: int = option(100, "Epochs of sampling and training to run.", at_least=1)
     num_inference_steps: int = option(50, "DDIM steps per sampled image.", at_least=1)
     sample_batch_size: int = option(8, "Images per process and sampling batch.", at_least=1)
@@ -71,25 +96,31 @@ class Options(RewardOptions, PromptOptions, PipelineOptions, ImageOptions):
     )
 
 
+OPTIONS = OptionSet(
+    Options,
+    HostOptions,
+    RewardOptions,
+    PromptOptions,
+    ModelOptions,
+    DataOptions,
+    ImageOptions,
+    AGSMOptions,
+    TimestepOptions,
+    RunOptions,
+    ValidationOptions,
+    PromptFileOptions,
+    title="DDPO",
+    resolve=partial(resolve, of_world="recipes/lab/models/epsilon"),
+    output_dir="runs/ddpo",
+    rank=4,
+    learning_rate=3e-4,
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves."""
-    options = parse(Options, __doc__, arguments)
-
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-    from tqdm.auto import tqdm
-
-    from data.task import open_task
-    from model.trained_pipeline import TrainedPipeline
-    from rewards.ddpo import JsonLines, extra_tracker, make_trainer, sheet_of
-    from rewards.rollout import check_best
-    from run.checkpoints import check_output, last_whole, opened, save
-    from run.engines import check_launched
-    from run.log import log_sheet
-    from run.messages import paused
-    from run.stop import Stop
-
+    options = OPTIONS.parse(__doc__, arguments)
+    check(options.reward)
     if options.agsm_weight and options.agsm_images == "best":
         check_best(options)
         range_ = (options.timestep_density, options.timestep_low, options.null_caption)
@@ -105,10 +136,16 @@ def main(arguments: list[str] | None = None) -> None:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     torch.manual_seed(options.seed)
     task = open_task(options, state)
-    trained = TrainedPipeline.load(options, state, task)
-    if type(trained.model.pipe).__name__ != "StableDiffusionPipeline":
+    model = Session(
+        options,
+        state,
+        task,
+        method=method(options),
+        every=f"{options.validation_epochs:,} epochs",
+    )
+    if type(model.pipeline.pipe).__name__ != "StableDiffusionPipeline":
         raise ValueError(
-            f"model: expected a StableDiffusionPipeline, got {type(trained.model.pipe).__name__}: "
+            f"model: expected a StableDiffusionPipeline, got {type(model.pipeline.pipe).__name__}: "
             "trl's DDPO knows no other. For flow models see recipes/train_flow_grpo.py."
         )
     with opened(options, state) as found:
@@ -124,19 +161,21 @@ def main(arguments: list[str] | None = None) -> None:
             if due["sheet"]:
                 sheet_of(data, output / "sheets" / f"samples_{step:06d}.png")
 
-        trainer = make_trainer(options, state, trained, tracker, found, show)
+        trainer = make_trainer(options, state, model, tracker, found, show)
         step = trainer.global_step
         prompts = options.sample_batch_size * options.sample_num_batches_per_epoch
         about = {
             "epochs": f"{trainer.first_epoch + 1:,} to {options.num_epochs:,}, each on "
             f"{prompts * state.num_processes:,} sampled images"
         }
-        trained.say_start(about, f"{options.validation_epochs:,} epochs")
+        if state.is_main_process:
+            title, lines = model.summary()
+            say_summary(title, {**lines, **about, "output": options.output_dir})
         main_process = trainer.accelerator.is_main_process
 
         def validate() -> None:
             if main_process:
-                tracker.write({"scores": trained.validate(step)}, step)
+                tracker.write({"scores": model.validate(step)}, step)
                 log_sheet([tracker.extra] if tracker.extra else [], output, step)
             trainer.accelerator.wait_for_everyone()
 
@@ -167,15 +206,132 @@ def main(arguments: list[str] | None = None) -> None:
                         trainer.accelerator,
                         output,
                         step,
-                        trained.parameters,
+                        model.parameters,
                         lambda folder: trainer.accelerator.save_state(str(folder)),
                     )
                 if stopped:
                     bar.close()
                     stop.end(trainer.accelerator, f"epoch {epoch + 1}", saved, options)
-        if main_process:
-            trained.save()
+        model.save()
         trainer.accelerator.end_training()
+
+
+def make_trainer(
+    options: Any,
+    state: Any,
+    model: Session,
+    tracker: JsonLines,
+    found: Any,
+    show: Callable[..., None],
+) -> Any:
+    """trl's trainer with AGSM in it, where the checkpoint has left it."""
+    from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
+
+    own: dict[str, Any] = {}
+    if options.agsm_weight:
+        own["agsm"] = lambda denoiser, parameters: model.agsm(
+            options.agsm_batch, agsm_weight(options)
+        )
+        if options.agsm_images == "data":
+            own["batches"] = data_batches(options, model, state)
+    pipeline = LoadedPipeline(model.pipeline.pipe, full=options.full)
+    trainer = AGSMDDPOTrainer(
+        trl_config(options, tracker, None if found is None else found.folder),
+        trl_reward(options, state, tracker.rewards),
+        drawn_prompts(options, model.task),
+        pipeline,
+        show if state.is_main_process else None,  # trl's call asks for a tracker: only there
+        attached=None if model.tokens is None else model.tokens.attached,
+        best=options.agsm_best,
+        batch_size=options.agsm_batch,
+        every=options.agsm_every,
+        **own,
+    )
+    pipeline.set_progress_bar_config(disable=None, leave=False, desc="sampling")
+    return trainer
+
+
+def sheet_of(data: Any, path: Path) -> None:
+    """What an epoch sampled, with its rewards; as trl's hook is given it."""
+    pixels = torch.cat([2 * images.float() - 1 for images, *_ in data])
+    prompts = [prompt for _, prompts, *_ in data for prompt in prompts]
+    rewards = torch.cat([torch.as_tensor(rewards).flatten() for _, _, _, rewards, _ in data])
+    samples_sheet(pixels, prompts, rewards, path)
+
+
+def trl_config(options: Any, tracker: GeneralTracker, resumed: Path | None) -> Any:
+    """The options by trl's names."""
+    from trl import DDPOConfig  # the trainer's module says which trl it needs
+
+    return DDPOConfig(
+        seed=options.seed,
+        log_with=[tracker],
+        tracker_project_name="agsm-loss",
+        project_kwargs={"project_dir": options.output_dir},
+        num_epochs=options.num_epochs,
+        save_freq=2**31,  # the recipe says when
+        mixed_precision=options.mixed_precision,
+        resume_from="" if resumed is None else str(resumed),
+        sample_num_steps=options.num_inference_steps,
+        sample_eta=options.eta,
+        sample_guidance_scale=options.guidance_scale,
+        sample_batch_size=options.sample_batch_size,
+        sample_num_batches_per_epoch=options.sample_num_batches_per_epoch,
+        train_batch_size=options.train_batch_size,
+        train_learning_rate=options.learning_rate,
+        train_adam_beta2=0.999,
+        train_adam_weight_decay=1e-4,
+        train_gradient_accumulation_steps=options.gradient_accumulation_steps,
+        train_max_grad_norm=options.max_grad_norm or float("inf"),
+        train_num_inner_epochs=options.train_num_inner_epochs,
+        train_cfg=options.guidance_scale > 1,
+        train_adv_clip_max=options.train_adv_clip_max,
+        train_clip_range=options.clip_range,
+        train_timestep_fraction=options.train_timestep_fraction,
+        per_prompt_stat_tracking=options.per_prompt_stat_tracking,
+        per_prompt_stat_tracking_buffer_size=options.per_prompt_stat_tracking_buffer_size,
+        per_prompt_stat_tracking_min_count=options.per_prompt_stat_tracking_min_count,
+    )
+
+
+def trl_reward(options: Any, state: Any, parts: dict[str, list[float]]) -> Callable[..., Any]:
+    """The reward as trl calls it: images in [0, 1], prompts and what the prompts came with.
+
+    parts: on the main process it gets the mean of each part of a sum, over all processes, at each
+    call.
+    """
+    score = load(options.reward, state.device)
+
+    def reward(images: Any, prompts: Any, metadata: Any) -> tuple[Any, dict[str, Any]]:
+        rewards = score(2 * images.float() - 1, list(prompts))
+        last: dict[str, torch.Tensor] = getattr(score, "last", {})
+        if last:
+            scores: Any = gather(torch.stack(list(last.values()), dim=1).to(state.device))
+            if state.is_main_process:
+                for name, mean in zip(last, scores.mean(0).tolist(), strict=True):
+                    parts.setdefault(f"reward/{name}", []).append(mean)
+        return rewards, {}
+
+    return reward
+
+
+def drawn_prompts(options: Any, task: Task) -> Callable[[], tuple[str, dict[str, Any]]]:
+    """Draws a prompt, by torch's random numbers, which a checkpoint keeps."""
+    texts = prompts_of(options, task)
+    return lambda: (texts[int(torch.randint(len(texts), ()))], {})
+
+
+def data_batches(options: Any, model: Session, state: Any) -> Callable[[int], AGSMBatch]:
+    """AGSM's batch of each micro-step: the data set's images, noised as the options say."""
+    batches = on_policy_images(options, model.task, options.agsm_batch)
+
+    def agsm_batch(number: int) -> AGSMBatch:
+        batch = batches[number]
+        generator = draws(options.seed, number, state.process_index, "agsm")
+        latents = model.pipeline.encode_images(batch.pixels, generator)
+        return model.agsm_batch(batch, latents, generator)
+
+    return agsm_batch
 
 
 if __name__ == "__main__":

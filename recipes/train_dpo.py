@@ -19,43 +19,112 @@ Under `--output_dir`:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from run.options import parse
-from run.settings import PreferenceOptions
-from run.stop import command
+from data.task import DataOptions, PromptFileOptions
+from model.agsm import (
+    AGSMOptions,
+    HostOptions,
+    agsm_weight,
+    check_competitors,
+    competitors,
+    hard_per_image,
+    method,
+)
+from model.precompute import PrecomputeOptions, precompute
+from model.session import ValidationOptions
+from model.trained import ModelOptions, TimestepOptions, resolve
+from run.cli import command
+from run.loop import LoopOptions, Run, RunOptions
+from run.options import OptionSet, option
 
 
 @dataclass(frozen=True)
-class Options(PreferenceOptions):
-    """Those of `PreferenceOptions`."""
+class Options:
+    """Of Diffusion-DPO (arXiv 2311.12908)."""
 
-    TITLE = "Diffusion-DPO"
-    output_dir: str = "runs/dpo"
+    beta: float = option(
+        5000.0,
+        "beta of {title}: scale of the difference to the reference in the loss. Larger: stronger "
+        "gradients at first, and a model that stays closer to the reference.",
+        above=0,
+    )
+
+
+OPTIONS = OptionSet(
+    Options,
+    HostOptions,
+    ModelOptions,
+    DataOptions,
+    PrecomputeOptions,
+    AGSMOptions,
+    TimestepOptions,
+    LoopOptions,
+    RunOptions,
+    ValidationOptions,
+    PromptFileOptions,
+    title="Diffusion-DPO",
+    resolve=resolve,
+    output_dir="runs/dpo",
+    data=option(
+        "world",
+        "Preference pairs to train on: world (the embedded one, rendered), or a table as a file, a "
+        "folder or a hub id, with the columns jpg_0, jpg_1, label_0 and caption (Pick-a-Pic's), or "
+        "image_w (the preferred one), image_l and caption.",
+    ),
+    train_batch_size=option(16, "Pairs per process and micro-step.", at_least=1),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves."""
-    options = parse(Options, __doc__, arguments)
+    options = OPTIONS.parse(__doc__, arguments)
 
     import torch
 
     from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
     from data.task import open_task
-    from model.preference_training import Pairs, run_preference
+    from model.session import Session
 
-    def make_step(trained: Any, agsm: Any, settings: Any) -> DiffusionDPO:
-        scheduler = trained.model.pipe.scheduler
-        return DiffusionDPO(
-            trained.denoiser, scheduler, reference=trained.reference, agsm=agsm, **settings
+    with Run(options, sharding=True) as run:
+        task = open_task(options, run.accelerator)
+        if options.agsm_weight:
+            check_competitors(options, task)
+        model = Session(options, run.accelerator, task, method=method(options))
+        model.prepare(run.accelerator)
+        agsm = None
+        if options.agsm_weight:
+            agsm = model.agsm(options.train_batch_size, agsm_weight(options))
+        step = DiffusionDPO(
+            model.denoiser,
+            model.scheduler,
+            reference=model.reference,
+            beta=options.beta,
+            agsm=agsm,
         )
-
-    def run(step: Any, trained: Any, pairs: Pairs, **extra: Any) -> Any:
-        winner, loser, text, draw, _ = pairs
-        noise = torch.randn(winner.shape, generator=draw).to(winner)
-        return step(winner, loser, text, trained.timesteps(len(winner), draw), noise, **extra)
-
-    run_preference(options, open_task, make_step, run)
+        batches = task.pairs(options.train_batch_size, hard_per_image(options) if agsm else 0)
+        fill = precompute(options.precompute, model.pipeline, run.accelerator)
+        for index, batch in run.steps(model, batches, step, fill=fill):
+            draw = run.draws(index)
+            winner, loser = model.pipeline.encode_images(batch.pixels, draw).chunk(2)
+            pool, candidates = batch.captions, None
+            if agsm is not None:  # by draws of its own: the host's are what they are without it
+                pool, candidates = competitors(options, batch, run.draws(index, "candidates"))
+            noise = torch.randn(winner.shape, generator=draw).to(winner)
+            timesteps = model.timesteps(len(winner), draw)
+            image = model.pipeline.image_conditioning(batch.winner)
+            text = model.pipeline.encode_prompts(pool)
+            with run.accelerator.autocast():
+                out = step(
+                    winner,
+                    loser,
+                    text,
+                    timesteps,
+                    noise,
+                    captions=candidates,
+                    image_conditioning=image,
+                )
+            run.backward(out.loss, out.metrics)
+        model.save()
 
 
 if __name__ == "__main__":

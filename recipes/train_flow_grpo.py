@@ -18,22 +18,22 @@ Under `--output_dir`:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
-from run.options import option, parse
-from run.settings import GroupOptions
-from run.stop import command
-
-if TYPE_CHECKING:
-    from rewards.rollout import PromptBatch
+from data.task import DataOptions, ImageOptions, PromptFileOptions
+from model.agsm import AGSMOptions, HostOptions, method
+from model.session import ValidationOptions
+from model.trained import ModelOptions, TimestepOptions, resolve
+from rewards.rollout import GroupOptions, PromptOptions, RewardOptions
+from run.cli import command
+from run.loop import LoopOptions, Run, RunOptions
+from run.options import OptionSet, option
 
 
 @dataclass(frozen=True)
-class Options(GroupOptions):
-    """The recipe's own options; the shared ones are in common/settings.py."""
+class Options:
+    """Of Flow-GRPO (arXiv 2505.05470)."""
 
-    TITLE = "Flow-GRPO"
-    output_dir: str = "runs/flow_grpo"
     train_timesteps: int = option(
         4, "Sampling steps per image to train on, drawn at random.", at_least=1
     )
@@ -52,64 +52,84 @@ class Options(GroupOptions):
     )
 
 
+OPTIONS = OptionSet(
+    Options,
+    HostOptions,
+    RewardOptions,
+    PromptOptions,
+    GroupOptions,
+    ModelOptions,
+    DataOptions,
+    ImageOptions,
+    AGSMOptions,
+    TimestepOptions,
+    LoopOptions,
+    RunOptions,
+    ValidationOptions,
+    PromptFileOptions,
+    title="Flow-GRPO",
+    resolve=resolve,
+    output_dir="runs/flow_grpo",
+    train_batch_size=option(16, "Captions to sample per process and micro-step.", at_least=1),
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves."""
-    options = parse(Options, __doc__, arguments)
+    options = OPTIONS.parse(__doc__, arguments)
 
     import torch
 
-    from agsm_loss import draws
     from agsm_loss.integrations.hosts.dynamics import Dynamics
     from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
     from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_sde
     from data.task import open_task
-    from model.trained_pipeline import TrainedPipeline
+    from model.session import Session
+    from rewards.rewards import check
     from rewards.rollout import OnPolicy
-    from run.loop import start
 
     Dynamics.of(options.sde_type, options.noise_level)  # checked before anything is loaded
-    accelerator = start(options)
-    task = open_task(options, accelerator)
-    trained = TrainedPipeline.build(options, accelerator, task)
-    own = OnPolicy(options, accelerator, trained, prompts=options.train_batch_size)
-    scheduler = trained.model.pipe.scheduler
-    step = FlowGRPO(
-        trained.denoiser,
-        scheduler,
-        clip=options.clip_range,
-        reference=trained.reference,
-        kl_weight=options.kl_weight,
-        agsm=own.agsm,
-        autocast=accelerator.autocast,
-    )
-
-    def loss(batch: PromptBatch, index: int) -> Any:
-        generator = draws(options.seed, index, accelerator.process_index)
-        captions = own.grouped(batch.captions)
-        text, image = own.conditioning(captions)
-        with accelerator.autocast():
-            trajectory = sample_sde(
-                own.denoise(text, image),
-                scheduler,
-                own.noise(len(captions), generator),
-                num_steps=options.num_inference_steps,
-                sde_type=options.sde_type,
-                noise_level=options.noise_level,
-                generator=generator,
-            )
-        rewards = own.rewards(trajectory.last, captions, index)
-        steps = torch.randperm(options.num_inference_steps - 1, generator=generator)
-        out = step(
-            trajectory,
-            group_advantages(rewards, options.group_size),
-            text,
-            steps[: options.train_timesteps],
-            image_conditioning=image,
-            agsm_batch=own.agsm_batch(batch, index, trajectory.last, captions, rewards),
+    check(options.reward)
+    with Run(options) as run:
+        task = open_task(options, run.accelerator)
+        model = Session(options, run.accelerator, task, method=method(options))
+        model.prepare(run.accelerator)
+        own = OnPolicy(options, run.accelerator, model, prompts=options.train_batch_size)
+        step = FlowGRPO(
+            model.denoiser,
+            model.scheduler,
+            clip=options.clip_range,
+            reference=model.reference,
+            kl_weight=options.kl_weight,
+            agsm=own.agsm,
+            autocast=run.accelerator.autocast,
         )
-        return out.loss, {**out.metrics, **own.metrics(rewards)}
-
-    trained.train(accelerator, own.batches, loss, step)
+        for index, batch in run.steps(model, own.batches, step):
+            generator = run.draws(index)
+            captions = own.grouped(batch.captions)
+            text, image = own.conditioning(captions)
+            with run.accelerator.autocast():
+                trajectory = sample_sde(
+                    own.denoise(text, image),
+                    model.scheduler,
+                    own.noise(len(captions), generator),
+                    num_steps=options.num_inference_steps,
+                    sde_type=options.sde_type,
+                    noise_level=options.noise_level,
+                    generator=generator,
+                )
+            rewards = own.rewards(trajectory.last, captions, index)
+            steps = torch.randperm(options.num_inference_steps - 1, generator=generator)
+            out = step(
+                trajectory,
+                group_advantages(rewards, options.group_size),
+                text,
+                steps[: options.train_timesteps],
+                image_conditioning=image,
+                agsm_batch=own.agsm_batch(batch, index, trajectory.last, captions, rewards),
+            )
+            run.backward(out.loss, {**out.metrics, **own.metrics(rewards)})
+        model.save()
 
 
 if __name__ == "__main__":

@@ -20,20 +20,37 @@ Under `--output_dir`:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
-from run.options import option, parse
-from run.settings import PreferenceOptions
-from run.stop import command
+from data.task import DataOptions, PromptFileOptions
+from model.agsm import (
+    AGSMOptions,
+    HostOptions,
+    agsm_weight,
+    check_competitors,
+    competitors,
+    hard_per_image,
+    method,
+)
+from model.precompute import PrecomputeOptions, precompute
+from model.session import ValidationOptions
+from model.trained import ModelOptions, TimestepOptions, resolve
+from run.cli import command
+from run.loop import LoopOptions, Run, RunOptions
+from run.options import OptionSet, option
 
 
 @dataclass(frozen=True)
-class Options(PreferenceOptions):
-    """The recipe's own options; the shared ones are in common/settings.py."""
+class Options:
+    """Of InPO (arXiv 2503.18454)."""
 
-    TITLE = "InPO"
-    output_dir: str = "runs/inpo"
-    WORLD_MODEL = "recipes/lab/models/epsilon"
+    beta: float = option(
+        5000.0,
+        "beta of {title}: scale of the difference to the reference in the loss. Larger: stronger "
+        "gradients at first, and a model that stays closer to the reference.",
+        above=0,
+    )
     inversion_steps: int = option(
         10, "Timesteps, spread over the schedule, that the inversion visits.", at_least=1
     )
@@ -45,41 +62,84 @@ class Options(PreferenceOptions):
     )
 
 
+OPTIONS = OptionSet(
+    Options,
+    HostOptions,
+    ModelOptions,
+    DataOptions,
+    PrecomputeOptions,
+    AGSMOptions,
+    TimestepOptions,
+    LoopOptions,
+    RunOptions,
+    ValidationOptions,
+    PromptFileOptions,
+    title="InPO",
+    resolve=partial(resolve, of_world="recipes/lab/models/epsilon"),
+    output_dir="runs/inpo",
+    data=option(
+        "world",
+        "Preference pairs to train on: world (the embedded one, rendered), or a table as a file, a "
+        "folder or a hub id, with the columns jpg_0, jpg_1, label_0 and caption (Pick-a-Pic's), or "
+        "image_w (the preferred one), image_l and caption.",
+    ),
+    train_batch_size=option(16, "Pairs per process and micro-step.", at_least=1),
+)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves."""
-    options = parse(Options, __doc__, arguments)
+    options = OPTIONS.parse(__doc__, arguments)
 
     import torch
 
     from agsm_loss.integrations.hosts.base import AGSMBatch
     from agsm_loss.integrations.hosts.inpo import InPO
     from data.task import open_task
-    from model.preference_training import Pairs, run_preference
+    from model.session import Session
 
-    def make_step(trained: Any, agsm: Any, settings: Any) -> InPO:
-        scheduler = trained.model.pipe.scheduler
-        return InPO(
-            trained.denoiser,
-            scheduler,
-            reference=trained.reference,
+    with Run(options, sharding=True) as run:
+        task = open_task(options, run.accelerator)
+        if options.agsm_weight:
+            check_competitors(options, task)
+        model = Session(options, run.accelerator, task, method=method(options))
+        model.prepare(run.accelerator)
+        agsm = None
+        if options.agsm_weight:
+            agsm = model.agsm(options.train_batch_size, agsm_weight(options))
+        step = InPO(
+            model.denoiser,
+            model.scheduler,
+            reference=model.reference,
             num_steps=options.inversion_steps,
             eta=options.eta,
+            beta=options.beta,
             agsm=agsm,
-            **settings,
         )
-
-    def run(step: Any, trained: Any, pairs: Pairs, **extra: Any) -> Any:
-        winner, loser, text, draw, own = pairs
-        step.generator = draw
-        if step.agsm is not None and options.agsm_noise == "gaussian":
-            times = trained.timesteps(len(winner), own)
-            noise = torch.randn(winner.shape, generator=own).to(winner)
-            extra["agsm_batch"] = AGSMBatch(winner, times, noise, text, **extra)
-            del extra["captions"]
-        timestep = int(trained.timesteps(1, draw)[0])  # one for the batch, as published
-        return step(winner, loser, text, timestep, **extra)
-
-    run_preference(options, open_task, make_step, run)
+        batches = task.pairs(options.train_batch_size, hard_per_image(options) if agsm else 0)
+        fill = precompute(options.precompute, model.pipeline, run.accelerator)
+        for index, batch in run.steps(model, batches, step, fill=fill):
+            draw, own = run.draws(index), run.draws(index, "candidates")
+            winner, loser = model.pipeline.encode_images(batch.pixels, draw).chunk(2)
+            image = model.pipeline.image_conditioning(batch.winner)
+            pool, in_agsm = batch.captions, {}
+            if agsm is not None:
+                pool, in_agsm["captions"] = competitors(options, batch, own)
+            text = model.pipeline.encode_prompts(pool)
+            if agsm is not None and options.agsm_noise == "gaussian":
+                times = model.timesteps(len(winner), own)
+                noise = torch.randn(winner.shape, generator=own).to(winner)
+                in_agsm = {
+                    "agsm_batch": AGSMBatch(
+                        winner, times, noise, text, image_conditioning=image, **in_agsm
+                    )
+                }
+            step.generator = draw
+            timestep = int(model.timesteps(1, draw)[0])  # one for the batch, as published
+            with run.accelerator.autocast():
+                out = step(winner, loser, text, timestep, image_conditioning=image, **in_agsm)
+            run.backward(out.loss, out.metrics)
+        model.save()
 
 
 if __name__ == "__main__":

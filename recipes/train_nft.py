@@ -20,37 +20,26 @@ Under `--output_dir`:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
-from run.options import option, parse
-from run.settings import GroupOptions
-from run.stop import command
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from rewards.rollout import PromptBatch
+from data.task import DataOptions, ImageOptions, PromptFileOptions
+from model.agsm import AGSMOptions, HostOptions, method
+from model.session import ValidationOptions
+from model.trained import ModelOptions, TimestepOptions, resolve
+from rewards.rollout import GroupOptions, PromptOptions, RewardOptions
+from run.cli import command
+from run.loop import LoopOptions, Run, RunOptions
+from run.options import OptionSet, option
 
 
 @dataclass(frozen=True)
-class Options(GroupOptions):
-    """The recipe's own options; the shared ones are in common/settings.py."""
+class Options:
+    """Of DiffusionNFT (arXiv 2509.16117)."""
 
-    TITLE = "DiffusionNFT"
-    output_dir: str = "runs/nft"
-    num_tokens: int = 0
-    rank: int = 8
-    learning_rate: float = 3e-4
-    group_size: int = 8
-    kl_weight: float = option(
-        1e-4,
-        "Weight of the mean squared difference of the predictions to the reference's (the model as "
-        "it was given); 0: none.",
-        at_least=0,
-    )
     sample_batch_size: int = option(16, "Images per process and sampling batch.", at_least=1)
     sample_num_batches_per_epoch: int = option(4, "Batches to sample per rollout.", at_least=1)
-    train_batch_size: int = option(16, "Sampled images per process and micro-step.", at_least=1)
     train_num_inner_epochs: int = option(1, "Passes over a rollout's samples.", at_least=1)
     beta: float = option(
         1.0,
@@ -74,6 +63,38 @@ class Options(GroupOptions):
     )
 
 
+OPTIONS = OptionSet(
+    Options,
+    HostOptions,
+    RewardOptions,
+    PromptOptions,
+    GroupOptions,
+    ModelOptions,
+    DataOptions,
+    ImageOptions,
+    AGSMOptions,
+    TimestepOptions,
+    LoopOptions,
+    RunOptions,
+    ValidationOptions,
+    PromptFileOptions,
+    title="DiffusionNFT",
+    resolve=resolve,
+    output_dir="runs/nft",
+    num_tokens=0,
+    rank=8,
+    learning_rate=3e-4,
+    group_size=8,
+    kl_weight=option(
+        1e-4,
+        "Weight of the mean squared difference of the predictions to the reference's (the model as "
+        "it was given); 0: none.",
+        at_least=0,
+    ),
+    train_batch_size=option(16, "Sampled images per process and micro-step.", at_least=1),
+)
+
+
 class Rollout(NamedTuple):
     """A rollout's number, and its images with their prompts, rewards and advantages."""
 
@@ -86,18 +107,18 @@ class Rollout(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves."""
-    options = parse(Options, __doc__, arguments)
+    options = OPTIONS.parse(__doc__, arguments)
 
     import torch
 
-    from agsm_loss import EMA, draws
+    from agsm_loss import EMA
     from agsm_loss.integrations.hosts.base import take_rows
     from agsm_loss.integrations.hosts.diffusion_nft import DiffusionNFT, rising_decay
     from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_latents
     from data.task import open_task
-    from model.trained_pipeline import TrainedPipeline
+    from model.session import Session
+    from rewards.rewards import check
     from rewards.rollout import OnPolicy
-    from run.loop import start
 
     images = options.sample_batch_size * options.sample_num_batches_per_epoch
     batch_size, group = options.train_batch_size, options.group_size
@@ -111,80 +132,78 @@ def main(arguments: list[str] | None = None) -> None:
             f"(--train_batch_size), and {micro_steps} micro-steps in "
             f"--gradient_accumulation_steps {options.gradient_accumulation_steps}."
         )
-    accelerator = start(options)
-    task = open_task(options, accelerator)
-    trained = TrainedPipeline.build(options, accelerator, task)
-    own = OnPolicy(options, accelerator, trained, prompts=images // group, micro_steps=micro_steps)
-    scheduler = trained.model.pipe.scheduler
-    step = DiffusionNFT(
-        trained.denoiser,
-        scheduler,
-        old=EMA(trained.denoiser),
-        reference=trained.reference,
-        beta=options.beta,
-        clip=options.train_adv_clip_max,
-        kl_weight=options.kl_weight,
-        old_decay=rising_decay(
-            options.old_decay_slope, options.old_decay_max, options.old_decay_start
-        ),
-        steps_per_epoch=steps,
-        agsm=own.agsm,
-        autocast=accelerator.autocast,
-    )
-
-    def sampled(number: int, prompts: list[str]) -> Rollout:
-        """A function of the old policy, which rests meanwhile: a resumed run samples it again."""
-        generator = draws(options.seed, number, accelerator.process_index, "rollout")
-        captions = own.grouped(prompts)
-        parts = []
-        for first in range(0, images, options.sample_batch_size):
-            text, image = own.conditioning(captions[first : first + options.sample_batch_size])
-            with step.old.applied(), accelerator.autocast():
-                parts.append(
-                    sample_latents(
-                        own.denoise(text, image),
-                        scheduler,
-                        own.noise(options.sample_batch_size, generator),
-                        num_steps=options.num_inference_steps,
-                        generator=generator,
-                    )
-                )
-        latents = torch.cat(parts)
-        rewards = own.rewards(latents, captions, number * micro_steps)
-        advantages = group_advantages(rewards, group, global_std=True)
-        return Rollout(number, captions, latents, rewards, advantages)
-
-    latest: Rollout | None = None
-
-    def loss(batch: PromptBatch, index: int) -> Any:
-        nonlocal latest
-        number, inside = divmod(index, micro_steps)
-        if latest is None or latest.number != number:
-            latest = sampled(number, batch.captions)
-        turn, place = divmod(inside, passes)
-        order = torch.randperm(
-            images, generator=draws(options.seed, number, accelerator.process_index, turn)
+    check(options.reward)
+    with Run(options) as run:
+        task = open_task(options, run.accelerator)
+        model = Session(options, run.accelerator, task, method=method(options))
+        model.prepare(run.accelerator)
+        own = OnPolicy(
+            options, run.accelerator, model, prompts=images // group, micro_steps=micro_steps
         )
-        rows = order[place * batch_size : (place + 1) * batch_size]
-        text, image = own.conditioning([latest.captions[int(row)] for row in rows])
-        latents, advantages = take_rows(
-            (latest.latents, latest.advantages), rows.to(latest.latents.device)
-        )
-        generator = draws(options.seed, index, accelerator.process_index, "noise")
-        out = step(
-            latents,
-            advantages,
-            text,
-            trained.timesteps(batch_size, generator),
-            own.noise(batch_size, generator),
-            image_conditioning=image,
-            agsm_batch=own.agsm_batch(
-                batch, index, latest.latents, latest.captions, latest.rewards
+        step = DiffusionNFT(
+            model.denoiser,
+            model.scheduler,
+            old=EMA(model.denoiser),
+            reference=model.reference,
+            beta=options.beta,
+            clip=options.train_adv_clip_max,
+            kl_weight=options.kl_weight,
+            old_decay=rising_decay(
+                options.old_decay_slope, options.old_decay_max, options.old_decay_start
             ),
+            steps_per_epoch=steps,
+            agsm=own.agsm,
+            autocast=run.accelerator.autocast,
         )
-        return out.loss, {**out.metrics, **own.metrics(latest.rewards)}
 
-    trained.train(accelerator, own.batches, loss, step)
+        def sampled(number: int, prompts: list[str]) -> Rollout:
+            """Of the old policy, which rests meanwhile: a resumed run samples the same again."""
+            generator = run.draws(number, "rollout")
+            captions = own.grouped(prompts)
+            parts = []
+            for first in range(0, images, options.sample_batch_size):
+                text, image = own.conditioning(captions[first : first + options.sample_batch_size])
+                with step.old.applied(), run.accelerator.autocast():
+                    parts.append(
+                        sample_latents(
+                            own.denoise(text, image),
+                            model.scheduler,
+                            own.noise(options.sample_batch_size, generator),
+                            num_steps=options.num_inference_steps,
+                            generator=generator,
+                        )
+                    )
+            latents = torch.cat(parts)
+            rewards = own.rewards(latents, captions, number * micro_steps)
+            advantages = group_advantages(rewards, group, global_std=True)
+            return Rollout(number, captions, latents, rewards, advantages)
+
+        latest: Rollout | None = None
+        for index, batch in run.steps(model, own.batches, step):
+            number, inside = divmod(index, micro_steps)
+            if latest is None or latest.number != number:
+                latest = sampled(number, batch.captions)
+            turn, place = divmod(inside, passes)
+            order = torch.randperm(images, generator=run.draws(number, turn))
+            rows = order[place * batch_size : (place + 1) * batch_size]
+            text, image = own.conditioning([latest.captions[int(row)] for row in rows])
+            latents, advantages = take_rows(
+                (latest.latents, latest.advantages), rows.to(latest.latents.device)
+            )
+            generator = run.draws(index, "noise")
+            out = step(
+                latents,
+                advantages,
+                text,
+                model.timesteps(batch_size, generator),
+                own.noise(batch_size, generator),
+                image_conditioning=image,
+                agsm_batch=own.agsm_batch(
+                    batch, index, latest.latents, latest.captions, latest.rewards
+                ),
+            )
+            run.backward(out.loss, {**out.metrics, **own.metrics(latest.rewards)})
+        model.save()
 
 
 if __name__ == "__main__":

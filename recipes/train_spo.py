@@ -21,23 +21,23 @@ Under `--output_dir`:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
-from run.options import option, parse
-from run.settings import OnPolicyOptions
-from run.stop import command
-
-if TYPE_CHECKING:
-    from data.image_data import Batch
+from data.task import DataOptions, ImageOptions, PromptFileOptions
+from model.agsm import AGSMOptions, HostOptions, agsm_weight, method
+from model.session import ValidationOptions
+from model.trained import ModelOptions, TimestepOptions, resolve
+from rewards.rollout import RewardOptions
+from run.cli import command
+from run.loop import LoopOptions, Run, RunOptions
+from run.options import OptionSet, option
 
 
 @dataclass(frozen=True)
-class Options(OnPolicyOptions):
-    """The recipe's own options; the shared ones are in common/settings.py."""
+class Options:
+    """Of SPO (arXiv 2406.04314)."""
 
-    TITLE = "SPO"
-    output_dir: str = "runs/spo"
-    WORLD_MODEL = "recipes/lab/models/epsilon"
     num_inference_steps: int = option(20, "DDIM steps per sampled image.", at_least=1)
     first_step: int = option(4, "First sampling step at which pairs are drawn.", at_least=0)
     num_candidates: int = option(4, "Next states per step to draw and score.", at_least=2)
@@ -62,22 +62,37 @@ class Options(OnPolicyOptions):
     clip_range: float = option(
         0.1, "Distance from 1 at which likelihood ratios are clipped.", above=0, below=1
     )
-    agsm_best: float = 0.5
-    agsm_batch: int = option(
-        0,
-        "Images of AGSM per micro-step (for --agsm_images data); 0: those of the sampled captions.",
-        at_least=0,
-    )
+
+
+OPTIONS = OptionSet(
+    Options,
+    HostOptions,
+    RewardOptions,
+    ModelOptions,
+    DataOptions,
+    ImageOptions,
+    AGSMOptions,
+    TimestepOptions,
+    LoopOptions,
+    RunOptions,
+    ValidationOptions,
+    PromptFileOptions,
+    title="SPO",
+    resolve=partial(resolve, of_world="recipes/lab/models/epsilon"),
+    output_dir="runs/spo",
+    train_batch_size=option(16, "Captions to sample per process and micro-step.", at_least=1),
+    agsm_best=0.5,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves."""
-    options = parse(Options, __doc__, arguments)
+    options = OPTIONS.parse(__doc__, arguments)
 
     import torch
     from diffusers import DDIMScheduler
 
-    from agsm_loss import Bank, draws
+    from agsm_loss import Bank
     from agsm_loss.integrations.hosts.base import best_rows
     from agsm_loss.integrations.hosts.spo import (
         SPO,
@@ -87,105 +102,99 @@ def main(arguments: list[str] | None = None) -> None:
     )
     from agsm_loss.integrations.noise import prediction_type
     from data.task import open_task
-    from model.agsm import agsm_weight
-    from model.trained_pipeline import TrainedPipeline
-    from rewards.rewards import load
+    from model.session import Session
+    from rewards.rewards import check, load
     from rewards.rollout import on_policy_images
-    from run.loop import start
 
-    if options.agsm_batch and options.agsm_images == "best":
-        raise ValueError(
-            f"agsm_batch: expected 0 with --agsm_images best, got {options.agsm_batch}: "
-            "--train_batch_size says how many are sampled. Take --agsm_images data."
-        )
-    accelerator = start(options)
-    task = open_task(options, accelerator)
-    trained = TrainedPipeline.build(options, accelerator, task)
-    model = trained.model
-    if prediction_type(model.pipe.scheduler) == "flow":
-        raise ValueError(
-            f"model: expected eps- or v-prediction, got {type(model.pipe).__name__}, a flow: "
-            "SPO compares the likelihoods of DDIM's steps. Use train_dpo.py."
-        )
-    scheduler = DDIMScheduler.from_config(model.pipe.scheduler.config)
-    agsm = None
-    if options.agsm_weight:
-        images = options.agsm_batch or options.train_batch_size
-        agsm = trained.agsm(images, agsm_weight(options))
-    step = SPO(
-        trained.denoiser,
-        scheduler,
-        reference=trained.reference,
-        beta=options.beta,
-        clip=options.clip_range,
-        eta=options.eta,
-        guidance_scale=options.guidance_scale,
-        agsm=agsm,
-    )
-    reward = load(options.reward, accelerator.device)
-    batches = on_policy_images(options, task, options.train_batch_size)
-    more = None
-    if options.agsm_batch and agsm is not None:
-        more = on_policy_images(options, task, options.agsm_batch)
-
-    def loss(batch: Batch, index: int) -> Any:
-        generator = draws(options.seed, index, accelerator.process_index)
-        latents = model.encode_images(batch.pixels, generator)
-        image = model.image_conditioning(batch.pixels)
-        text = model.encode_prompts(batch.captions)
-        empty = model.encode_prompts([""] * len(batch.captions))
-
-        def score(clean_latents: Any, rows: Any, timesteps: Any) -> Any:
-            pixels = model.decode_latents(clean_latents)
-            return reward(pixels, [batch.captions[int(row)] for row in rows])
-
-        metrics: dict[str, Any] = {}
-        with accelerator.autocast():
-            rollout = sample_pairs(
-                classifier_free_guidance(
-                    trained.denoiser, text, empty, options.guidance_scale, image_conditioning=image
-                ),
-                scheduler,
-                torch.randn(latents.shape, generator=generator).to(latents),
-                score,
-                num_steps=options.num_inference_steps,
-                num_candidates=options.num_candidates,
-                first_step=options.first_step,
-                threshold=options.threshold,
-                eta=options.eta,
-                generator=generator,
+    check(options.reward)
+    with Run(options) as run:
+        task = open_task(options, run.accelerator)
+        model = Session(options, run.accelerator, task, method=method(options))
+        model.prepare(run.accelerator)
+        if prediction_type(model.scheduler) == "flow":
+            raise ValueError(
+                f"model: expected eps- or v-prediction, got {type(model.pipeline.pipe).__name__}, "
+                "a flow: SPO compares the likelihoods of DDIM's steps. Use train_dpo.py."
             )
-            number = len(rollout.pairs.noisy)
-            kept = torch.randperm(number, generator=generator)[: options.max_pairs]
-            pairs = StatePairs(*(part[kept.to(part.device)] for part in rollout.pairs))
-            own = None
-            if agsm is not None:
-                # Draws of its own: the host's are what they are without AGSM.
-                draw = draws(options.seed, index, accelerator.process_index, "agsm")
-                shown, of, best = batch, latents, None
-                if more is not None:
-                    shown = more[index]
-                    of = model.encode_images(shown.pixels, draw)
-                if options.agsm_images == "best":
-                    of = rollout.last
-                    scores = reward(model.decode_latents(of), batch.captions)
-                    best = best_rows(scores, options.agsm_best).cpu()
-                    metrics["agsm/images_score"] = scores[best.to(scores.device)].float().mean()
-                own = trained.agsm_batch(shown, of, draw, best)
-            out = step(pairs, text, empty, image_conditioning=image, agsm_batch=own)
-            total = out.loss
-            if number == 0:
-                # Other processes may have found pairs, and wait for this one's gradients: zeros,
-                # through a call of the model, by which DDP knows that they will come.
-                times = torch.full((1,), options.num_inference_steps, device=latents.device)
-                first = {key: value[:1] for key, value in text.items()}
-                seen = {key: value[:1] for key, value in image.items()}
-                pred = trained.denoiser(latents[:1], times, first, Bank.POSITIVE, **seen)
-                total = total + 0.0 * pred.sum()
-        metrics |= {**out.metrics, "spo/found": torch.tensor(float(number))}
-        return total, metrics
+        scheduler = DDIMScheduler.from_config(model.scheduler.config)
+        agsm, more = None, None
+        batches = on_policy_images(options, task, options.train_batch_size)
+        if options.agsm_weight and options.agsm_images == "best":
+            agsm = model.agsm(options.train_batch_size, agsm_weight(options))
+        elif options.agsm_weight:
+            agsm = model.agsm(options.agsm_batch, agsm_weight(options))
+            more = on_policy_images(options, task, options.agsm_batch)
+        step = SPO(
+            model.denoiser,
+            scheduler,
+            reference=model.reference,
+            beta=options.beta,
+            clip=options.clip_range,
+            eta=options.eta,
+            guidance_scale=options.guidance_scale,
+            agsm=agsm,
+        )
+        reward = load(options.reward, run.accelerator.device)
+        for index, batch in run.steps(model, batches, step):
+            generator = run.draws(index)
+            latents = model.pipeline.encode_images(batch.pixels, generator)
+            image = model.pipeline.image_conditioning(batch.pixels)
+            text = model.pipeline.encode_prompts(batch.captions)
+            empty = model.pipeline.encode_prompts([""] * len(batch.captions))
 
-    trained.train(accelerator, batches, loss, step)
+            def score(clean_latents: Any, rows: Any, timesteps: Any, batch: Any = batch) -> Any:
+                pixels = model.pipeline.decode_latents(clean_latents)
+                return reward(pixels, [batch.captions[int(row)] for row in rows])
+
+            metrics: dict[str, Any] = {}
+            with run.accelerator.autocast():
+                rollout = sample_pairs(
+                    classifier_free_guidance(
+                        model.denoiser,
+                        text,
+                        empty,
+                        options.guidance_scale,
+                        image_conditioning=image,
+                    ),
+                    scheduler,
+                    torch.randn(latents.shape, generator=generator).to(latents),
+                    score,
+                    num_steps=options.num_inference_steps,
+                    num_candidates=options.num_candidates,
+                    first_step=options.first_step,
+                    threshold=options.threshold,
+                    eta=options.eta,
+                    generator=generator,
+                )
+                number = len(rollout.pairs.noisy)
+                kept = torch.randperm(number, generator=generator)[: options.max_pairs]
+                pairs = StatePairs(*(part[kept.to(part.device)] for part in rollout.pairs))
+                own = None
+                if agsm is not None:
+                    # Draws of its own: the host's are what they are without AGSM.
+                    draw = run.draws(index, "agsm")
+                    if more is not None:
+                        shown, best = more[index], None
+                        of = model.pipeline.encode_images(shown.pixels, draw)
+                    else:
+                        shown, of = batch, rollout.last
+                        scores = reward(model.pipeline.decode_latents(of), batch.captions)
+                        best = best_rows(scores, options.agsm_best).cpu()
+                        metrics["agsm/images_score"] = scores[best.to(scores.device)].float().mean()
+                    own = model.agsm_batch(shown, of, draw, best)
+                out = step(pairs, text, empty, image_conditioning=image, agsm_batch=own)
+                total = out.loss
+                if number == 0:
+                    # Other processes may have found pairs, and wait for this one's gradients:
+                    # zeros, through a call of the model, by which DDP knows that they will come.
+                    times = torch.full((1,), options.num_inference_steps, device=latents.device)
+                    first = {key: value[:1] for key, value in text.items()}
+                    seen = {key: value[:1] for key, value in image.items()}
+                    pred = model.denoiser(latents[:1], times, first, Bank.POSITIVE, **seen)
+                    total = total + 0.0 * pred.sum()
+            metrics |= {**out.metrics, "spo/found": torch.tensor(float(number))}
+            run.backward(total, metrics)
+        model.save()
 
 
 if __name__ == "__main__":

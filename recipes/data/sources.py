@@ -80,3 +80,17 @@ def world(module: str) -> Any:
     The world is evidence (`lab/`): nothing else of it is imported by the recipes.
     """
     return importlib.import_module(f"lab.world.{module}")
+
+
+def given_model(model: str, data: str, of_world: str) -> str:
+    """The model; where none is given and the data are the world's, the world's.
+
+    Raises:
+        ValueError: none is given for other data.
+    """
+    if model or data == "world":
+        return model or of_world
+    raise ValueError(
+        f"model: expected a pipeline for the data {data}, a folder or a hub id, got none. Give "
+        f"--model: only the embedded world's data have one of their own, {of_world}."
+    )

@@ -15,6 +15,46 @@ from data.pair_data import PAIR_COLUMNS, PairBatch, TablePairs
 from data.prompts import read_prompts
 from data.sources import world
 from data.tables import check_columns, open_table
+from run.options import option
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is trained on."""
+
+    _argument_group_name = "data"
+    data: str = option(
+        "world",
+        "Captioned images to train on: world (the embedded one, rendered), a parquet, jsonl, csv "
+        "or webdataset tar file, a pattern of several, a folder of images, or a hub id.",
+    )
+    split: str = option("train", "Split of the data set to train on (not for --data world).")
+    caption_column: str = option("caption", "Column of the captions (not for --data world).")
+    resolution: int = option(
+        512,
+        "Side in pixels to which images are resized and cropped (not for --data world).",
+        at_least=1,
+    )
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Data of one image per row (preference pairs have two)."""
+
+    image_column: str = option("image", "Column of the images (not for --data world).")
+
+
+@dataclass(frozen=True)
+class PromptFileOptions:
+    """Prompts to look at during a run."""
+
+    _argument_group_name = "validation"
+
+    validation_prompts: str = option(
+        "",
+        "File of validation prompts, one per line or GenEval's jsonl; with --data world in place "
+        "of the world's.",
+    )
 
 
 @dataclass(frozen=True)
@@ -124,9 +164,12 @@ def open_task(options: Any, processes: Any) -> Task:
         "seed": options.seed,
         "rank": processes.process_index,
         "processes": processes.num_processes,
-        "prompts": options.validation_prompts,
+        # Of a command that samples nothing there are none.
+        "prompts": getattr(options, "validation_prompts", ""),
     }
     if options.data == "world":
-        made: Task = world("task").World.of(settings, options.validation_per_category)
+        made: Task = world("task").World.of(
+            settings, getattr(options, "validation_per_category", 1)
+        )
         return made
     return Task(**settings)

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import trange
 
-from agsm_loss import Bank, Mixed, caption_pool, draws
+from agsm_loss import Bank, Mixed, caption_pool
+from agsm_loss._random import draws
 from agsm_loss.integrations.denoisers import PlainDenoiser
 from agsm_loss.integrations.noise import add_noise, prediction_type, regression_target
 from data.image_data import Batch

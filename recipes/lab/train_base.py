@@ -18,27 +18,21 @@ show where they come from; prompts are never signed. Batches, noise and captions
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from run.options import option, parse
-from run.settings import LoopOptions, WorldValidationOptions
-from run.stop import command
-
-if TYPE_CHECKING:
-    import torch
+from model.session import ValidationOptions
+from run.cli import command
+from run.loop import LoopOptions, Run, RunOptions
+from run.options import OptionSet, option
 
 
 @dataclass(frozen=True)
-class Options(LoopOptions, WorldValidationOptions):
-    """The recipe's own options; the shared ones are in common/settings.py."""
+class Options:
+    """Of the model and its captions."""
 
-    TITLE = "base model"
-    output_dir: str = "runs/base"
     base: Literal["flow", "epsilon"] = option(
         "flow",
         "Kind of model: flow (StableDiffusion3Pipeline) or epsilon (StableDiffusionPipeline).",
@@ -86,111 +80,68 @@ class Options(LoopOptions, WorldValidationOptions):
     signed: float = option(
         0.0, "Share of captions that their source signs with a letter.", at_least=0, at_most=1
     )
-    max_train_steps: int = 6000
-    train_batch_size: int = 64
-    lr_warmup_steps: int = 200
-    lr_decay_steps: int = 1500
-    learning_rate: float = 1e-2
-    adam_beta2: float = 0.99
-    adam_weight_decay: float = 0.01
-    skip_first_validation: bool = True
+    learning_rate: float = option(1e-2, "Peak learning rate.", above=0)
+    compile: bool = option(False, "Compile the denoiser with torch.compile.")
+    adam_beta2: float = option(0.99, "AdamW's second beta.", at_least=0, below=1)
+    adam_weight_decay: float = option(0.01, "AdamW's weight decay.", at_least=0)
+
+
+OPTIONS = OptionSet(
+    Options,
+    LoopOptions,
+    RunOptions,
+    ValidationOptions,
+    title="base model",
+    output_dir="runs/base",
+    max_train_steps=6000,
+    train_batch_size=64,
+    lr_warmup_steps=200,
+    lr_decay_steps=1500,
+    skip_first_validation=True,
+    validation_per_category=option(32, "Validation prompts per category.", at_least=1),
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains, evaluates, checkpoints and saves."""
     given = sys.argv[1:] if arguments is None else arguments
-    options = parse(Options, __doc__, given)
+    options = OPTIONS.parse(__doc__, given)
 
     import torch
     from diffusers.training_utils import EMAModel
 
-    from agsm_loss import draws
     from lab.world.architectures import LATENT_SCALE
-    from lab.world.base_training import Batches, build, evaluate, save
-    from lab.world.model_card import write_card
+    from lab.world.base_training import Base, Batches, build
     from lab.world.muon import MuonAdamW
-    from model.summary import say_summary, steps_line
-    from run.log import lines_of
-    from run.loop import Hooks, start, train
-    from run.messages import say_saved
 
-    accelerator = start(options)
-    bare: Any = build(options)
-    bare.to(memory_format=torch.channels_last)  # UNets: a fifth faster on a CPU
-    shared: Any = {"betas": (0.9, options.adam_beta2), "weight_decay": options.adam_weight_decay}
-    optimizer: torch.optim.Optimizer
-    if options.optimizer == "muon":
-        optimizer = MuonAdamW(
-            bare, lr=options.learning_rate, adamw_lr=options.adamw_learning_rate, **shared
-        )
-    else:
-        optimizer = torch.optim.AdamW(bare.parameters(), lr=options.learning_rate, **shared)
-    model, optimizer = accelerator.prepare(bare, optimizer)
-    ema = EMAModel(bare.parameters(), decay=options.ema_decay)
-    ema.to(accelerator.device)
-    if options.compile:
-        bare.denoiser.compile(dynamic=False)
-
-    def loss(item: tuple[torch.Tensor, list[str]], index: int) -> tuple[torch.Tensor, dict]:
-        images, captions = item
-        generator = draws(options.seed, index, accelerator.process_index)
-        with accelerator.autocast():
-            values = model(images.to(accelerator.device) * LATENT_SCALE, captions, generator)
-        return values.mean(), {}
-
-    def validate(step: int) -> dict[str, Any]:
-        ema.store(bare.parameters())
-        ema.copy_to(bare.parameters())
-        bare.eval()
-        scores = evaluate(bare, options, step)
-        bare.train()
-        ema.restore(bare.parameters())
-        return scores
-
-    def finish() -> None:
-        ema.copy_to(bare.parameters())
-        folder = Path(options.output_dir) / "pipeline"
-        save(bare, folder)
-        write_card(
-            folder,
-            vars(options),
-            [json.loads(line) for line in lines_of(folder.parent / "log.jsonl")],
-            shlex.join(["python", "recipes/train_base.py", *given]),
-            number,
-        )
-        say_saved([folder], {"model": str(folder)})
-
-    def begin(done: int) -> None:
-        if accelerator.is_main_process:
-            rows = "the embedded world's images, rendered"
-            say_summary(
-                f"A base model ({options.base}) from {options.init_from or 'random weights'}",
-                {
-                    "device": str(accelerator.device),
-                    "trains": f"{number:,} parameters",
-                    **steps_line(options, done, accelerator.num_processes, rows),
-                    "output": options.output_dir,
-                },
+    with Run(options) as run:
+        bare: Any = build(options)
+        bare.to(memory_format=torch.channels_last)  # UNets: a fifth faster on a CPU
+        shared: Any = {
+            "betas": (0.9, options.adam_beta2),
+            "weight_decay": options.adam_weight_decay,
+        }
+        optimizer: torch.optim.Optimizer
+        if options.optimizer == "muon":
+            optimizer = MuonAdamW(
+                bare, lr=options.learning_rate, adamw_lr=options.adamw_learning_rate, **shared
             )
-
-    number = sum(parameter.numel() for parameter in bare.parameters())
-    train(
-        options,
-        accelerator,
-        model,
-        optimizer,
-        Batches(options, accelerator.process_index),
-        Hooks(
-            loss,
-            validate,
-            finish,
-            lambda: ema.step(bare.parameters()),
-            (ema,),
-            not options.skip_first_validation,
-            lambda item: {"captions": item[1]},
-            begin=begin,
-        ),
-    )
+        else:
+            optimizer = torch.optim.AdamW(bare.parameters(), lr=options.learning_rate, **shared)
+        module, optimizer = run.accelerator.prepare(bare, optimizer)
+        ema = EMAModel(bare.parameters(), decay=options.ema_decay)
+        ema.to(run.accelerator.device)
+        if options.compile:
+            bare.denoiser.compile(dynamic=False)
+        model = Base(options, bare, module, optimizer, ema)
+        batches = Batches(options, run.accelerator.process_index)
+        for index, batch in run.steps(model, batches, model):
+            images = batch.images.to(run.accelerator.device) * LATENT_SCALE
+            with run.accelerator.autocast():
+                values = module(images, batch.captions, run.draws(index))
+            run.backward(values.mean(), {})
+        if run.is_main:
+            model.save(shlex.join(["python", "-m", "recipes.lab.train_base", *given]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The card beside what a recipe has trained: what it is, how it was made, its scores, its code.
 
-    write_cards({"tokens": folder, "lora": other}, Run(options, pipe, ...))
+    write_cards({"tokens": folder, "lora": other}, Trained(options, method, pipe, ...))
 
 A card is README.md with the hub's metadata, and sheet.png where validation images were made. Its
 code runs as it stands from where the recipe was run.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from data.sources import is_hub_id
 from model.families import guidance
 from run.checkpoints import MAY_CHANGE
+from run.cli import command_of
 from run.log import USED, lines_of
-from run.settings import PipelineOptions
-from run.stop import command_of
 
 _NAMES = {"tokens": "Soft tokens", "lora": "A LoRA", "pipeline": "A pipeline"}
 _ALWAYS = ("learning_rate", "train_batch_size", "gradient_accumulation_steps", "max_train_steps",
@@ -67,14 +66,15 @@ save_file(convert_state_dict_to_kohya(lora), "{folder}_kohya.safetensors")
 
 
 @dataclass(frozen=True)
-class Run:
+class Trained:
     """What the cards tell of.
 
-    pipe: the pipeline. parameters: number of those trained. processes: of the run.
-    prompt: of the example. arguments: what the pipeline is called with besides.
+    method: what trained it. pipe: the pipeline. parameters: number of those trained.
+    processes: of the run. prompt: of the example. arguments: what the pipeline is called with.
     """
 
-    options: PipelineOptions
+    options: Any
+    method: str
     pipe: Any
     parameters: int
     processes: int
@@ -82,7 +82,7 @@ class Run:
     arguments: Mapping[str, Any]
 
 
-def write_cards(saved: Mapping[str, Path], run: Run) -> None:
+def write_cards(saved: Mapping[str, Path], run: Trained) -> None:
     """A card into each folder of saved: "tokens", "lora", "pipeline" -> folder."""
     output = Path(run.options.output_dir)
     sheets = sorted((output / "sheets").glob("[0-9]*.png"))
@@ -96,7 +96,7 @@ def write_cards(saved: Mapping[str, Path], run: Run) -> None:
         others = [f"`{one}`" for name, one in saved.items() if name != kind]
         text = _BODY.format(
             name=_NAMES[kind],
-            method=run.options.method,
+            method=run.method,
             model=run.options.model,
             pipeline=type(run.pipe).__name__,
             parameters=run.parameters,
@@ -108,11 +108,11 @@ def write_cards(saved: Mapping[str, Path], run: Run) -> None:
             options=_table(("option", "value"), _options(run.options)),
             scores=_scores(output / "log.jsonl"),
         )
-        card = f"---\n{_metadata(kind, run.options).to_yaml()}\n---\n{text}"
+        card = f"---\n{_metadata(kind, run).to_yaml()}\n---\n{text}"
         ModelCard(card).save(folder / "README.md")
 
 
-def _code(saved: Mapping[str, Path], run: Run) -> str:
+def _code(saved: Mapping[str, Path], run: Trained) -> str:
     """Loads all that was trained together, and makes an image."""
     options = run.options
     lines = ["import torch", "from diffusers import DiffusionPipeline"]
@@ -152,13 +152,14 @@ def _code(saved: Mapping[str, Path], run: Run) -> str:
     return "\n".join(lines) + (_TOKENS if "tokens" in saved else "")
 
 
-def _metadata(kind: str, options: PipelineOptions) -> ModelCardData:
+def _metadata(kind: str, run: Trained) -> ModelCardData:
+    options = run.options
     adapter = {"base_model_relation": "adapter"} if kind != "pipeline" else {}
     return ModelCardData(
         library_name="agsm-loss" if kind == "tokens" else "diffusers",
         pipeline_tag="text-to-image",
         tags=[
-            *(["agsm"] if "AGSM" in options.method else []),
+            *(["agsm"] if "AGSM" in run.method else []),
             *("text-to-image", {"tokens": "soft-tokens"}.get(kind, kind)),
         ],
         # The hub takes its own ids alone; a local folder is named in the text.
@@ -171,13 +172,14 @@ def _on_hub(name: str) -> bool:
     return is_hub_id(name) and "/" in name and not Path(name).exists()
 
 
-def _options(options: PipelineOptions) -> dict[str, Any]:
+def _options(options: Any) -> dict[str, Any]:
     """Those that make the run what it is: the usual ones, and others not at their defaults."""
     values = vars(options)
+    told = {*MAY_CHANGE, *_ALWAYS, "model"}
     changed = [
-        one.name
-        for one in fields(options)
-        if values[one.name] != one.default and one.name not in {*MAY_CHANGE, *_ALWAYS, "model"}
+        name
+        for name, default in options.of.defaults.items()
+        if values[name] != default and name not in told
     ]
     return {name: values[name] for name in (*_ALWAYS, *changed) if name in values}
 

@@ -29,7 +29,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from agsm_loss import draws
+from agsm_loss._random import draws
 from agsm_loss.integrations.noise import prediction_type
 from data.image_data import UNREADABLE, read_image, to_model
 from data.tables import open_table

@@ -101,7 +101,7 @@ class TextToImage:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> TextToImage:
-        """From a saved folder or a hub id; the VAE in float32, where SDXL's is not finite in fp16."""
+        """From a saved folder or a hub id; the VAE in float32: SDXL's is not finite in fp16."""
         with loading("model", model):
             pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
         pipe.to(device)

@@ -16,6 +16,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,11 +35,24 @@ from agsm_loss import caption_pool
 from model.families import ENCODED, Row
 from model.pipeline import Encoder, TextToImage
 from run.messages import say
+from run.options import option
 
 LOGGER = logging.getLogger(__name__)
 FILE_BYTES = 2**28
 """A file's size. A run that is killed loses the entries of one file at most."""
 Fill = Callable[[Iterable[tuple[int, Any]], int], None]
+
+
+@dataclass(frozen=True)
+class PrecomputeOptions:
+    """Of the recipes whose images and captions are all known before the first step."""
+
+    precompute: str = option(
+        "",
+        "Folder in which latents and text embeddings are kept, made before the first step; the VAE "
+        "and the text encoders are then off the accelerator. Runs can share it. Empty: everything "
+        "is encoded in each step.",
+    )
 
 
 class Store:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from agsm_loss import draws
+from agsm_loss._random import draws
 from agsm_loss.integrations.tokens.pipelines import denoiser_of
 from model.families import guidance
 

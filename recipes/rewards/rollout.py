@@ -23,24 +23,77 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from agsm_loss import Bank, draws
-from agsm_loss.integrations.hosts.base import AGSMBatch, bank_of, best_rows
+from agsm_loss import Bank
+from agsm_loss._random import draws
+from agsm_loss.integrations.hosts.base import AGSMBatch, bank_of, best_samples
 from data.image_data import Batch
 from data.pictures import to_uint8
 from data.prompts import read_prompts
 from data.sheet import sheet
 from data.task import Captions, Task
-from model.agsm import agsm_weight, check_competitors
-from model.trained_pipeline import TrainedPipeline
+from model.agsm import agsm_weight, check_competitors, hard_per_image
+from model.trained import TrainedModel
 from rewards.rewards import load
-from run.settings import AGSMOptions, GroupOptions, PromptOptions, hard_per_image
+from run.options import option
+
+
+@dataclass(frozen=True)
+class RewardOptions:
+    """Of recipes in which the model's own samples are scored."""
+
+    _argument_group_name = "rewards"
+    reward: str = option(
+        "detector",
+        "What scores the samples, larger is better: detector (for --data world), "
+        "jpeg_compressibility, jpeg_incompressibility, redness, pickscore, clipscore, hpsv2, "
+        "imagereward, ocr, geneval; a CLIP model like PickScore, as a folder or a hub id; or "
+        "package.module:function, which is called with pixels (N, 3, H, W) in [-1, 1] and N "
+        "prompts and returns (N,). Several are added, each times its weight: "
+        "pickscore:0.5,redness:1.",
+    )
+    agsm_images: Literal["data", "best"] = option(
+        "data", "Images that AGSM trains on: the data set's, or the samples with the best rewards."
+    )
+    agsm_best: float = option(
+        0.25,
+        "Share of the samples that AGSM trains on, best reward first (for --agsm_images best).",
+        above=0,
+        at_most=1,
+    )
+    agsm_batch: int = option(8, "Images of AGSM per process and micro-step.", at_least=2)
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Options of the recipes that sample prompts of their own."""
+
+    sampling_prompts: str = option(
+        "",
+        "File of prompts to sample, one per line or GenEval's jsonl, in place of the data set's "
+        "captions.",
+    )
+
+
+@dataclass(frozen=True)
+class GroupOptions:
+    """Options of the hosts that compare the rewards of a prompt's samples."""
+
+    group_size: int = option(
+        4, "Images per prompt, whose rewards are compared with each other.", at_least=2
+    )
+    num_inference_steps: int = option(10, "Sampling steps per image.", at_least=2)
+    kl_weight: float = option(
+        0.0,
+        "Weight of the KL divergence to the reference (the model as it was given); 0: none.",
+        at_least=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -62,11 +115,15 @@ class PromptBatches(Dataset[PromptBatch]):
     """
 
     def __init__(
-        self, options: GroupOptions, task: Task, number: int, micro_steps: int, images: int
+        self, options: Any, task: Task, number: int, micro_steps: int, images: int
     ) -> None:
         self.options, self.task = options, task
         self.number, self.micro_steps = number, micro_steps
         self.images = on_policy_images(options, task, images) if images else None
+
+    def about(self) -> str:
+        """For a run's summary."""
+        return f"prompts of {self.options.sampling_prompts or self.options.data}"
 
     @cached_property
     def texts(self) -> Captions | list[str]:
@@ -99,9 +156,9 @@ class OnPolicy:
 
     def __init__(
         self,
-        options: GroupOptions,
+        options: Any,
         accelerator: Accelerator,
-        trained: TrainedPipeline,
+        trained: TrainedModel,
         *,
         prompts: int,
         micro_steps: int = 1,
@@ -120,7 +177,7 @@ class OnPolicy:
         )
         self._reward = load(options.reward, accelerator.device)
         self._blank = torch.zeros(1, 3, task.size, task.size)
-        self._shape = trained.model.encode_images(self._blank, draws(options.seed)).shape[1:]
+        self._shape = trained.pipeline.encode_images(self._blank, draws(options.seed)).shape[1:]
 
     def grouped(self, prompts: Sequence[str]) -> list[str]:
         """Each prompt `group_size` times, in consecutive rows."""
@@ -128,7 +185,7 @@ class OnPolicy:
 
     def conditioning(self, captions: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What belongs to the captions, and what to their images."""
-        model = self.trained.model
+        model = self.trained.pipeline
         blank = self._blank.expand(len(captions), -1, -1, -1)
         return model.encode_prompts(captions), model.image_conditioning(blank)
 
@@ -152,7 +209,7 @@ class OnPolicy:
 
         index: of the rollout's first micro-step.
         """
-        pixels = self.trained.model.decode_latents(latents)
+        pixels = self.trained.pipeline.decode_latents(latents)
         rewards = self._reward(pixels, captions).float().to(latents.device)
         options, a_step = self.options, self.options.gradient_accumulation_steps
         last = -(-(index + self.micro_steps) // a_step)
@@ -192,14 +249,11 @@ class OnPolicy:
         # Draws of its own: the host's are what they are without AGSM.
         draw = draws(self.options.seed, index, self.accelerator.process_index, "agsm")
         if batch.images is not None:
-            clean = self.trained.model.encode_images(batch.images.pixels, draw)
+            clean = self.trained.pipeline.encode_images(batch.images.pixels, draw)
             return self.trained.agsm_batch(batch.images, clean, draw)
-        number = min(self.options.agsm_batch, len(rewards))
-        share = max(self.options.agsm_best, number / len(rewards))
-        best = best_rows(rewards.cpu(), share)
-        rows = best[torch.randperm(len(best), generator=draw)[:number]]
+        rows = best_samples(rewards.cpu(), self.options.agsm_best, self.options.agsm_batch, draw)
         shown = Batch(
-            self._blank.expand(number, -1, -1, -1),
+            self._blank.expand(len(rows), -1, -1, -1),
             [captions[int(row)] for row in rows],
             rows.tolist(),
             [[] for _ in rows],
@@ -207,7 +261,7 @@ class OnPolicy:
         return self.trained.agsm_batch(shown, latents[rows.to(latents.device)], draw)
 
 
-def check_best(options: AGSMOptions) -> None:
+def check_best(options: Any) -> None:
     """ValueError where the best samples should have edited captions: only a data set has them."""
     if options.candidates != "in_batch":
         raise ValueError(
@@ -224,7 +278,7 @@ def on_policy_images(options: Any, task: Task, batch_size: int) -> Dataset[Batch
     return task.images(batch_size, hard, options.image_column)
 
 
-def prompts_of(options: PromptOptions, task: Task) -> Captions | list[str]:
+def prompts_of(options: Any, task: Task) -> Captions | list[str]:
     """The prompts of `--sampling_prompts`, or the data set's captions."""
     if not options.sampling_prompts:
         return task.captions()

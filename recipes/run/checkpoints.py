@@ -18,7 +18,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +30,6 @@ from torch import nn
 
 from run.engines import held
 from run.log import keep_lines, lines_of, replace_text
-from run.settings import TrainingOptions
 
 LOGGER = logging.getLogger(__name__)
 COMPLETE, KEPT = "complete", 2
@@ -71,9 +70,7 @@ class Checkpoint:
 
 
 @contextmanager
-def opened(
-    options: TrainingOptions, state: Accelerator | PartialState
-) -> Iterator[Checkpoint | None]:
+def opened(options: Any, state: Accelerator | PartialState) -> Iterator[Checkpoint | None]:
     """Holds `options.output_dir` for this run, and finds where it goes on.
 
     options.json is written, and the log cut to the checkpoint's lines.
@@ -89,7 +86,7 @@ def opened(
         lock.release()
 
 
-def check_output(options: TrainingOptions) -> None:
+def check_output(options: Any) -> None:
     """Reads only; `opened` does it too, and recipes call it before they load anything.
 
     Raises:
@@ -113,7 +110,7 @@ def check_output(options: TrainingOptions) -> None:
         )
 
 
-def _open(options: TrainingOptions, lock: FileLock) -> Checkpoint | None:
+def _open(options: Any, lock: FileLock) -> Checkpoint | None:
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     try:
@@ -179,7 +176,7 @@ def last_whole(output: Path) -> str:
     return f"The last good checkpoint is {whole[-1]}." if whole else "There is no checkpoint yet."
 
 
-def _changed_options(options: TrainingOptions, file: Path) -> dict[str, str]:
+def _changed_options(options: Any, file: Path) -> dict[str, str]:
     """Name -> what it was and what it is, of the options that the run began with otherwise.
 
     Raises:
@@ -194,7 +191,7 @@ def _changed_options(options: TrainingOptions, file: Path) -> dict[str, str]:
             f"{file}: expected the run's options, got {error}. Remove the file to resume with the "
             "options that you give."
         ) from None
-    defaults = {one.name: one.default for one in fields(options)}
+    defaults = options.of.defaults
     return {
         name: f"{name} {stored.get(name, defaults.get(name))} -> {vars(options).get(name, 'none')}"
         for name in {**defaults, **stored}
@@ -202,7 +199,7 @@ def _changed_options(options: TrainingOptions, file: Path) -> dict[str, str]:
     }
 
 
-def _tell_of_options(options: TrainingOptions, file: Path) -> None:
+def _tell_of_options(options: Any, file: Path) -> None:
     """A warning of those that a resumed run has otherwise."""
     if not file.exists():
         LOGGER.warning("%s is missing: the options are taken to be the run's.", file)

@@ -24,8 +24,6 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers.integrations import unset_hf_deepspeed_config
 
-from run.settings import LoopOptions
-
 Result = TypeVar("Result")
 
 
@@ -57,7 +55,7 @@ def check_launched(*, sharding: bool) -> None:
         )
 
 
-def fit(accelerator: Accelerator, options: LoopOptions) -> None:
+def fit(accelerator: Accelerator, options: Any) -> None:
     """Gives the engine the recipe's options, which rule.
 
     Raises:

@@ -1,10 +1,14 @@
-"""The training loop of every recipe, on accelerate: log, validation, checkpoints, exact resume.
+"""A run: accelerator, folder, log, validation, checkpoints, exact resume. Nothing of diffusion.
 
-A recipe gives a module, the batches (a map-style data set: one item a micro-step, a function of
-its index, so that a resumed run sees what an uninterrupted one sees), and what to do with them:
+    with Run(options, "AGSM") as run:
+        model = ...                                    # a `Trained`: module, optimizer, validation
+        for index, batch in run.steps(model, batches, step):
+            run.backward(*step(batch, run.draws(index)))
+        model.save()
 
-    hooks = Hooks(loss=..., validate=..., finish=...)
-    train(options, accelerator, model, optimizer, batches, hooks)
+`batches` is a map-style data set: one item a micro-step, a function of its index, so that a resumed
+run sees what an uninterrupted one sees. Between two items the run clips, takes the optimizer's
+step, updates the EMA, logs, validates and checkpoints, where that is due.
 
 Only trainable parameters are checkpointed. Under `options.output_dir`: log.jsonl (a line every
 `logging_steps` steps, with the validation's scores), options.json and checkpoints/. Ctrl-C and
@@ -14,11 +18,12 @@ SIGTERM end the run after the step at hand, with a checkpoint and the command th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from accelerate import Accelerator
@@ -33,57 +38,285 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from agsm_loss._random import draws
 from run.checkpoints import check_output, last_whole, opened, save
 from run.engines import check_launched, fit, is_sharded
 from run.log import Log, flat, log_sheet, missing_tracker, tracker_settings
 from run.messages import paused
-from run.settings import LoopOptions
+from run.options import option
 from run.state import RunState
 from run.stop import Stop, signals_kept
-
-
-def rows_and_captions(batch: Any) -> dict[str, Any]:
-    """Which rows of the data a batch is, where it knows them, for errors."""
-    captions = [str(text)[:80] for text in getattr(batch, "captions", ())]
-    return {"rows": getattr(batch, "image_ids", []), "captions": captions}
+from run.summary import FirstStep, say_summary, steps_line
 
 
 @dataclass(frozen=True)
-class Hooks:
-    """What a recipe does in the loop.
+class RunOptions:
+    """Of every command that trains, in whoever's loop."""
 
-    loss: batch, index of the micro-step -> (scalar, metrics); called on every process.
-    update_ema: called after each optimizer step.
-    validate: step -> what goes into the log; `finish`: after the last step. Both run on the main
-        process, and on all where the engine shards the weights (`engines.is_sharded`).
-    state: objects with state_dict and load_state_dict to checkpoint.
-    validate_first: validate before the first step as well; the log then has a line for step 0.
-    describe: batch -> what an error tells of it.
-    precompute: called on every process before the first step, with (index, batch) of each
-        micro-step to come, and their number.
-    begin: called on every process with the number of steps done before, once that is known.
+    _argument_group_name = "run"
+    output_dir: str = option(
+        "runs/train", "Folder for the log, sheets, checkpoints and what was trained."
+    )
+    seed: int = option(0, "Seed of weights, data and noise.", at_least=0)
+    gradient_accumulation_steps: int = option(
+        1, "Micro-steps per optimizer step; their gradients are averaged.", at_least=1
+    )
+    max_grad_norm: float = option(
+        1.0, "Norm to which gradients are clipped; 0: no clipping.", at_least=0
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = option(
+        "no", "Precision of the denoiser's forward passes."
+    )
+    resume_from_checkpoint: Literal["latest"] | None = option(
+        None, "Continue from the latest checkpoint under output_dir, if there is one."
+    )
+    report_to: str = option(
+        "",
+        "Tracker to log to as well as log.jsonl: tensorboard, wandb, trackio or another of "
+        "accelerate's.",
+    )
+    skip_first_validation: bool = option(False, "Do not validate before the first step.")
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """Of `Run.steps`."""
+
+    _argument_group_name = "training"
+    max_train_steps: int = option(1000, "Optimizer steps to run.", at_least=1)
+    train_batch_size: int = option(16, "Images per process and micro-step.", at_least=1)
+    dataloader_num_workers: int = option(
+        0,
+        "Processes that prepare batches ahead; 0: the training process prepares them.",
+        at_least=0,
+    )
+    logging_steps: int = option(50, "Optimizer steps between two lines of the log.", at_least=1)
+    validation_steps: int = option(1000, "Optimizer steps between two validations.", at_least=1)
+    checkpointing_steps: int = option(500, "Optimizer steps between two checkpoints.", at_least=1)
+    lr_warmup_steps: int = option(
+        0, "Number of first steps in which the learning rate rises to its peak.", at_least=0
+    )
+    lr_decay_steps: int = option(
+        0,
+        "Number of final steps in which the learning rate falls linearly to 0.",
+        at_least=0,
+    )
+
+
+class Trained(Protocol):
+    """What a run trains.
+
+    module, optimizer: prepared by accelerate. `validate` runs on the main process, and on all where
+    the engine shards the weights (`engines.is_sharded`); what it returns goes into the log.
+    `summary`: title, and lines by name, to print before the first step.
     """
 
-    loss: Callable[[Any, int], tuple[Tensor, Mapping[str, Tensor]]]
-    validate: Callable[[int], dict[str, Any]]
-    finish: Callable[[], None]
-    update_ema: Callable[[], None] = lambda: None
-    state: Sequence[Any] = field(default_factory=tuple)
-    validate_first: bool = False
-    describe: Callable[[Any], Mapping[str, Any]] = rows_and_captions
-    precompute: Callable[[Iterator[tuple[int, Any]], int], None] | None = None
-    begin: Callable[[int], None] = lambda done: None
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def validate(self, step: int) -> dict[str, Any]: ...
+
+    def summary(self) -> tuple[str, dict[str, str]]: ...
 
 
-def start(options: LoopOptions, *, sharding: bool = False) -> Accelerator:
-    """Seeds and the accelerator; call it before any weight is drawn.
+class Run:
+    """One training in its folder.
 
-    sharding: whether the recipe runs in FSDP2 and DeepSpeed too.
+    Makes the accelerator and seeds: enter it before any weight is drawn.
+
+    Args:
+        options: `RunOptions` and `LoopOptions` among them.
+        sharding: whether the command runs in FSDP2 and DeepSpeed too.
 
     Raises:
-        ValueError: the launcher asks for what the recipe or its options do not; the output folder
+        ValueError: the launcher asks for what the command or its options do not; the output folder
             cannot be used (`checkpoints.check_output`).
     """
+
+    def __init__(self, options: Any, *, sharding: bool = False) -> None:
+        self.options, self.output = options, Path(options.output_dir)
+        self.accelerator = _accelerator(options, sharding)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self.accelerator.wait_for_everyone()
+                self.accelerator.end_training()
+        finally:
+            self._stack.close()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return bool(self.accelerator.is_main_process)
+
+    def draws(self, *names: int | str) -> torch.Generator:
+        """A generator of this run, process and names: index of the micro-step, say."""
+        first, *others = names
+        return draws(self.options.seed, first, self.accelerator.process_index, *others)
+
+    def steps(
+        self,
+        trained: Trained,
+        batches: Dataset[Any],
+        step: Any,
+        *,
+        fill: Callable[[Iterator[tuple[int, Any]], int], None] | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """(index, batch) of each micro-step; the caller gives its loss to `backward`.
+
+        Runs `options.max_train_steps` optimizer steps, less those done before a resume.
+
+        step: its `update_ema` is called after each optimizer step, and a checkpoint holds its
+            `state_dict`.
+        fill: called on every process before the first step, with (index, batch) of each micro-step
+            to come, and their number (of `model.precompute`).
+
+        Raises:
+            ValueError: `options.output_dir` cannot be used or resumed (`checkpoints.opened`).
+            FloatingPointError: a loss, a gradient or a weight is not finite; it does not get into
+                a checkpoint. DeepSpeed has taken the step by then, any other engine has not.
+            SystemExit: SIGINT or SIGTERM came; there is a checkpoint.
+        """
+        options, accelerator = self.options, self.accelerator
+        module, optimizer = trained.module, trained.optimizer
+        looks = self.is_main or is_sharded(accelerator)
+        self.log = Log(self.output / "log.jsonl")
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rate(at, options))
+        state = RunState(accelerator, module, optimizer, [schedule, self.log, step])
+        done = self._resume(state)
+        if self.is_main:
+            title, lines = trained.summary()
+            rows = batches.about() if hasattr(batches, "about") else ""
+            steps = steps_line(options, done, accelerator.num_processes, rows)
+            say_summary(title, {**lines, **steps, "output": options.output_dir})
+        if fill is not None:
+            number = (options.max_train_steps - done) * options.gradient_accumulation_steps
+            fill(self._items(batches, done), number)
+        if not options.skip_first_validation and done == 0 and looks:
+            self._write(0, {"scores": trained.validate(0)})
+        accelerator.wait_for_everyone()
+        bar = tqdm(
+            initial=done,
+            total=options.max_train_steps,
+            disable=not accelerator.is_local_main_process,
+            mininterval=2,
+        )
+        first = FirstStep(module) if self.is_main else None
+        items = self._items(batches, done)
+        stop = self._stack.enter_context(Stop(_STOPPING if self.is_main else "").watching())
+        for number in range(done + 1, options.max_train_steps + 1):
+            self._number, self._seen = number, []
+            for _ in range(options.gradient_accumulation_steps):
+                index, batch = next(items)
+                self._seen.append({"micro-step": index, **_described(batch)})
+                with accelerator.accumulate(module):
+                    yield index, batch  # the caller calls `backward`
+            self._optimizer_step(module, optimizer)
+            schedule.step()
+            step.update_ema()
+            bar.update()
+            if first is not None:
+                first.tell()
+            last = number == options.max_train_steps
+            entry: dict[str, Any] = {}
+            if number % options.logging_steps == 0 or last:
+                entry = {**self.log.take(), "lr": schedule.get_last_lr()[0]}
+                shown = {k: f"{entry[k]:.3g}" for k in _SHOWN if k in entry}
+                bar.set_postfix(shown, refresh=False)
+            if number % options.validation_steps == 0 or last:
+                if looks:
+                    with paused(bar):
+                        entry["scores"] = trained.validate(number)
+                accelerator.wait_for_everyone()
+            if entry:
+                self._write(number, entry)
+            stopped = stop.asked(accelerator) and not last
+            if number % options.checkpointing_steps == 0 or last or stopped:
+                saved = save(accelerator, self.output, number, module.parameters(), state.save)
+            if stopped:
+                bar.close()
+                stop.end(accelerator, f"step {number}", saved, options)
+        bar.close()
+
+    def backward(self, loss: Tensor, metrics: Mapping[str, Any]) -> None:
+        """A micro-step's gradient, and its loss and metrics into the log's means."""
+        if not bool(torch.isfinite(loss)):
+            raise self._broken("loss", loss, self._seen[-1:])
+        self.accelerator.backward(loss)  # DeepSpeed takes the step in here
+        self.log.add({"loss": loss, **metrics})
+
+    def _resume(self, state: RunState) -> int:
+        """Opens the folder; the optimizer steps done before."""
+        options = self.options
+        found = self._stack.enter_context(opened(options, self.accelerator))
+        done = 0 if found is None else found.step
+        if found is not None:
+            state.load(found.folder)
+        if options.report_to:
+            settings = tracker_settings(options.report_to, done + 1 if done else 0)
+            self.accelerator.init_trackers(
+                "agsm-loss", vars(options), {options.report_to: settings}
+            )
+        return done
+
+    def _items(self, batches: Dataset[Any], done: int) -> Iterator[tuple[int, Any]]:
+        """(index, batch) of each micro-step from there on."""
+        a_step = self.options.gradient_accumulation_steps
+        micro = range(done * a_step, self.options.max_train_steps * a_step)
+        # Spawned: a forked worker hangs in torch's threads as soon as the parent has used them.
+        workers = self.options.dataloader_num_workers
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=micro,
+            num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,
+        )
+        with signals_kept():
+            items = iter(loader)
+        return zip(micro, items, strict=True)
+
+    def _optimizer_step(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """The step, if the gradient is finite."""
+        accelerator = self.accelerator
+        most = self.options.max_grad_norm or float("inf")
+        norm = torch.as_tensor(accelerator.clip_grad_norm_(module.parameters(), most))
+        if bool(torch.isfinite(norm)):
+            self.log.add({"grad_norm": norm})
+        elif not _skips(accelerator):
+            raise self._broken("gradient's norm", norm, self._seen)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _broken(self, name: str, value: Tensor, on: list[dict[str, Any]]) -> FloatingPointError:
+        return FloatingPointError(
+            f"{name}: expected a finite number, got {value.item()} in step {self._number}, on "
+            f"{on}. The step is in no checkpoint. {last_whole(self.output)} Leave out what is "
+            "damaged there, or start anew with a lower --learning_rate."
+        )
+
+    def _write(self, step: int, entry: dict[str, Any]) -> None:
+        """Into log.jsonl and, where there is one, the tracker, which gets the step's sheet too."""
+        if not self.is_main:
+            return
+        self.log.write(step, entry)
+        if self.options.report_to:
+            self.accelerator.log(flat(entry), step=step)
+            log_sheet(self.accelerator.trackers, self.output, step)
+
+
+_SHOWN = ("loss", "reward/mean", "dpo/loss", "dpo/accuracy", "spo/loss", "spo/accuracy",
+          "agsm/loss", "agsm/win_rate")  # fmt: skip
+_STOPPING = "the run ends after this step, with a checkpoint"
+_LEAST_SCALE = 2.0**-20
+
+
+def _accelerator(options: Any, sharding: bool) -> Accelerator:
     check_launched(sharding=sharding)
     check_output(options)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -112,8 +345,11 @@ def start(options: LoopOptions, *, sharding: bool = False) -> Accelerator:
     return accelerator
 
 
-def rate(step: int, options: LoopOptions) -> float:
-    """The learning rate's factor at a step: linear warm-up, constant, linear decay to zero."""
+def rate(step: int, options: Any) -> float:
+    """The learning rate's factor at a step: linear warm-up, constant, linear decay to zero.
+
+    options: `LoopOptions` among them.
+    """
     rising = (step + 1) / options.lr_warmup_steps if options.lr_warmup_steps else 1.0
     falling = (
         (options.max_train_steps - step) / options.lr_decay_steps if options.lr_decay_steps else 1.0
@@ -121,154 +357,10 @@ def rate(step: int, options: LoopOptions) -> float:
     return max(0.0, min(1.0, rising, falling))
 
 
-def train(
-    options: LoopOptions,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Dataset[Any],
-    hooks: Hooks,
-) -> None:
-    """Runs `options.max_train_steps` optimizer steps. `model` and `optimizer` come prepared.
-
-    Raises:
-        ValueError: `options.output_dir` cannot be used or resumed (`checkpoints.opened`).
-        FloatingPointError: a loss, a gradient or a weight is not finite; it does not get into a
-            checkpoint. DeepSpeed has taken the step by then, any other engine has not.
-        SystemExit: SIGINT or SIGTERM came; there is a checkpoint.
-    """
-    output = Path(options.output_dir)
-    log = Log(output / "log.jsonl")
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, options))
-    state = RunState(accelerator, model, optimizer, [schedule, log, *hooks.state])
-    main = accelerator.is_main_process
-    looks = main or is_sharded(accelerator)
-    with opened(options, accelerator) as found:
-        done = 0 if found is None else found.step
-        if found is not None:
-            state.load(found.folder)
-        hooks.begin(done)
-        if options.report_to:
-            settings = tracker_settings(options.report_to, done + 1 if done else 0)
-            accelerator.init_trackers("agsm-loss", vars(options), {options.report_to: settings})
-        if hooks.precompute is not None:
-            number = (options.max_train_steps - done) * options.gradient_accumulation_steps
-            hooks.precompute(_items(options, batches, done), number)
-        if hooks.validate_first and done == 0 and looks:
-            scores = hooks.validate(0)
-            if main:
-                _write(options, accelerator, log, 0, {"scores": scores})
-        accelerator.wait_for_everyone()
-        bar = tqdm(
-            initial=done,
-            total=options.max_train_steps,
-            disable=not accelerator.is_local_main_process,
-            mininterval=2,
-        )
-        items = _items(options, batches, done)
-        with Stop(_STOPPING if main else "").watching() as stop:
-            for step in range(done + 1, options.max_train_steps + 1):
-                _optimizer_step(options, accelerator, model, optimizer, items, hooks, log, step)
-                schedule.step()
-                hooks.update_ema()
-                bar.update()
-                last = step == options.max_train_steps
-                entry: dict[str, Any] = {}
-                if step % options.logging_steps == 0 or last:
-                    entry = {**log.take(), "lr": schedule.get_last_lr()[0]}
-                    shown = {k: f"{entry[k]:.3g}" for k in _SHOWN if k in entry}
-                    bar.set_postfix(shown, refresh=False)
-                if step % options.validation_steps == 0 or last:
-                    if looks:
-                        with paused(bar):
-                            entry["scores"] = hooks.validate(step)
-                    accelerator.wait_for_everyone()
-                if entry and main:
-                    _write(options, accelerator, log, step, entry)
-                stopped = stop.asked(accelerator) and not last
-                if step % options.checkpointing_steps == 0 or last or stopped:
-                    saved = save(accelerator, output, step, model.parameters(), state.save)
-                if stopped:
-                    bar.close()
-                    stop.end(accelerator, f"step {step}", saved, options)
-        bar.close()
-        if looks:
-            hooks.finish()
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
-
-
-def _write(
-    options: LoopOptions, accelerator: Accelerator, log: Log, step: int, entry: dict[str, Any]
-) -> None:
-    """Into log.jsonl and, where there is one, the tracker, which gets the step's sheet too."""
-    log.write(step, entry)
-    if options.report_to:
-        accelerator.log(flat(entry), step=step)
-        log_sheet(accelerator.trackers, Path(options.output_dir), step)
-
-
-_SHOWN = ("loss", "reward/mean", "dpo/loss", "dpo/accuracy", "spo/loss", "spo/accuracy",
-          "agsm/loss", "agsm/win_rate")  # fmt: skip
-_STOPPING = "the run ends after this step, with a checkpoint"
-_LEAST_SCALE = 2.0**-20
-
-
-def _items(options: LoopOptions, batches: Dataset[Any], done: int) -> Iterator[tuple[int, Any]]:
-    """(index, batch) of each micro-step from there on."""
-    a_step = options.gradient_accumulation_steps
-    micro = range(done * a_step, options.max_train_steps * a_step)
-    # Spawned: a forked worker hangs in torch's threads as soon as the parent has used them.
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=micro,
-        num_workers=options.dataloader_num_workers,
-        multiprocessing_context="spawn" if options.dataloader_num_workers else None,
-    )
-    with signals_kept():
-        items = iter(loader)
-    return zip(micro, items, strict=True)
-
-
-def _optimizer_step(
-    options: LoopOptions,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    items: Iterator[tuple[int, Any]],
-    hooks: Hooks,
-    log: Log,
-    step: int,
-) -> None:
-    """The micro-steps of an optimizer step, and the step, if all its numbers are finite."""
-    seen: list[dict[str, Any]] = []
-
-    def broken(name: str, value: Tensor, on: list[dict[str, Any]]) -> FloatingPointError:
-        return FloatingPointError(
-            f"{name}: expected a finite number, got {value.item()} in step {step}, on {on}. The "
-            f"step is in no checkpoint. {last_whole(Path(options.output_dir))} Leave out what is "
-            "damaged there, or start anew with a lower --learning_rate."
-        )
-
-    for _ in range(options.gradient_accumulation_steps):
-        index, batch = next(items)
-        seen.append({"micro-step": index, **hooks.describe(batch)})
-        with accelerator.accumulate(model):
-            loss, metrics = hooks.loss(batch, index)
-            if not bool(torch.isfinite(loss)):
-                raise broken("loss", loss, seen[-1:])
-            accelerator.backward(loss)  # DeepSpeed takes the step in here
-        log.add({"loss": loss, **metrics})
-    norm = torch.as_tensor(
-        accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm or float("inf"))
-    )
-    if bool(torch.isfinite(norm)):
-        log.add({"grad_norm": norm})
-    elif not _skips(accelerator):
-        raise broken("gradient's norm", norm, seen)
-    optimizer.step()
-    optimizer.zero_grad()
+def _described(batch: Any) -> dict[str, Any]:
+    """Which rows of the data a batch is, where it knows them, for errors."""
+    captions = [str(text)[:80] for text in getattr(batch, "captions", ())]
+    return {"rows": getattr(batch, "image_ids", []), "captions": captions}
 
 
 def _skips(accelerator: Accelerator) -> bool:

@@ -1,44 +1,48 @@
-"""A recipe's options: one frozen dataclass gives the flags, the YAML file's keys, and their checks.
+"""A command's options: small dataclasses, each beside the code that reads it, in one set.
 
     @dataclass(frozen=True)
-    class Options(TrainingOptions):
-        TITLE = "Diffusion-DPO"        # of its own options in --help; "{title}" in a help text
+    class Options:
         beta: float = option(5000.0, "Strength of the pull to the reference.", above=0)
-        learning_rate: float = 1e-4    # a new default: the help text and the range stay
 
-    options = parse(Options, __doc__)  # defaults, then --config FILE, then the command line
+    OPTIONS = OptionSet(Options, RunOptions, ModelOptions, title="Diffusion-DPO", seed=7)
+
+    options = OPTIONS.parse(__doc__)   # defaults, then --config FILE, then the command line
+    options.beta, options.seed
 
 transformers.HfArgumentParser makes the flags: `--train_batch_size` and `--train-batch-size` are the
-same, and `--full` is `--full true`. A class with a `SECTION` is a group of its own in --help; the
-fields of the other classes come first. The module's docstring is the description.
+same, and `--full` is `--full true`. A dataclass with an `_argument_group_name` is a section of
+--help. The module's docstring is the description.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
-import inspect
 import operator
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
-from run import stop
 from run.messages import quiet_libraries
 
-Chosen = TypeVar("Chosen", bound="Checked")
 _LIMITS = {"above": operator.gt, "below": operator.lt,
            "at_least": operator.ge, "at_most": operator.le}  # fmt: skip
+FIRST = ("model", "data", "prompts", "output_dir", "num_tokens", "rank", "full", "reward",
+         "max_train_steps", "train_batch_size", "learning_rate", "agsm_weight")  # fmt: skip
+"""What people use most: the first in --help."""
 
 
 def option(default: Any, meaning: str, **limits: float) -> Any:
     """A field: default, a sentence for --help, limits (above, below, at_least, at_most).
 
-    A list is an option with several values on the command line.
+    "{title}" in the sentence is the set's. A list is an option with several values on the command
+    line.
     """
     unknown = set(limits) - set(_LIMITS)
     if unknown:
@@ -49,72 +53,165 @@ def option(default: Any, meaning: str, **limits: float) -> Any:
     return field(default=default, metadata=about)
 
 
-@dataclass(frozen=True)
-class Checked:
-    """The base of all options: made only with numbers within their limits."""
+class Chosen(argparse.Namespace):
+    """A command's options as attributes; `vars(chosen)` is all of them.
 
-    TITLE = ""
-
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value, about = getattr(self, one.name), _about(type(self), one.name)
-            for word, holds in _LIMITS.items():
-                if word in about and value is not None and not holds(value, about[word]):
-                    limit = f"{word.replace('_', ' ')} {about[word]}"
-                    raise ValueError(
-                        f"{one.name}: expected {limit}, got {value}. "
-                        f"{_meaning(type(self), one.name)}"
-                    )
-
-
-def parse(kind: type[Chosen], doc: str | None, arguments: list[str] | None = None) -> Chosen:
-    """Defaults, then the YAML file of --config, then the command line.
-
-    The file's keys are the flags' names; they may stand in tables that are named like the sections.
-    From here on, diffusers and transformers show no loading bars.
-
-    Raises:
-        SystemExit: an unknown option, or a value of another type or outside its choices or limits.
-            One line is printed, and the exit code is 2.
+    of: the set that they are of.
     """
-    sections = _sections(kind)
-    parser = _Parser(
-        [_CONFIG, *(_group(kind, title, names) for title, names in sections.items())],
-        description=doc,
-        usage="%(prog)s [options]",
-        formatter_class=_Help,
-        allow_abbrev=False,
-    )
-    given = parser.parse_args(arguments)
-    if given.config is not None:
-        parser.source = f"{given.config}: "
+
+    __slots__ = ("of",)
+    of: OptionSet
+
+    def __reduce__(self) -> Any:
+        """For the processes that prepare batches: the options without their set."""
+        return partial(Chosen, **vars(self)), ()
+
+
+class OptionSet:
+    """The options of one command.
+
+    Args:
+        kinds: dataclasses of `option`s; the first are the command's own.
+        title: stands for "{title}" in their sentences.
+        resolve: called with the options, to check them together and to fill in those that follow
+            from others; for its errors see `parse`.
+        changes: other defaults of the kinds' options, or an `option` with another sentence too.
+    """
+
+    def __init__(
+        self,
+        *kinds: type,
+        title: str = "",
+        resolve: Callable[[Chosen], None] = lambda options: None,
+        **changes: Any,
+    ) -> None:
+        self.kinds, self.title, self.resolve = kinds, title, resolve
+        self._changes = changes
+        self._fields: dict[str, Any] = {one.name: one for kind in kinds for one in fields(kind)}
+        unknown = sorted(set(changes) - set(self._fields))
+        if unknown:
+            raise TypeError(f"changes: expected options of {kinds}, got {unknown}.")
+
+    @property
+    def module(self) -> str:
+        """The command's module."""
+        return self.kinds[0].__module__
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Of all options, by name."""
+        return {name: self._default(name) for name in self._fields}
+
+    def help_of(self, name: str) -> str:
+        """An option's sentence."""
+        change = self._changes.get(name)
+        one = change if isinstance(change, Field) else self._fields[name]
+        return str(one.metadata["help"]).replace("{title}", self.title)
+
+    def _default(self, name: str) -> Any:
+        one = self._changes.get(name, self._fields[name])
+        if not isinstance(one, Field):
+            return one
+        return one.default if one.default is not MISSING else one.default_factory()
+
+    def make(self, **given: Any) -> Chosen:
+        """Options with these values, and the defaults.
+
+        Raises:
+            ValueError: a number outside its limits, or what `resolve` refuses.
+            TypeError: no such option.
+        """
+        unknown = sorted(set(given) - set(self._fields))
+        if unknown:
+            raise TypeError(f"options: expected some of {sorted(self._fields)}, got {unknown}.")
+        chosen = Chosen(**{**self.defaults, **given})
+        chosen.of = self
+        for name, value in vars(chosen).items():
+            change = self._changes.get(name)
+            limits = (change if isinstance(change, Field) else self._fields[name]).metadata
+            for word, holds in _LIMITS.items():
+                if word in limits and value is not None and not holds(value, limits[word]):
+                    limit = f"{word.replace('_', ' ')} {limits[word]}"
+                    raise ValueError(f"{name}: expected {limit}, got {value}. {self.help_of(name)}")
+        self.resolve(chosen)
+        return chosen
+
+    def parse(self, doc: str | None, arguments: list[str] | None = None) -> Chosen:
+        """Defaults, then the YAML file of --config, then the command line.
+
+        The file's keys are the flags' names; they may stand in tables that are named like the
+        sections. From here on, diffusers and transformers show no loading bars.
+
+        Raises:
+            SystemExit: an unknown option, or a value of another type or outside its choices or
+                limits. One line is printed, and the exit code is 2.
+        """
+        parser = self._parser(doc)
+        given = parser.parse_args(arguments)
+        if given.config is not None:
+            parser.source = f"{given.config}: "
+            try:
+                # Texts, as a command line's.
+                table = yaml.load(given.config.read_text(), yaml.BaseLoader)
+                titles = [getattr(kind, "_argument_group_name", "") for kind in self.kinds]
+                of_file = parser.parse_args(flags(table or {}, [self.title, *titles]))
+            except (OSError, yaml.YAMLError, ValueError) as error:
+                parser.error(" ".join(str(error).split()))
+            if of_file.config is not None:
+                parser.error("config: expected no further file in a file.")
+            parser.source = ""
+            given = parser.parse_args(arguments, of_file)
         try:
-            table = yaml.load(
-                given.config.read_text(), yaml.BaseLoader
-            )  # texts, as a command line's
-            of_file = parser.parse_args(flags(table or {}, sections))
-        except (OSError, yaml.YAMLError, ValueError) as error:
-            parser.error(" ".join(str(error).split()))
-        if of_file.config is not None:
-            parser.error("config: expected no further file in a file.")
-        parser.source = ""
-        given = parser.parse_args(arguments, of_file)
-    stop.debugging |= given.debug  # a study may have asked for it
-    try:
-        options = kind(**{one.name: getattr(given, one.name) for one in fields(kind)})
-    except ValueError as error:
-        parser.error(str(error))
-    quiet_libraries()
-    return options
+            chosen = self.make(**{name: getattr(given, name) for name in self._fields})
+        except ValueError as error:
+            parser.error(str(error))
+        quiet_libraries()
+        return chosen
+
+    def _group(self, kind: type) -> type:
+        """The dataclass as HfArgumentParser takes it: with help texts, and no limits."""
+        hints = get_type_hints(kind)
+        rows: list[tuple[str, Any, Any]] = [
+            (one.name, hints[one.name], option(self._default(one.name), self.help_of(one.name)))
+            for one in fields(kind)
+        ]
+        title = getattr(kind, "_argument_group_name", self.title)
+        return make_dataclass(
+            kind.__name__, rows, namespace={"_argument_group_name": title} if title else {}
+        )
+
+    def _parser(self, doc: str | None) -> _Parser:
+        parser = _Parser(
+            [_Config, *map(self._group, self.kinds)],
+            description=doc,
+            usage="%(prog)s [options]",
+            formatter_class=_Help,
+            allow_abbrev=False,
+        )
+        first = parser.add_argument_group("most used")
+        for group in parser._action_groups:
+            for action in list(group._group_actions):
+                if action.dest in FIRST and group is not first:
+                    group._group_actions.remove(action)
+                    first._group_actions.append(action)
+        titles: dict[str | None, Any] = {}
+        for group in list(parser._action_groups):
+            if (kept := titles.setdefault(group.title, group)) is not group:
+                kept._group_actions += group._group_actions
+                parser._action_groups.remove(group)
+        first._group_actions.sort(key=lambda action: FIRST.index(action.dest))
+        parser._action_groups.remove(first)
+        parser._action_groups.insert(0, first)
+        return parser
 
 
-def flags(table: Any, sections: Mapping[str, Any] | None = None) -> list[str]:
+def flags(table: Any, sections: Sequence[str] = ()) -> list[str]:
     """The command line of a table of options, some of them in tables named like `sections`."""
     if not isinstance(table, Mapping):
         raise ValueError(f"expected a table of options, got {table!r}.")
     found: list[str] = []
     for key, value in table.items():
-        if isinstance(value, Mapping) and key in (sections or {}):
+        if isinstance(value, Mapping) and key in sections:
             found += flags(value)
         elif isinstance(value, (Mapping, list)):
             raise ValueError(f"{key}: expected one value, got {value!r}.")
@@ -168,48 +265,9 @@ class _Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
         return action.help if bare else super()._get_help_string(action)
 
 
-def _sections(kind: type[Checked]) -> dict[str, list[str]]:
-    """Section (`kind.TITLE`: the recipe's own) -> the fields that its classes first declare."""
-    found: dict[str, list[str]] = {kind.TITLE: []}
-    for place, one in enumerate(kind.__mro__):
-        later = {
-            name for base in kind.__mro__[place + 1 :] for name in inspect.get_annotations(base)
-        }
-        names = [name for name in inspect.get_annotations(one) if name not in later]
-        found.setdefault(vars(one).get("SECTION", kind.TITLE), []).extend(names)
-    return found
-
-
-def _group(kind: type[Checked], title: str, names: list[str]) -> type:
-    """A dataclass of some of the fields, as HfArgumentParser reads a group."""
-    hints = get_type_hints(kind)
-    rows: list[tuple[str, Any, Any]] = []
-    for name in names:
-        rows.append((name, hints[name], option(_default(kind, name), _meaning(kind, name))))
-    return make_dataclass("Group", rows, namespace={"_argument_group_name": title} if title else {})
-
-
-def _default(kind: type, name: str) -> Any:
-    one = kind.__dataclass_fields__[name]  # type: ignore[attr-defined]
-    return one.default if one.default is not MISSING else one.default_factory()
-
-
-_CONFIG_HELP = "YAML file with any of these options; the command line wins."
-_DEBUG_HELP = "Show the traceback of an error, in place of its one line."
-_CONFIG = make_dataclass(
-    "Config",
-    [
-        ("config", Path | None, field(default=None, metadata={"help": _CONFIG_HELP})),
-        ("debug", bool, field(default=False, metadata={"help": _DEBUG_HELP})),
-    ],
-)
-
-
-def _about(kind: type, name: str) -> Mapping[str, Any]:
-    """Help and limits of a field: its own, or those of the class whose default it replaces."""
-    declared = (getattr(one, "__dataclass_fields__", {}).get(name) for one in kind.__mro__)
-    return next(one.metadata for one in declared if one is not None and one.metadata)
-
-
-def _meaning(kind: type[Checked], name: str) -> str:
-    return str(_about(kind, name)["help"]).replace("{title}", kind.TITLE)
+@dataclass(frozen=True)
+class _Config:
+    config: Path | None = option(
+        None, "YAML file with any of these options; the command line wins."
+    )
+    debug: bool = option(False, "Show the traceback of an error, in place of its one line.")

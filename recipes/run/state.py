@@ -78,10 +78,13 @@ class RunState:
                 torch.save(state, folder / OPTIMIZER)
         save_accelerator_state(
             str(folder),
-            *([], [], [], []),
-            accelerator.process_index,
-            accelerator.step,
-            accelerator.scaler,
+            model_states=[],
+            optimizers=[],
+            schedulers=[],
+            dataloaders=[],
+            process_index=accelerator.process_index,
+            step=accelerator.step,
+            scaler=accelerator.scaler,
         )
         for number, one in enumerate(self.others):
             save_custom_state(one, str(folder), number)
@@ -107,10 +110,13 @@ class RunState:
             self._load_whole(folder)
         load_accelerator_state(
             str(folder),
-            *([], [], [], []),
-            self.accelerator.process_index,
-            self.accelerator.scaler,
-            "cpu",
+            models=[],
+            optimizers=[],
+            schedulers=[],
+            dataloaders=[],
+            process_index=self.accelerator.process_index,
+            scaler=self.accelerator.scaler,
+            map_location="cpu",
         )
         for number, one in enumerate(self.others):
             load_custom_state(one, str(folder), number)

@@ -10,18 +10,16 @@ with Stop("the run ends after this step").watching() as stop:
 from __future__ import annotations
 
 import os
-import shlex
 import signal
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
+
+from run.cli import continued_by
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -111,61 +109,3 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def command_of(options: Any, *more: str) -> str:
-    """The command of a recipe's run, or one that does the same, with more to it."""
-    module: Any = sys.modules[type(options).__module__]
-    given = sys.argv[1:]
-    if module.__name__ != "__main__":  # another program has called the recipe
-        changed = (one for one in fields(options) if getattr(options, one.name) != one.default)
-        given = [f"--{one.name}={getattr(options, one.name)}" for one in changed]
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    start = ["accelerate", "launch"] if launched else ["python"]
-    return shlex.join([*start, os.path.relpath(module.__file__), *given, *more])
-
-
-def continued_by(options: Any) -> str:
-    """The command that goes on with a recipe's run."""
-    resume = ("--resume_from_checkpoint", "latest")
-    return command_of(options, *(() if options.resume_from_checkpoint else resume))
-
-
-debugging = False
-"""Whether `command` shows the traceback of every error (`--debug`)."""
-
-
-def debug_flags() -> list[str]:
-    """For commands that this one starts."""
-    return ["--debug"] if debugging else []
-
-
-def command(main: Callable[[], None], left: str = "without a checkpoint") -> None:
-    """Runs a script's main; errors that its user can mend are one line instead of a traceback.
-
-    Those are what this repository's own code raises; others keep their traceback.
-
-    left: what a Ctrl-C leaves behind, to be printed.
-    """
-    name = Path(sys.argv[0]).name
-    try:
-        main()
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped at once, {left}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
-        if debugging or not _raised_here(error):
-            raise
-        print(f"{name}: error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
-def _raised_here(error: Exception) -> bool:
-    import agsm_loss
-    from agsm_loss import integrations
-
-    ours = [Path(one.__file__ or "").resolve().parent for one in (agsm_loss, integrations)]
-    ours.append(Path(__file__).resolve().parents[1])
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    inside = any(folder in Path(place.filename).resolve().parents for folder in ours)
-    return inside and (place.line or "").startswith("raise ")

@@ -60,7 +60,7 @@ def run(recipe, flags, kill):
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
     of_accelerate.AcceleratorState._reset_state(reset_partial_state=True)
     of_accelerate.GradientState._reset_state()
-    items = loop._items
+    items = loop.Run._items
 
     def cut(*arguments):
         for number, item in enumerate(items(*arguments), start=1):
@@ -68,7 +68,7 @@ def run(recipe, flags, kill):
                 raise KeyboardInterrupt
             yield item
 
-    loop._items = cut
+    loop.Run._items = cut
     try:
         importlib.import_module(recipe).main(flags)
     except KeyboardInterrupt:
@@ -78,7 +78,7 @@ def run(recipe, flags, kill):
             raise
         return f"{type(error).__name__}: {error}"
     finally:
-        loop._items = items
+        loop.Run._items = items
     return "done"
 
 

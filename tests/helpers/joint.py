@@ -9,9 +9,8 @@ from unittest import mock
 
 from torch.utils.data import Dataset
 
-import agsm_loss
 from lab.world import task
-from model import preference_training
+from run import loop
 
 
 class InTurn(Dataset):
@@ -25,15 +24,14 @@ class InTurn(Dataset):
 @contextmanager
 def joint():
     """Inside, run a recipe with `--gradient_accumulation_steps 2`."""
-    draws, images, pairs = agsm_loss.draws, task.WorldBatches, task.WorldPairs
+    draws, images, pairs = loop.draws, task.WorldBatches, task.WorldPairs
 
     def drawn(seed, index, rank, *key):
         assert rank == 0
         return draws(seed, index // 2, index % 2, *key)
 
     with (
-        mock.patch.object(agsm_loss, "draws", drawn),
-        mock.patch.object(preference_training, "draws", drawn),
+        mock.patch.object(loop, "draws", drawn),
         mock.patch.object(task, "WorldBatches", lambda *a, **s: InTurn(images, *a, **s)),
         mock.patch.object(task, "WorldPairs", lambda *a, **s: InTurn(pairs, *a, **s)),
     ):

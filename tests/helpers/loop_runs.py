@@ -1,7 +1,7 @@
 """The shared loop on a layer of three weights: quick runs to kill, resume and compare."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 from agsm_loss._random import draws
 from run import loop
-from run.settings import LoopOptions
+from run.options import OptionSet
 
 
 @dataclass
@@ -38,7 +38,6 @@ class Model(nn.Module):
 @dataclass
 class Counter:
     steps: int = 0
-    finished: list = field(default_factory=list)
 
     def state_dict(self):
         return {"steps": self.steps}
@@ -47,41 +46,45 @@ class Counter:
         self.steps = state["steps"]
 
 
+class Trained:
+    """What a `loop.Run` trains; its scores tell the step."""
+
+    def __init__(self, module, optimizer):
+        self.module, self.optimizer = module, optimizer
+
+    def validate(self, step):
+        return {"at": step}
+
+    def summary(self):
+        return "three weights", {}
+
+
 def run(options, *, loss=None, at=None, after=None, scaler=None):
-    """Trains the model; returns it and what the hooks counted.
+    """Trains the model; returns it and how often the EMA was updated.
 
     loss: batch, index, the model -> the loss, in place of the mean square of its output.
     at: micro-step -> called before it. after: (step, model), called after each optimizer step.
     """
-    accelerator = loop.start(options)
-    accelerator.scaler = scaler
-    bare = Model()
-    optimizer = torch.optim.AdamW(
-        [p for p in bare.parameters() if p.requires_grad], lr=options.learning_rate
-    )
-    model, optimizer = accelerator.prepare(bare, optimizer)
-    counter = Counter()
+    with loop.Run(options) as running:
+        running.accelerator.scaler = scaler
+        bare = Model()
+        optimizer = torch.optim.AdamW(
+            [p for p in bare.parameters() if p.requires_grad], lr=1e-3, weight_decay=1e-2
+        )
+        model, optimizer = running.accelerator.prepare(bare, optimizer)
+        counter = Counter()
 
-    def error(batch, index):
-        if at is not None:
-            at(index)
-        value = loss(batch, index, model) if loss else model(batch.pixels).square().mean()
-        return value, {"index": torch.tensor(float(index))}
+        def update_ema():
+            counter.steps += 1
+            if after is not None:
+                after(counter.steps, bare)
 
-    def update_ema():
-        counter.steps += 1
-        if after is not None:
-            after(counter.steps, bare)
-
-    hooks = loop.Hooks(
-        error,
-        lambda step: {"at": step},
-        lambda: counter.finished.append(1),
-        update_ema,
-        (counter,),
-        True,
-    )
-    loop.train(options, accelerator, model, optimizer, Numbers(), hooks)
+        counter.update_ema = update_ema
+        for index, batch in running.steps(Trained(model, optimizer), Numbers(), counter):
+            if at is not None:
+                at(index)
+            value = loss(batch, index, model) if loss else model(batch.pixels).square().mean()
+            running.backward(value, {"index": torch.tensor(float(index))})
     return bare, counter
 
 
@@ -95,19 +98,21 @@ def killed_at(number):
     return at
 
 
+OPTIONS = OptionSet(loop.RunOptions, loop.LoopOptions)
+
+
 def options(folder, **changes):
-    defaults = LoopOptions(
-        output_dir=str(folder),
-        max_train_steps=6,
-        logging_steps=2,
-        validation_steps=4,
-        checkpointing_steps=2,
-    )
-    return replace(defaults, **changes)
+    few = {
+        "max_train_steps": 6,
+        "logging_steps": 2,
+        "validation_steps": 4,
+        "checkpointing_steps": 2,
+    }
+    return OPTIONS.make(**{"output_dir": str(folder), **few, **changes})
 
 
 def resumed(chosen, **changes):
-    return replace(chosen, resume_from_checkpoint="latest", **changes)
+    return OPTIONS.make(**{**vars(chosen), "resume_from_checkpoint": "latest", **changes})
 
 
 def entries(folder):

@@ -21,8 +21,8 @@ def paired(rank, name, found, flags):
     found: a letter a step: "b" both processes find SPO's pairs, "1" the second one alone, "n" none.
     """
     sys.path.insert(0, RECIPES)
-    from lab.world import task
-    from model.trained_pipeline import TrainedPipeline
+    from lab.world import detector_reward
+    from model.session import Session
 
     scored, built = [], []
 
@@ -33,14 +33,14 @@ def paired(rank, name, found, flags):
         bright = 100 * pixels.mean((1, 2, 3))
         return bright if kind == "b" or (kind == "1" and rank == 1) else 0 * bright
 
-    load = TrainedPipeline.load
+    prepare = Session.prepare
 
-    def kept(*arguments):
-        built.append(load(*arguments))
-        return built[0]
+    def kept(self, accelerator):
+        built.append(self)
+        return prepare(self, accelerator)
 
-    task.detector = score
-    TrainedPipeline.load = kept
+    detector_reward.detector = score
+    Session.prepare = kept
     recipe(rank, name, flags)
     assert len(scored) == len(found), (scored, found)
     return [p.detach() for p in built[0].parameters]

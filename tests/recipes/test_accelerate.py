@@ -16,11 +16,11 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from joint import joint
+from loop_runs import OPTIONS
 from recipe_runs import log
 from safetensors.torch import load_file
 
 from run import engines
-from run.settings import LoopOptions
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "4", "--validation_per_category", "1", "--num_negatives", "2",
@@ -191,7 +191,7 @@ def deepspeed(**config):
 
 
 def test_the_options_rule_deepspeeds_config():
-    chosen = LoopOptions(gradient_accumulation_steps=2, max_grad_norm=0.5, train_batch_size=3)
+    chosen = OPTIONS.make(gradient_accumulation_steps=2, max_grad_norm=0.5, train_batch_size=3)
     accelerator = deepspeed(gradient_clipping="auto")
     engines.fit(accelerator, chosen)
     assert accelerator.state.deepspeed_plugin.deepspeed_config == {

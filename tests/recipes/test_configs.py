@@ -15,7 +15,6 @@ from pipelines_tiny import WORDS, speaking_pipeline
 from recipe_runs import log
 
 from model.families import Flux, QwenImage
-from run.options import parse
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 CLASSES = {
@@ -74,7 +73,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("config", REAL, ids=lambda one: one.stem)
 def test_its_options_are_valid(config):
-    options = parse(recipe_of(config).Options, "", ["--config", str(config)])
+    options = recipe_of(config).OPTIONS.parse("", ["--config", str(config)])
     assert options.data.endswith(".parquet") and options.mixed_precision != "no"
 
 
@@ -86,7 +85,7 @@ def test_it_builds_its_training_and_takes_a_step(config, models, data, tmp_path,
     for family in (Flux, QwenImage):  # whose own size is 128 pixels here
         monkeypatch.setattr(family, "call", lambda self, pipe: {"height": 16, "width": 16})
     recipe, kind = recipe_of(config), CLASSES[model_of(config)]
-    known = vars(parse(recipe.Options, "", ["--config", str(config)]))
+    known = vars(recipe.OPTIONS.parse("", ["--config", str(config)]))
     pairs = recipe.__name__ in ("train_dpo", "train_inpo")
     given = {
         **{name: value for name, value in SMALL.items() if name in known},

@@ -18,7 +18,6 @@ from diagnosis.verdict import columns_of, competitors, options_of, verdict
 from lab.world.data import WorldBatches
 from lab.world.export import captioned
 from model.pipeline import TextToImage
-from run.options import parse
 
 EDITED, IN_BATCH, EMPTY = (list(KINDS[name]) for name in ("edited", "in_batch", "empty"))
 
@@ -275,7 +274,7 @@ def test_suspected_false_negatives_are_named():
 def test_the_errors_are_the_models_own(any_base, monkeypatch, tmp_path):
     captioned(6, seed=1).to_parquet(tmp_path / "w.parquet")
     flags = ["--data", str(tmp_path / "w.parquet"), "--resolution", "24", "--model", "org/any"]
-    options = parse(diagnose.Options, None, flags)
+    options = diagnose.OPTIONS.parse(None, flags)
     from data.task import open_task
 
     task = open_task(options, SimpleNamespace(process_index=0, num_processes=1))
@@ -357,7 +356,7 @@ def test_the_config_trains(flow_base, tmp_path, monkeypatch, capsys):
 def test_a_whole_run_on_an_untrained_model(flow_base, tmp_path):
     diagnose.main(["--model", str(flow_base), "--num_images", "3", "--batch_size", "2",
                    "--output_dir", str(tmp_path)])  # fmt: skip
-    config = parse(train_agsm.Options, None, ["--config", str(tmp_path / "config.yaml")])
+    config = train_agsm.OPTIONS.parse(None, ["--config", str(tmp_path / "config.yaml")])
     assert config.model == str(flow_base)
     table = yaml.safe_load((tmp_path / "diagnosis.json").read_text())
     assert table["images"] == 4 and len(table["kinds"]["in_batch"]["win_rate"]) == 10

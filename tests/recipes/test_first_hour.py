@@ -1,5 +1,6 @@
 """What a new user meets: errors of one line with a remedy, before anything is loaded."""
 
+import sys
 import time
 
 import pytest
@@ -15,7 +16,7 @@ from data.sources import check_source, loading
 from lab import train_base
 from lab.world.export import captioned, preferences
 from model import pipeline
-from run import stop
+from run import cli
 from run.options import did_you_mean
 
 
@@ -74,9 +75,13 @@ def test_a_folder_with_a_run_is_refused_before_anything_is_loaded(recipe, tmp_pa
 
 
 def test_only_the_world_has_a_model_of_its_own(tmp_path, capsys, monkeypatch):
-    assert train_agsm.Options().model == diagnose.Options().model == "recipes/lab/models/flow"
-    assert train_spo.Options().model == "recipes/lab/models/epsilon"
-    assert generate.Options().model == "recipes/lab/models/flow"
+    assert (
+        train_agsm.OPTIONS.make().model
+        == diagnose.OPTIONS.make().model
+        == "recipes/lab/models/flow"
+    )
+    assert train_spo.OPTIONS.make().model == "recipes/lab/models/epsilon"
+    assert generate.OPTIONS.make().model == "recipes/lab/models/flow"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
     for module, flags in (
@@ -134,17 +139,16 @@ def test_validation_prompts_that_are_not_there_are_an_error_at_once(tmp_path, no
 def test_errors_of_users_are_one_line_and_tracebacks_are_asked_for(
     debug, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(stop, "debugging", False)
     flags = ["--tokens", str(tmp_path / "gone"), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *flags, *["--debug"] * debug])
 
     def main():
-        generate.main([*flags, *(["--debug"] if debug else [])])
+        generate.main()
 
     with pytest.raises(FileNotFoundError if debug else SystemExit):
-        stop.command(main)
+        cli.command(main)
     lines = capsys.readouterr().err.splitlines()
     assert debug or (len(lines) == 1 and ": error: tokens: no such" in lines[0])
-    assert stop.debug_flags() == ["--debug"] * debug  # for a study's runs
 
 
 @pytest.mark.parametrize("kind", [TypeError, FileNotFoundError, ImportError, ZeroDivisionError])
@@ -153,7 +157,7 @@ def test_errors_of_others_keep_their_traceback(kind):
         raise kind  # in a test: it is no code of this repository
 
     with pytest.raises(kind):
-        stop.command(main)
+        cli.command(main)
 
 
 def test_a_ctrl_c_says_what_is_left(capsys):
@@ -161,7 +165,7 @@ def test_a_ctrl_c_says_what_is_left(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as ended:
-        stop.command(main, "with the images so far")
+        cli.command(main, "with the images so far")
     assert ended.value.code == 130
     assert capsys.readouterr().err.endswith("stopped at once, with the images so far\n")
 
@@ -192,10 +196,11 @@ def test_a_run_that_validates_nothing_says_so(flow_base, tmp_path, capsys):
 
 
 def test_a_summary_counts_what_a_step_sees():
-    from model.summary import steps_line
-    from run.settings import LoopOptions
+    from loop_runs import OPTIONS
 
-    chosen = LoopOptions(train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=2000)
+    from run.summary import steps_line
+
+    chosen = OPTIONS.make(train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=2000)
     told = steps_line(chosen, 500, 3, "rows")
     assert told["steps"] == (
         "501 (resumed) to 2,000, in batches of 24 (4 x 2 micro-steps x 3 processes)"

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from loop_runs import Model, Numbers, entries, killed_at, options, resumed, run, same
+from loop_runs import OPTIONS, Model, Numbers, entries, killed_at, options, resumed, run, same
 from safetensors.torch import load_file
 from torch import nn
 
 from run import log, loop
 from run import state as run_state
-from run.settings import LoopOptions
 
 
 def test_resume_gives_the_run_that_was_not_stopped(tmp_path):
@@ -89,7 +88,7 @@ def test_accumulated_gradients_are_the_mean(tmp_path):
 
 
 def test_rate_rises_holds_and_falls():
-    chosen = LoopOptions(max_train_steps=100, lr_warmup_steps=10, lr_decay_steps=20)
+    chosen = OPTIONS.make(max_train_steps=100, lr_warmup_steps=10, lr_decay_steps=20)
     rates = [loop.rate(step, chosen) for step in range(101)]
     assert rates[0] == 0.1 and rates[9] == rates[80] == 1.0
     assert rates[90] == 0.5 and rates[100] == 0.0
@@ -118,6 +117,6 @@ def test_a_tracker_is_used_or_refused(tmp_path):
 
 def test_the_launchers_precision_is_not_overruled_in_silence(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    options = LoopOptions(output_dir=str(tmp_path))
+    options = OPTIONS.make(output_dir=str(tmp_path))
     with pytest.raises(ValueError, match="mixed_precision: expected bf16, as accelerate's"):
-        loop.start(options)
+        loop.Run(options)

@@ -12,7 +12,6 @@ from agsm_loss import EMA
 from model import live_memory
 from model.live_memory import AsOnCuda, passes
 from model.pipeline import TextToImage
-from run.options import parse
 
 # Of the models' cards and papers; SD3's table of positions is a buffer.
 DENOISERS = {"sd15": 859_520_964, "sdxl": 2_567_463_684, "sd3": 2_028_328_000,
@@ -42,7 +41,7 @@ def folder(request, tmp_path_factory):
 
 
 def options(folder, *flags):
-    return parse(memory.Options, None, ["--model", str(folder), "--mixed_precision", "no", *flags])
+    return memory.OPTIONS.parse(None, ["--model", str(folder), "--mixed_precision", "no", *flags])
 
 
 def made(chosen):
@@ -161,7 +160,7 @@ def test_the_largest_numbers_that_fit():
     line, half = memory.Line(GB, GB), memory.Line(GB, GB / 2)
     needs = memory.Needs({"denoiser": 2 * GB}, memory.Line(0, GB / 10), line, half, True)
     assert needs.total(2, 3) == (9 * GB, 6 * GB)
-    chosen = parse(memory.Options, None, ["--train_batch_size", "2", "--num_negatives", "2"])
+    chosen = memory.OPTIONS.parse(None, ["--train_batch_size", "2", "--num_negatives", "2"])
     rows = [one.split() for one in memory.table(chosen, needs) if one.startswith("  16 GB")]
     # 14.4 GB hold 11.4 samples, or 22.8: K 5 or 11 of 2 images, 3 or 7 images with K 3.
     assert [row[2:] for row in rows] == [["5", "11"], ["3", "7"]]

@@ -7,44 +7,70 @@ from typing import Literal
 
 import pytest
 
-from run.options import flags, option, parse
-from run.settings import LoopOptions, PipelineLoopOptions
+from data.task import DataOptions, PromptFileOptions
+from model.agsm import AGSMOptions
+from model.session import ValidationOptions
+from model.trained import ModelOptions, TimestepOptions, resolve
+from run.loop import LoopOptions, RunOptions
+from run.options import FIRST, OptionSet, flags, option
 
 
 @dataclass(frozen=True)
-class Shared(PipelineLoopOptions):
-    output_dir: str = "runs/shared"
+class Own:
+    kind: Literal["one", "two"] = option("one", "Kind of it.")
     strength: float = option(0.5, "Strength of it.", above=0, at_most=1)
 
 
-@dataclass(frozen=True)
-class Options(Shared):
-    TITLE = "Its-own"
-    kind: Literal["one", "two"] = option("one", "Kind of it.")
-    learning_rate: float = 3e-4
+OPTIONS = OptionSet(
+    Own,
+    ModelOptions,
+    DataOptions,
+    AGSMOptions,
+    TimestepOptions,
+    LoopOptions,
+    RunOptions,
+    ValidationOptions,
+    PromptFileOptions,
+    title="Its-own",
+    resolve=resolve,
+    output_dir="runs/shared",
+    learning_rate=3e-4,
+    train_batch_size=option(8, "Pairs of {title}.", at_least=2),
+)
 
 
 def parsed(tmp_path, text, *arguments):
     file = tmp_path / "c.yaml"
     file.write_text(text)
-    return parse(Options, "Doc.", ["--config", str(file), *arguments])
+    return OPTIONS.parse("Doc.", ["--config", str(file), *arguments])
 
 
 def refused(capsys, *arguments):
     """The one line that is printed before the program ends."""
     with pytest.raises(SystemExit) as stopped:
-        parse(Options, "Doc.", list(arguments))
+        OPTIONS.parse("Doc.", list(arguments))
     assert stopped.value.code == 2
     line, end = capsys.readouterr().err.split("\n")
     assert not end and ": error: " in line and line.endswith("(see --help)")
     return line
 
 
-def test_defaults_of_the_class_that_is_asked():
-    options = parse(Options, None, [])
-    assert options == Options()
+def test_a_set_may_have_other_defaults_and_sentences():
+    options = OPTIONS.parse(None, [])
+    assert options == OPTIONS.make() and vars(options) == vars(OPTIONS.make())
     assert (options.learning_rate, options.output_dir) == (3e-4, "runs/shared")
-    assert LoopOptions().learning_rate == 1e-3
+    assert (options.train_batch_size, OPTIONS.help_of("train_batch_size")) == (
+        8,
+        "Pairs of Its-own.",
+    )
+    assert LoopOptions().train_batch_size == 16 and OPTIONS.defaults["max_train_steps"] == 1000
+
+
+def test_unknown_options_of_a_set_are_refused():
+    with pytest.raises(TypeError, match=r"changes: .*strengths"):
+        OptionSet(Own, strengths=1.0)
+    with pytest.raises(TypeError, match=r"expected some of .*strength.*, got .'strengths'"):
+        OPTIONS.make(strengths=1.0)
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):
@@ -53,14 +79,14 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     options = parsed(tmp_path, text, "--max-train-steps", "9", "--compile", "false")
     assert (options.max_train_steps, options.learning_rate) == (9, 1.0)
     assert (options.compile, options.full, options.skip_first_validation) == (False, True, True)
-    assert options.seed == Options().seed
+    assert options.seed == OPTIONS.defaults["seed"]
 
 
 def test_a_file_may_have_the_sections_as_tables(tmp_path):
-    text = "model:\n  model: there\n  rank: 4\nkind: two\ntraining:\n  learning_rate: 0.5\n"
+    text = "model:\n  model: there\n  rank: 4\nkind: two\ntraining:\n  logging_steps: 9\n"
     options = parsed(tmp_path, text)
     assert (options.model, options.rank, options.kind) == ("there", 4, "two")
-    assert options.learning_rate == 0.5
+    assert options.logging_steps == 9
 
 
 def test_values_of_a_file_are_read_as_the_command_lines(tmp_path):
@@ -71,8 +97,8 @@ def test_values_of_a_file_are_read_as_the_command_lines(tmp_path):
 
 
 def test_underscores_and_dashes_are_the_same():
-    one = parse(Options, None, ["--max_train_steps", "3", "--skip_first_validation"])
-    assert one == parse(Options, None, ["--max-train-steps", "3", "--skip-first-validation"])
+    one = OPTIONS.parse(None, ["--max_train_steps", "3", "--skip_first_validation"])
+    assert one == OPTIONS.parse(None, ["--max-train-steps", "3", "--skip-first-validation"])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +152,7 @@ def test_a_bad_flag_stops_the_program(arguments, capsys):
         ("--learning-rate", "0", "above 0"),
         ("--learning-rate", "nan", "above 0"),
         ("--timestep-low", "1.5", "below 1"),
-        ("--adam-beta2", "1", "below 1"),
+        ("--train-batch-size", "1", "at least 2, got 1. Pairs of Its-own."),
         ("--strength", "2", "at most 1"),
     ],
 )
@@ -137,27 +163,30 @@ def test_numbers_have_limits(flag, value, expected, capsys, tmp_path):
     file.write_text(f"{name}: {value}\n")
     assert f"{name}: expected {expected}" in refused(capsys, "--config", str(file))
     with pytest.raises(ValueError, match=f"{name}: expected"):
-        Options(**{name: float(value)})
+        OPTIONS.make(**{name: float(value)})
 
 
-def test_help_has_the_own_options_first_then_sections_with_defaults(capsys):
+def test_help_has_what_is_most_used_first_then_sections_with_defaults(capsys):
     with pytest.raises(SystemExit):
-        parse(Options, "Trains it.\n\n    python it.py\n    python it.py --full\n", ["--help"])
+        OPTIONS.parse("Trains it.\n\n    python it.py\n    python it.py --full\n", ["--help"])
     text = capsys.readouterr().out
-    titles = re.findall(r"^([\w-]+):$", text, re.MULTILINE)
-    assert titles == ["options", "Its-own", "model", "data", "AGSM", "training", "validation"]
+    titles = re.findall(r"^([\w -]+):$", text, re.MULTILINE)
+    sections = ["model", "data", "AGSM", "timesteps", "training", "run", "validation"]
+    assert titles == ["most used", "options", "Its-own", *sections]
     assert "Trains it.\n\n    python it.py\n    python it.py --full\n" in text
-    own = text.split("\nmodel:\n")[0].split("\noptions:\n")[1]
+    first, rest = text.split("\noptions:\n")
+    used = re.findall(r"^  --(\w+)", first, re.MULTILINE)
+    assert used == [name for name in FIRST if name in OPTIONS.defaults] and len(used) <= 10
+    assert "--learning_rate FLOAT" in first and "(default: 0.0003)" in first
+    own = rest.split("\nmodel:\n")[0]
     assert re.findall(r"--(\w+)", own) == ["help", "config", "debug", "kind", "strength"]
     assert "--kind {one,two}" in own and "(default: 0.5)" in own
-    training = text.split("\ntraining:\n")[1].split("\nvalidation:\n")[0]
-    assert "--learning_rate FLOAT" in training and "(default: 0.0003)" in training
-    assert "Optimizer steps to run." in training and "--learning-rate" not in text
+    assert "Optimizer steps to run." in first and "--learning-rate" not in text
 
 
 COMMANDS = ("train_agsm", "train_dpo", "train_inpo", "train_spo", "train_flow_grpo", "train_nft",
-            "train_base", "train_ddpo", "generate", "score_images", "probe_guidance",
-            "diagnose")  # fmt: skip
+            "train_ddpo", "generate", "score_images", "diagnose", "edit", "memory",
+            "lab.train_base")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -168,15 +197,17 @@ def test_help_names_flags_that_there_are_and_each_once(name, capsys):
         importlib.import_module(name).main(["--help"])
     text = capsys.readouterr().out
     own = re.findall(r"^  (?:-h, )?--(\w+)", text, re.MULTILINE)
-    assert len(own) == len(set(own)) and f"python recipes/{name}.py" in text
+    assert len(own) == len(set(own)) and (
+        f"python recipes/{name}.py" in text or f"python -m recipes.{name}" in text
+    )
     assert set(re.findall(r"--(\w+)", text)) <= {*own, "help"}
     assert "{title}" not in text
 
 
 def test_every_help_text_is_a_sentence(capsys):
     with pytest.raises(SystemExit):
-        parse(PipelineLoopOptions, "", ["--help"])
-    body = re.split(r"^\w+:$", capsys.readouterr().out, flags=re.MULTILINE)[2:]
+        OPTIONS.parse("", ["--help"])
+    body = re.split(r"^[\w -]+:$", capsys.readouterr().out, flags=re.MULTILINE)[1:]
     entries = [one for group in body for one in re.split(r"\n  --", group)[1:]]
     assert len(entries) > 40
     for entry in entries:
@@ -186,11 +217,11 @@ def test_every_help_text_is_a_sentence(capsys):
 
 def test_flags_say_what_a_table_says():
     table = {"max_train_steps": 3, "full": True, "learning_rate": 1e-5, "model": "-x"}
-    options = parse(Options, None, flags(table))
+    options = OPTIONS.parse(None, flags(table))
     assert {name: getattr(options, name) for name in table} == table
 
 
 def test_neg_scale_goes_by_what_is_trained():
-    assert Options().neg_scale == 0.1
-    assert Options(rank=4).neg_scale == Options(full=True).neg_scale == 0.0
-    assert Options(rank=4, neg_scale=0.3).neg_scale == 0.3
+    assert OPTIONS.make().neg_scale == 0.1
+    assert OPTIONS.make(rank=4).neg_scale == OPTIONS.make(full=True).neg_scale == 0.0
+    assert OPTIONS.make(rank=4, neg_scale=0.3).neg_scale == 0.3

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 import train_agsm
 from lab.world.export import captioned
-from model import objectives
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "4", "--logging_steps", "1",
        "--validation_steps", "4", "--validation_per_category", "1",
@@ -53,7 +52,7 @@ def test_a_killed_run_resumes_to_the_same_tokens(any_base, tmp_path, monkeypatch
         "2",
     ]
     whole = train(any_base, tmp_path / "whole", *flags)
-    prepare, calls = objectives.prepare, []
+    prepare, calls = train_agsm.prepare, []
 
     def killed(*args):
         calls.append(args)
@@ -61,10 +60,10 @@ def test_a_killed_run_resumes_to_the_same_tokens(any_base, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return prepare(*args)
 
-    monkeypatch.setattr(objectives, "prepare", killed)
+    monkeypatch.setattr(train_agsm, "prepare", killed)
     with pytest.raises(KeyboardInterrupt):
         train(any_base, tmp_path / "cut", *flags)
-    monkeypatch.setattr(objectives, "prepare", prepare)
+    monkeypatch.setattr(train_agsm, "prepare", prepare)
     with pytest.raises(ValueError, match="--resume_from_checkpoint"):
         train(any_base, tmp_path / "cut", *flags)
     resumed = train(any_base, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest")
@@ -205,15 +204,15 @@ def test_a_negative_term_without_soft_tokens_is_refused(flow_base, tmp_path, wha
 def test_gamma_minus_goes_by_what_is_trained_and_is_printed(
     flow_base, tmp_path, capsys, flags, chosen
 ):
-    train(flow_base, tmp_path, "--max_train_steps", "1", "--negatives_per_step", "1", *flags)
+    train(flow_base, tmp_path, "--max_train_steps", "1", *flags)
     title, *summary, step, validating, scores, saved, then = capsys.readouterr().out.splitlines()
     told = dict(line.split(maxsplit=1) for line in summary)
     assert title == "AGSM" and list(told) == [
-        "model", "device", "trains", "data", "steps", "validation", "output"]  # fmt: skip
+        "model", "device", "trains", "validation", "data", "steps", "output"]  # fmt: skip
     assert told["trains"].endswith(f"; gamma- {chosen}") and told["output"] == str(tmp_path)
     assert told["steps"] == "1 to 1, in batches of 4" and told["validation"].startswith("6 prompts")
-    # K = 4 by the EMA, 4 images; of the student's the matching caption and one other at most.
-    trained = 4 if chosen == "0" else 8
+    # K = 4 by the EMA, 4 images; of the student's the matching caption, or all.
+    trained = 4 if chosen == "0" else 16
     assert step.startswith(f"A step: {16 + trained} forward passes of one image, {trained} of them")
     assert validating.startswith("Validating: ") and scores.startswith("step 1: overall ")
     assert saved.startswith(f"Saved {tmp_path / 'tokens'}")

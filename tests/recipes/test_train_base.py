@@ -14,7 +14,6 @@ from lab.world.captions import vocabulary
 from lab.world.prompts import rows
 from lab.world.score import verdicts
 from model.sampling import sample
-from run.options import parse
 
 SMALL = ["--layers", "1", "--max_train_steps", "4", "--train_batch_size", "4",
          "--lr_warmup_steps", "1", "--lr_decay_steps", "2", "--logging_steps", "1",
@@ -95,8 +94,7 @@ def test_noise_levels_of_training(base, monkeypatch):
 
     seen = []
     for flags in (["--sigma_logit", "3"], ["--uniform_levels"]):
-        options = parse(
-            train_base.Options,
+        options = train_base.OPTIONS.parse(
             "",
             ["--base", base, "--width", WIDTHS[base], "--layers", "1", *flags],
         )
@@ -177,7 +175,7 @@ def test_sampling_does_not_depend_on_the_batch(tmp_path):
 
 
 def test_a_batch_is_a_function_of_seed_step_and_process():
-    options = train_base.Options(train_batch_size=8)
+    options = train_base.OPTIONS.make(train_batch_size=8)
     images, captions = base_training.batch(options, 5, 0)
     same, told = base_training.batch(options, 5, 0)
     assert torch.equal(images, same) and captions == told
@@ -187,11 +185,13 @@ def test_a_batch_is_a_function_of_seed_step_and_process():
 
 
 def test_sources_are_careless_and_sign_as_often_as_told():
-    options = train_base.Options(
+    options = train_base.OPTIONS.make(
         train_batch_size=400, careless=0.5, signed=0.5, corrupt_count=1.0, drop_caption=0.0
     )
     told = base_training.batch(options, 0, 0)[1]
-    true = base_training.batch(train_base.Options(train_batch_size=400, drop_caption=0.0), 0, 0)[1]
+    true = base_training.batch(
+        train_base.OPTIONS.make(train_batch_size=400, drop_caption=0.0), 0, 0
+    )[1]
     ends = [text.split()[-1] for text in told]
     assert 0.2 < ends.count("h") / 400 < 0.3 and 0.2 < ends.count("s") / 400 < 0.3
     assert all(
@@ -210,4 +210,4 @@ def test_shipped_configs_parse(recipes):
     files = sorted((recipes / "lab" / "configs").glob("base_*.yaml"))
     assert files
     for file in files:
-        parse(train_base.Options, None, ["--config", str(file)])
+        train_base.OPTIONS.parse(None, ["--config", str(file)])

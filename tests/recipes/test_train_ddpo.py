@@ -17,7 +17,7 @@ from data.task import Task
 from lab.world.captions import caption
 from lab.world.prompts import draw_spec
 from lab.world.task import World
-from rewards import ddpo, rewards
+from rewards import rewards
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:DDPOTrainer is deprecated"),
@@ -192,5 +192,5 @@ def test_a_prompt_is_one_draw_of_its_row_or_of_its_scene(tmp_path):
         torch.manual_seed(4)
         expected = [(text(int(torch.randint(number, ()))), {}) for _ in range(8)]
         torch.manual_seed(4)
-        draw = ddpo.drawn_prompts(SimpleNamespace(sampling_prompts=file), task)
+        draw = train_ddpo.drawn_prompts(SimpleNamespace(sampling_prompts=file), task)
         assert [draw() for _ in range(8)] == expected

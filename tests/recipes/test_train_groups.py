@@ -11,11 +11,11 @@ import train_flow_grpo
 import train_nft
 from agsm_loss.integrations.hosts import rollouts
 from agsm_loss.integrations.hosts.dynamics import Dynamics
+from data.task import open_task
 from lab.world.captions import caption
 from lab.world.prompts import specs
 from lab.world.scene import TAGS
-from data.task import open_task
-from model.trained_pipeline import TrainedPipeline
+from model.trained import TrainedModel
 from rewards import rewards
 from rewards import rollout as on_policy
 
@@ -103,7 +103,7 @@ def test_nft_resumes_within_a_rollout_and_at_its_start(
     assert sheets == {"000003.png", "samples_000004.png", "000004.png"}
     owner, name, call = {
         "start": (rewards, "redness", 2),
-        "within": (TrainedPipeline, "timesteps", 2 * 6 + 1),  # AGSM draws its own, too
+        "within": (TrainedModel, "timesteps", 2 * 6 + 1),  # AGSM draws its own, too
     }[place]
     function = getattr(owner, name)
     monkeypatch.setattr(owner, name, killing(function, call))
@@ -158,7 +158,7 @@ def test_prompts_of_a_file_are_sampled_in_groups_without_a_data_set(
 
 def test_items_are_functions_of_their_number_in_any_process():
     """Of the world: its training prompts, which the micro-steps of a rollout share."""
-    options = train_nft.Options(agsm_weight=1.0, candidates="mixed")
+    options = train_nft.OPTIONS.make(agsm_weight=1.0, candidates="mixed")
     task = open_task(options, SimpleNamespace(process_index=0, num_processes=1))
     items = on_policy.PromptBatches(options, task, 3, micro_steps=2, images=4)
     worker = pickle.loads(pickle.dumps(items))

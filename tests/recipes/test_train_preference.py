@@ -9,7 +9,7 @@ import train_agsm
 import train_dpo
 import train_inpo
 from lab.world.export import preferences
-from model import preference_training
+from model.trained import TrainedModel
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "4", "--beta", "50", "--validation_per_category", "1",
@@ -50,7 +50,7 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, epsilon_base, tmp_path
     assert {name.split("/")[0] for name in whole} == {"tokens", "lora"}
     last = log(tmp_path / "whole")[-1]
     assert {"dpo/accuracy", "dpo/margin", "agsm/loss", "agsm/win_rate"} <= last.keys()
-    build, calls = preference_training.TrainedPipeline.agsm, []
+    build, calls = TrainedModel.agsm, []
 
     def killing(self, *args):
         regularizer = build(self, *args)
@@ -65,10 +65,10 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, epsilon_base, tmp_path
         regularizer.update_ema = after
         return regularizer
 
-    monkeypatch.setattr(preference_training.TrainedPipeline, "agsm", killing)
+    monkeypatch.setattr(TrainedModel, "agsm", killing)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, epsilon_base, tmp_path / "cut", *flags)
-    monkeypatch.setattr(preference_training.TrainedPipeline, "agsm", build)
+    monkeypatch.setattr(TrainedModel, "agsm", build)
     assert same(
         whole,
         train(recipe, epsilon_base, tmp_path / "cut", *flags, "--resume_from_checkpoint", "latest"),

@@ -12,7 +12,7 @@ from lab.world.captions import caption
 from lab.world.detector_reward import detector
 from lab.world.prompts import scenes
 from lab.world.render import render
-from model.trained_pipeline import TrainedPipeline
+from model.trained import TrainedModel
 
 FEW = ["--max_train_steps", "3", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "3", "--rank", "2", "--validation_per_category", "1",
@@ -63,27 +63,24 @@ def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_pa
 @pytest.mark.slow
 def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(detector_reward, "detector", varied)
-    seen, made = [], TrainedPipeline.agsm_batch
+    seen, made = [], TrainedModel.agsm_batch
 
     def counted(self, batch, latents, *rest):
         seen.append((len(batch.captions), len(latents)))
         return made(self, batch, latents, *rest)
 
-    monkeypatch.setattr(TrainedPipeline, "agsm_batch", counted)
+    monkeypatch.setattr(TrainedModel, "agsm_batch", counted)
     train(epsilon_base, tmp_path / "host")
     train(epsilon_base, tmp_path / "more", "--agsm_weight", "1", "--agsm_batch", "7")
     assert seen and set(seen) == {(7, 7)}
     host, more = log(tmp_path / "host"), log(tmp_path / "more")
     assert host[0]["spo/loss"] == more[0]["spo/loss"] and more[0]["agsm/loss"] > 0
-    flags = ["--agsm_weight", "1", "--agsm_batch", "7", "--agsm_images", "best"]
-    with pytest.raises(ValueError, match="agsm_batch"):
-        train(epsilon_base, tmp_path / "both", *flags)
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.5, 2), (0.1, 1), (1.0, 3)])
 def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, monkeypatch):
     """Of three images; a single one still has the others' captions to compete with."""
-    from model import trained_pipeline as pipelines
+    from model import trained as pipelines
 
     scored, taken = [], []
 
@@ -117,7 +114,9 @@ def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, m
 
 
 def test_steps_without_a_pair_are_survived(epsilon_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(detector_reward, "detector", lambda pixels, prompts: torch.zeros(len(pixels)))
+    monkeypatch.setattr(
+        detector_reward, "detector", lambda pixels, prompts: torch.zeros(len(pixels))
+    )
     train(epsilon_base, tmp_path / "run", "--threshold", "0.3")
     assert log(tmp_path / "run")[-1]["spo/pairs"] == 0
 
@@ -128,12 +127,11 @@ def test_a_flow_is_refused(flow_base, tmp_path):
 
 
 def test_shipped_configs_parse(recipes):
-    from run.options import parse
 
     files = sorted((recipes / "configs").glob("spo_sd*.yaml"))
     assert len(files) == 2
     for file in files:
-        options = parse(train_spo.Options, "", ["--config", str(file)])
+        options = train_spo.OPTIONS.parse("", ["--config", str(file)])
         assert options.rank == 4 and "PickScore" in options.reward
 
 

@@ -2,14 +2,14 @@
 
     python -m recipes.lab.bench.hosts
 
-A LoRA of rank 8 on the embedded world's UNet (recipes/lab/models/epsilon, 3.5 M parameters, 16 tokens
-of text), with soft tokens where there is AGSM; forward, backward, optimizer and EMA on eight pairs.
+A LoRA of rank 8 on the embedded world's UNet (lab/models/epsilon, 3.5 M parameters, 16 tokens of
+text), with soft tokens where there is AGSM; forward, backward, optimizer and EMA on eight pairs.
 All variants of a host take turns in one run: time is the median over rounds, against the host's own
 of the same round; memory is what the peak resident set of a fresh process grows by in its first two
 steps (Linux). DPO and InPO give AGSM their prediction on the winner; "winner again" runs it again.
 SPO's rollout, which is the same with and without AGSM, is not timed.
 
-Flow-GRPO and DiffusionNFT: a LoRA on the embedded world's transformer (recipes/lab/models/flow), with
+Flow-GRPO and DiffusionNFT: a LoRA on the embedded world's transformer (lab/models/flow), with
 the rollout of 16 images in ten steps. Flow-GRPO trains on four of these steps at once, DiffusionNFT
 on eight images at a time. With each backward pass comes AGSM on four images, the empty caption
 competing, or plain denoising on them (AGSM with pos_scale 0, whose EMA runs too). Decoding and the
@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_backbones import timed
 from diffusers import (
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -45,7 +44,7 @@ from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
 from agsm_loss.integrations.hosts.inpo import InPO
 from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_latents, sample_sde
 from agsm_loss.integrations.hosts.spo import SPO, StatePairs
-from lab.bench.loss import resident_mib
+from lab.bench.loss import resident_mib, timed
 
 BATCH = 8
 MODELS = Path(__file__).parents[1] / "models"

@@ -13,6 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,6 +78,13 @@ def resident_mib(entry: str) -> float:
     return next(int(row.split()[1]) for row in rows if row.startswith(entry)) / 1024
 
 
+def timed(run: Callable[[], object]) -> float:
+    """Seconds of a call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -91,9 +100,7 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in METHODS}
     for _ in range(args.rounds):
         for name in METHODS:
-            start = time.perf_counter()
-            step(name, batch)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timed(partial(step, name, batch)))
     memory = {}
     for name in METHODS:
         command = [sys.executable, "-m", "recipes.lab.bench.loss", "--child", name]

@@ -1,7 +1,7 @@
 """What a training step costs: the ways of `AGSMRegularizer` against the published arrangement.
 
     python -m recipes.lab.bench.step
-    python -m recipes.lab.bench.step --models sd15 sdxl --candidates 2 --device cuda --dtype bfloat16
+    python -m recipes.lab.bench.step --models sd15 --candidates 2 --device cuda --dtype bfloat16
 
 Soft tokens are trained on the world's denoisers: "flow", a small SD3, and "epsilon", a small UNet,
 with 16 tokens of text a caption; or on sd15, sdxl, sd3 and flux in their published sizes, with
@@ -51,7 +51,7 @@ from torch.utils._pytree import tree_map
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank, Candidates, InBatch, Passes
 from agsm_loss.integrations.denoisers import TokenDenoiser
 from lab.bench.loss import plain, resident_mib
-from memory import Options, configs, inputs_of
+from memory import OPTIONS, configs, inputs_of
 from memory import make as on_meta
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -147,7 +147,7 @@ def network(model: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, Cal
     name, config = about.get("unet") or about["transformer"]
     with torch.device(device):
         net = getattr(diffusers, name).from_config(config).to(dtype).requires_grad_(False)
-    return net, inputs_of(Options(), pipeline, net, on_meta(*about["vae"]))
+    return net, inputs_of(OPTIONS.make(), pipeline, net, on_meta(*about["vae"]))
 
 
 def world_inputs(config: Any, number: int) -> Any:

@@ -55,7 +55,7 @@ def steps_of(plan: Plan, method: str, seed: int) -> tuple[int, int]:
     if method not in plan.methods:
         return 0, 0
     options = {**plan.common, **plan.methods[method]}
-    default = getattr(recipe_of(method, options).Options, "max_train_steps", 0)  # not of trl's
+    default = recipe_of(method, options).OPTIONS.defaults.get("max_train_steps", 0)  # not of trl's
     lines = lines_of(folder_of(plan, method, seed) / "train" / "log.jsonl")
     step = json.loads(lines[-1])["step"] if lines else 0
     number = int(options.get("max_train_steps", default))

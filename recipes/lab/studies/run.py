@@ -35,9 +35,10 @@ from lab.world.score import verdicts
 from lab.world.summary import summarize_with_intervals
 from model.pipeline import TextToImage
 from model.sampling import sample
+from run.cli import debugging
 from run.messages import say
 from run.options import flags
-from run.stop import PIPED, Stop, debug_flags
+from run.stop import PIPED, Stop
 
 STUDY = Path(__file__).parents[2] / "study.py"
 
@@ -169,7 +170,7 @@ def run_all(config: Path, plan: Plan, jobs: int) -> None:
         folder = folder_of(plan, method, seed)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(STUDY), "--config", str(config)]
-        command += ["--output_dir", plan.output_dir, *debug_flags()]
+        command += ["--output_dir", plan.output_dir, *(["--debug"] if debugging() else [])]
         began = time.time()
         with (folder / "log.txt").open("w") as log:
             code = subprocess.call(

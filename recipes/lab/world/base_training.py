@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +17,24 @@ from data.sheet import sheet
 from data.sources import loading
 from lab.world.architectures import BASES, NoiseLevels
 from lab.world.captions import CAREFUL, CARELESS, caption, corrupt
+from lab.world.model_card import write_card
 from lab.world.prompts import rows, scenes
 from lab.world.render import render
 from lab.world.score import summarize, verdicts
 from model.families import family_of
 from model.sampling import sample
-from run.messages import say_scores, say_validating
+from run.log import lines_of
+from run.messages import say_saved, say_scores, say_validating
 
 
-def batch(options: Any, step: int, rank: int) -> tuple[torch.Tensor, list[str]]:
+class Batch(NamedTuple):
+    """Images (B, 3, 24, 24) in [-1, 1] and their captions."""
+
+    images: torch.Tensor
+    captions: list[str]
+
+
+def batch(options: Any, step: int, rank: int) -> Batch:
     """Images (B, 3, 24, 24) in [-1, 1] and their captions, a function of (seed, step, rank)."""
     rng = np.random.default_rng([options.seed, step, rank, 1])
     sources = np.random.default_rng([options.seed, step, rank, 6])
@@ -42,7 +52,7 @@ def batch(options: Any, step: int, rank: int) -> tuple[torch.Tensor, list[str]]:
         if signed:
             told += f" {CARELESS if careless else CAREFUL}"
         captions.append("" if rng.random() < options.drop_caption else told)
-    return torch.from_numpy(to_model(np.stack(images))), captions
+    return Batch(torch.from_numpy(to_model(np.stack(images))), captions)
 
 
 def build(options: Any) -> torch.nn.Module:
@@ -99,8 +109,64 @@ class Batches:
     def __len__(self) -> int:
         return self.options.max_train_steps * self.options.gradient_accumulation_steps
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, list[str]]:
+    def about(self) -> str:
+        """For a run's summary."""
+        return "the embedded world's images, rendered"
+
+    def __getitem__(self, index: int) -> Batch:
         return batch(self.options, index, self.rank)
+
+
+class Base:
+    """A base model in training, with the EMA whose weights are validated and saved.
+
+    bare, module: as accelerate has not wrapped it, and as it has.
+    """
+
+    def __init__(self, options: Any, bare: Any, module: Any, optimizer: Any, ema: Any) -> None:
+        self.options, self.bare, self.module = options, bare, module
+        self.optimizer, self.ema = optimizer, ema
+
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """What is printed before the first step."""
+        start = self.options.init_from or "random weights"
+        return f"A base model ({self.options.base}) from {start}", {
+            "device": str(next(self.bare.parameters()).device),
+            "trains": f"{self._number:,} parameters",
+        }
+
+    def validate(self, step: int) -> dict[str, Any]:
+        """The EMA weights' scores."""
+        self.ema.store(self.bare.parameters())
+        self.ema.copy_to(self.bare.parameters())
+        self.bare.eval()
+        scores = evaluate(self.bare, self.options, step)
+        self.bare.train()
+        self.ema.restore(self.bare.parameters())
+        return scores
+
+    def update_ema(self) -> None:
+        self.ema.step(self.bare.parameters())
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self.ema.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ema.load_state_dict(state)
+
+    def save(self, command: str) -> None:
+        """The EMA weights as a pipeline, with its card. command: that made it."""
+        self.ema.copy_to(self.bare.parameters())
+        folder = Path(self.options.output_dir) / "pipeline"
+        save(self.bare, folder)
+        log = [json.loads(line) for line in lines_of(folder.parent / "log.jsonl")]
+        write_card(folder, vars(self.options), log, command, self._number)
+        say_saved([folder], {"model": str(folder)})
+
+    @property
+    def _number(self) -> int:
+        return sum(parameter.numel() for parameter in self.bare.parameters())
 
 
 def save(model: Any, folder: Path) -> None:

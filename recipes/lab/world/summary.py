@@ -19,7 +19,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def summarize_with_intervals(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """`lab.world.score.summarize`, with `low` and `high` of every category and of the overall score.
+    """`summarize`, with `low` and `high` of every category and of the overall score.
 
     The overall score is a mean of independent shares; its interval puts their Wilson intervals
     together by squares (Newcombe 1998, "square and add").

@@ -1,0 +1,241 @@
+"""What a recipe trains of a pipeline: soft tokens, a LoRA, or all of its denoiser.
+
+model = TrainedModel(options, accelerator, task).prepare(accelerator)
+pred = model.denoiser(noisy, timesteps, conditioning, bank)     # the prepared module
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Self
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from agsm_loss import EMA, AGSMRegularizer, Candidates
+from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
+from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off
+from agsm_loss.integrations.tokens.attach import backbone_of
+from agsm_loss.integrations.tokens.unet import bos_embedding
+from data.image_data import Batch
+from data.sources import check_source, given_model
+from data.task import Task
+from model.agsm import competitors, make_agsm
+from model.pipeline import TextToImage
+from run.engines import blocks_of, is_sharded
+from run.options import option
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which pipeline, and what of it is trained."""
+
+    _argument_group_name = "model"
+    model: str = option(
+        "",
+        "Pipeline to train: a folder or a hub id. Left out, with --data world alone: a model of "
+        "the embedded world.",
+    )
+    merge_lora: str = option(
+        "", "LoRA to merge into the denoiser before training: a folder or a hub id."
+    )
+    num_tokens: int = option(4, "Soft tokens to train per layer; 0: none.", at_least=0)
+    banks: Literal["dual", "shared", "positive_only"] = option(
+        "dual",
+        "Banks of soft tokens: one for matching captions and one for negatives (dual), one for "
+        "both (shared, which SoftREPA needs), or one for matching captions alone (positive_only). "
+        "For AGSM, all but dual are ablations.",
+    )
+    num_layers: int | None = option(
+        None,
+        "First layers that get tokens; left out: 5, or all where there are fewer. Not for SD1.5 "
+        "and SDXL.",
+        at_least=1,
+    )
+    rank: int = option(
+        0, "Rank of a LoRA to train on the denoiser's attention; 0: no LoRA.", at_least=0
+    )
+    full: bool = option(False, "Train all of the denoiser's weights.")
+    gradient_checkpointing: bool = option(
+        False,
+        "Recompute the denoiser's activations in the backward pass: less memory, more time.",
+    )
+    learning_rate: float = option(1e-3, "Peak learning rate of AdamW.", above=0)
+    compile: bool = option(False, "Compile the denoiser with torch.compile.")
+
+
+@dataclass(frozen=True)
+class TimestepOptions:
+    """Where in the schedule a recipe trains."""
+
+    _argument_group_name = "timesteps"
+    timestep_density: Literal["uniform", "logit_normal"] = option(
+        "uniform", "Distribution of the timesteps; logit_normal is for flow models."
+    )
+    timestep_low: float = option(
+        0.0,
+        "Smallest timestep to train at, as a share of the schedule; 0: no noise.",
+        at_least=0,
+        below=1,
+    )
+
+
+def resolve(options: Any, of_world: str = "recipes/lab/models/flow") -> None:
+    """Chooses a `model` and a `neg_scale` that were left out, and checks options together.
+
+    of_world: the model for the embedded world's data.
+
+    Raises:
+        ValueError: no model for other data, or nothing competes.
+    """
+    options.model = given_model(options.model, options.data, of_world)
+    if options.neg_scale is None:
+        options.neg_scale = 0.0 if options.rank or options.full else 0.1
+    if not (options.num_negatives or options.null_caption):
+        raise ValueError(
+            "num_negatives: expected at least 1 without --null_caption, got 0: nothing would "
+            "compete with the image's own caption."
+        )
+
+
+class TrainedModel:
+    """A pipeline in training.
+
+    Args:
+        options: of `ModelOptions`, `TimestepOptions`, `AGSMOptions` and `RunOptions`.
+        state: accelerate's.
+        task: what is trained on.
+
+    Attributes:
+        pipeline: the frozen pipeline around the denoiser.
+        tokens: the denoiser with its soft tokens as accelerate has not wrapped it; None without.
+        denoiser: the module to call, `agsm_loss.Denoiser`.
+        parameters: what is trained, as the engine holds it.
+        reference: makes a context in which the denoiser, with `Bank.OFF`, is the model as it was
+            given.
+        has_agsm: whether `agsm` has been called.
+
+    Raises:
+        ValueError: nothing to train, or the model cannot be loaded.
+    """
+
+    optimizer: Any
+
+    def __init__(self, options: Any, state: Accelerator | PartialState, task: Task) -> None:
+        self.options, self.task, self.has_agsm = options, task, False
+        if options.full and options.rank:
+            raise ValueError("expected --full or --rank, got both")
+        if not (options.full or options.rank or options.num_tokens):
+            raise ValueError("nothing to train: expected --num_tokens, --rank or --full")
+        check_source("merge_lora", options.merge_lora)
+        dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        casts = state.distributed_type == DistributedType.DEEPSPEED  # all of the denoiser
+        held = torch.float32 if options.full and not casts else dtype[options.mixed_precision]
+        self.pipeline = model = TextToImage.load(options.model, held, state.device)
+        if is_sharded(state):  # FSDP2 takes no channels_last
+            model.denoiser.to(memory_format=torch.contiguous_format)
+        if options.merge_lora:
+            model.merge_lora(options.merge_lora)
+        if options.full:
+            model.denoiser.requires_grad_(True)
+        if options.rank:
+            model.add_lora(options.rank)
+        self.tokens = _attach(options, model) if options.num_tokens else None
+        if options.gradient_checkpointing:
+            model.denoiser.enable_gradient_checkpointing()
+        if options.compile:
+            model.denoiser.compile()
+        self.denoiser: Any = PlainDenoiser(model.denoiser) if self.tokens is None else self.tokens
+        self.parameters = [one for one in self.denoiser.parameters() if one.requires_grad]
+        self.reference: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if options.rank:
+            self.reference = partial(adapters_off, model.denoiser)
+
+    def prepare(self, accelerator: Accelerator) -> Self:
+        """Gives the denoiser and its optimizer to accelerate."""
+        options = self.options
+        optimizer = torch.optim.AdamW(self.parameters, options.learning_rate, weight_decay=1e-4)
+        module = blocks_of(self.denoiser, self.pipeline.denoiser)
+        self.denoiser, self.optimizer = accelerator.prepare(module, optimizer)
+        # FSDP2 has put its shards in their place.
+        self.parameters = [one for one in self.denoiser.parameters() if one.requires_grad]
+        if options.full:  # a frozen copy of what is trained
+            self.reference = EMA(self.denoiser, decay=1.0).applied
+        return self
+
+    @property
+    def module(self) -> Any:
+        """The denoiser, for `Run.steps`."""
+        return self.denoiser
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's."""
+        return self.pipeline.pipe.scheduler
+
+    @property
+    def number(self) -> int:
+        """Of trained parameters, on all processes together."""
+        return sum(getattr(one, "ds_numel", one.numel()) for one in self.parameters)
+
+    def agsm(
+        self, batch_size: int, weight: float | Callable[[int], float] = 1.0
+    ) -> AGSMRegularizer:
+        """AGSM over the denoiser, with λ = weight, on so many images a micro-step."""
+        self.has_agsm = True
+        return make_agsm(
+            self.options,
+            self.denoiser,
+            batch_size,
+            weight,
+            self.parameters,
+            self.tokens is not None,
+        )
+
+    def timesteps(self, number: int, generator: torch.Generator) -> Tensor:
+        """(number,) as the options draw them."""
+        options = self.options
+        return self.pipeline.timesteps(
+            number, options.timestep_density, generator, options.timestep_low
+        )
+
+    def agsm_batch(
+        self, batch: Batch, latents: Tensor, generator: torch.Generator, kept: Tensor | None = None
+    ) -> AGSMBatch:
+        """What AGSM trains on in an on-policy host, noised as the options say.
+
+        latents: clean, of the batch's images or of the host's samples for its captions.
+        kept: the rows that are trained on (all of them by default); the other rows' captions still
+        compete.
+        """
+        pool, every = competitors(self.options, batch, generator)
+        kept = torch.arange(len(latents)) if kept is None else kept
+        candidates = Candidates(
+            every.index[kept], every.positives[kept], every.mask[kept], every.pool_size
+        )
+        latents = latents[kept.to(latents.device)]
+        return AGSMBatch(
+            latents,
+            self.timesteps(len(latents), generator),
+            torch.randn(latents.shape, generator=generator).to(latents),
+            self.pipeline.encode_prompts(pool),
+            candidates,
+            image_conditioning=self.pipeline.image_conditioning(batch.pixels[kept]),
+        )
+
+
+def _attach(options: ModelOptions, model: TextToImage) -> TokenDenoiser:
+    """The pipeline's denoiser with new soft tokens, in float32."""
+    settings: dict[str, Any] = {
+        "num_tokens": options.num_tokens,
+        "num_layers": options.num_layers,
+        "banks": options.banks,
+    }
+    if backbone_of(model.denoiser).one_set():  # UNets start from the empty prompt's BOS vector
+        settings["init"] = bos_embedding(model.encode_text([""])["prompt_embeds"])
+    return TokenDenoiser(model.denoiser, **settings)
