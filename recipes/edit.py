@@ -154,7 +154,7 @@ def _write(output: Path, asked: Any, edits: list[Any], results: dict[str, Any]) 
     import numpy as np
     from PIL import Image
 
-    from data.sheet import sheet
+    from data.pictures import sheet
     from lab.world.captions import metadata
     from lab.world.edits import edit_summary, edit_table, judge_edit
     from lab.world.score import verdicts

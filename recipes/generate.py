@@ -89,8 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     from tqdm.auto import tqdm
 
     from agsm_loss.integrations.tokens.pipelines import Sampling
+    from data.pictures import side_by_side
     from data.prompts import read_prompts
-    from data.sheet import side_by_side
     from data.sources import check_source
     from model.pipeline import TextToImage, chosen_device
     from model.sampling import calls

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     import numpy as np
 
-    from data.sheet import sheet
+    from data.pictures import sheet
     from lab.world.detect import palette_error
     from lab.world.geneval_folder import judge_folder, of_world, pixels, read_images, read_results
     from lab.world.score import verdicts

@@ -28,7 +28,7 @@ from torch import Generator, Tensor, nn
 from agsm_loss import AGSMRegularizer, Bank, Candidates, SoftREPALoss
 from agsm_loss import functional as AF
 from agsm_loss.integrations.noise import add_noise, regression_target
-from data.image_data import Batch
+from data.batches import Batch
 from data.task import DataOptions, ImageOptions, PromptFileOptions, open_task
 from model.agsm import AGSMOptions, check_competitors, competitors, hard_per_image
 from model.precompute import PrecomputeOptions, precompute

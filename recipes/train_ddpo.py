@@ -50,10 +50,9 @@ from run.cli import command
 from run.engines import check_launched
 from run.log import log_sheet
 from run.loop import RunOptions
-from run.messages import paused
+from run.messages import paused, say_summary
 from run.options import OptionSet, option
 from run.stop import Stop
-from run.summary import say_summary
 from run.trackers import JsonLines, extra_tracker
 
 

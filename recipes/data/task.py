@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from data.image_data import Batch, TableBatches, one_text
-from data.pair_data import PAIR_COLUMNS, PairBatch, TablePairs
+from data.batches import PAIR_COLUMNS, Batch, PairBatch, TableBatches, TablePairs, one_text
 from data.prompts import read_prompts
 from data.sources import world
 from data.tables import check_columns, open_table

@@ -26,7 +26,7 @@ from agsm_loss import Bank, Mixed, caption_pool
 from agsm_loss._random import draws
 from agsm_loss.integrations.denoisers import PlainDenoiser
 from agsm_loss.integrations.noise import add_noise, prediction_type, regression_target
-from data.image_data import Batch
+from data.batches import Batch
 from model.pipeline import TextToImage
 
 EDITS = OTHERS = 2  # captions of each of these kinds an image

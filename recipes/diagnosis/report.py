@@ -13,9 +13,8 @@ import torch
 import yaml
 from torch.utils.data import Dataset
 
-from data.image_data import Batch
-from data.pictures import to_uint8
-from data.sheet import sheet
+from data.batches import Batch
+from data.pictures import sheet, to_uint8
 from diagnosis.levels import Numbers, Suspect, against, summarize
 from diagnosis.measure import Measured
 from diagnosis.plot import draw

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from agsm_loss._random import draws
 from agsm_loss.integrations.noise import prediction_type
-from data.image_data import UNREADABLE, read_image, to_model
+from data.batches import UNREADABLE, read_image, to_model
 from data.tables import open_table
 from model.families import guidance
 from model.pipeline import TextToImage

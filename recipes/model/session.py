@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 
-from data.sheet import sheet
+from data.pictures import sheet
 from data.task import Task
 from model.card import Trained, write_cards
 from model.sampling import sample

@@ -22,7 +22,7 @@ from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off
 from agsm_loss.integrations.tokens.attach import backbone_of
 from agsm_loss.integrations.tokens.unet import bos_embedding
-from data.image_data import Batch
+from data.batches import Batch
 from data.sources import check_source, given_model
 from data.task import Task
 from model.agsm import competitors, make_agsm

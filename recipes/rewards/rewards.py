@@ -21,7 +21,6 @@ from torch import Tensor
 from data.pictures import to_images
 from data.sources import check_source, load_object, loading
 from rewards import models
-from rewards.geneval.evaluator import Evaluator
 from rewards.models import PreferenceModel
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]
@@ -128,6 +127,6 @@ REWARDS: dict[str, Callable[[torch.device | str], Score]] = {
     "hpsv2": lambda device: models.HPSv2(device),
     "imagereward": lambda device: models.ImageReward(device),
     "ocr": lambda device: models.OCR(),
-    "geneval": lambda device: Evaluator(device=device).reward,
+    "geneval": lambda device: load_object("reward", "rewards.geneval.evaluator:load")(device),
 }
 """Name -> what makes the reward, with its model on a device. `detector` is the embedded world's."""

@@ -33,10 +33,9 @@ from torch.utils.data import Dataset
 from agsm_loss import Bank
 from agsm_loss._random import draws
 from agsm_loss.integrations.hosts.base import AGSMBatch, bank_of, best_samples
-from data.image_data import Batch
-from data.pictures import to_uint8
+from data.batches import Batch
+from data.pictures import sheet, to_uint8
 from data.prompts import read_prompts
-from data.sheet import sheet
 from data.task import Captions, Task
 from model.agsm import agsm_weight, check_competitors, hard_per_image
 from model.trained import TrainedModel

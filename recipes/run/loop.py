@@ -42,11 +42,10 @@ from agsm_loss._random import draws
 from run.checkpoints import check_output, last_whole, opened, save
 from run.engines import check_launched, fit, is_sharded
 from run.log import Log, flat, log_sheet, missing_tracker, tracker_settings
-from run.messages import paused
+from run.messages import FirstStep, paused, say_summary, steps_line
 from run.options import option
 from run.state import RunState
 from run.stop import Stop, signals_kept
-from run.summary import FirstStep, say_summary, steps_line
 
 
 @dataclass(frozen=True)

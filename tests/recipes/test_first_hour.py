@@ -198,7 +198,7 @@ def test_a_run_that_validates_nothing_says_so(flow_base, tmp_path, capsys):
 def test_a_summary_counts_what_a_step_sees():
     from loop_runs import OPTIONS
 
-    from run.summary import steps_line
+    from run.messages import steps_line
 
     chosen = OPTIONS.make(train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=2000)
     told = steps_line(chosen, 500, 3, "rows")

@@ -12,8 +12,8 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from data.batches import TableBatches
 from data.hard_negatives import COLOUR_WORDS, edited, edits
-from data.image_data import TableBatches
 from data.tables import open_table
 from data.task import Task
 from lab.world.captions import caption, hard_negatives

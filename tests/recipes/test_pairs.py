@@ -9,7 +9,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from data.pair_data import TablePairs
+from data.batches import TablePairs
 from data.task import Task
 from lab.studies.accuracy import implicit_accuracy
 from lab.world.data import WorldPairs

@@ -15,7 +15,7 @@ from recipe_runs import log, trained
 
 import train_agsm
 import train_dpo
-from data.image_data import Batch
+from data.batches import Batch
 from lab.world.export import captioned, preferences
 from model import precompute as module
 from model.families import Family, QwenImage

@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusi
 from recipe_runs import log
 from safetensors.torch import load_file
 
-from data.sheet import sheet
+from data.pictures import sheet
 from lab import train_base
 from lab.world import architectures, base_training
 from lab.world.captions import vocabulary

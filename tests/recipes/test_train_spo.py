@@ -6,7 +6,7 @@ import torch
 from recipe_runs import killing, log, trained
 
 import train_spo
-from data.image_data import to_model
+from data.batches import to_model
 from lab.world import detector_reward
 from lab.world.captions import caption
 from lab.world.detector_reward import detector

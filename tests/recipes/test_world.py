@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.image_data import to_model
+from data.batches import to_model
 from lab.world.captions import caption, corrupt, hard_negatives, metadata, vocabulary
 from lab.world.detect import detect
 from lab.world.prompts import FOLDS, SHARED_BELOW, rows, scenes, specs

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from data.sheet import sheet
+from data.pictures import sheet
 from lab.studies.plan import BASE, OF, Plan, images_of, log_of
 from lab.world.detect import detect
 from lab.world.score import judge

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from data.image_data import to_model
-from data.sheet import sheet
+from data.batches import to_model
+from data.pictures import sheet
 from data.sources import loading
 from lab.world.architectures import BASES, NoiseLevels
 from lab.world.captions import CAREFUL, CARELESS, caption, corrupt

@@ -1,6 +1,6 @@
 """The world as training data, rendered on the fly: captioned images and preference pairs.
 
-Item i is a function of (seed, i, process), as of `data.image_data` and `data.pair_data`.
+Item i is a function of (seed, i, process), as of `data.batches` and `data.batches`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.image_data import Batch, to_model
-from data.pair_data import PairBatch
+from data.batches import Batch, PairBatch, to_model
 from lab.world.captions import caption, hard_negatives
 from lab.world.export import pair_of_scenes
 from lab.world.prompts import scenes

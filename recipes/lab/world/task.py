@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from data.image_data import Batch
-from data.pair_data import PairBatch
+from data.batches import Batch, PairBatch
 from data.task import Captions, Task
 from lab.world.captions import caption
 from lab.world.data import WorldBatches, WorldPairs

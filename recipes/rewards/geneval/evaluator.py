@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from data.pictures import to_images
 from rewards.models import CLIP
 
 from .colours import ColourClassifier
-from .detectors import load
+from .detectors import load as load_detector
 from .prompts import row_of
 from .rules import Detected, Judgement, judge
 
@@ -36,7 +36,7 @@ class Evaluator:
     def __init__(
         self, detector: str = DETECTOR, clip: str = CLIP, device: torch.device | str = "cpu"
     ) -> None:
-        self.detector = load(detector, device)
+        self.detector = load_detector(detector, device)
         self.colours = ColourClassifier(clip, device)
 
     def __call__(
@@ -64,6 +64,11 @@ class Evaluator:
         """(N, 3, H, W) in [-1, 1] and GenEval's prompts -> (N,), the judgements' credit."""
         judged = self(to_images(pixels), [row_of(prompt) for prompt in prompts])
         return torch.tensor([judgement.credit for judgement, _ in judged])
+
+
+def load(device: torch.device | str = "cpu") -> Callable[[Tensor, Sequence[str]], Tensor]:
+    """The reward `geneval`: an `Evaluator`'s credit."""
+    return Evaluator(device=device).reward
 
 
 def result(file: Path, row: Mapping[str, Any], judgement: Judgement, kept: Kept) -> dict[str, Any]:
