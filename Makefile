@@ -20,8 +20,7 @@ lint: $(SETUP)
 	$(BIN)/mypy
 
 bench: $(SETUP)
-	$(BIN)/python recipes/bench_loss.py
-	$(BIN)/python recipes/bench_backbones.py
+	$(BIN)/python -m recipes.lab.bench.loss
 
 docs: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -W error -m pdoc --docformat google --output-directory build/docs agsm_loss agsm_loss.integrations

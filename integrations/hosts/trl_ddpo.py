@@ -12,7 +12,7 @@ trl has DDPO up to version 0.23. AGSM needs little of a reward-driven loop: the 
 >>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
 >>> from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
 >>> _ = PartialState(cpu=True)  # trl's pipeline logs before accelerate's state exists
->>> pipe = StableDiffusionPipeline.from_pretrained("recipes/models/epsilon")  # yours
+>>> pipe = StableDiffusionPipeline.from_pretrained("recipes/lab/models/epsilon")  # yours
 >>> _ = pipe.unet.requires_grad_(False)
 >>> pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"]))
 >>> config = DDPOConfig(
