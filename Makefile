@@ -1,9 +1,11 @@
 # `make demo` and `make test` start from nothing: they create .venv in the checkout first.
 PYTHON ?= python3
+PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 SETUP := .venv/.installed
+OLDEST := .venv-oldest
 
-.PHONY: demo test test-fast lint bench docs clean
+.PHONY: demo test test-fast test-oldest lint bench docs clean
 
 demo: $(SETUP)
 	HF_HUB_OFFLINE=1 $(BIN)/python recipes/study.py --config recipes/configs/demo.yaml
@@ -13,6 +15,10 @@ test: $(SETUP) lint
 
 test-fast: $(SETUP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+
+# The core and the integrations with the oldest Python and the oldest versions that we support.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 tests/core tests/integrations
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
@@ -31,5 +37,11 @@ $(SETUP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON_OLDEST) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[test,trl]"
+	touch $@
+
 clean:
-	rm -rf .venv build
+	rm -rf .venv $(OLDEST) build
