@@ -1,1 +1,3 @@
-"""What is trained, sampled and saved."""
+"""A diffusers pipeline: loaded, trained, given AGSM, sampled, validated, saved with cards."""
+
+import run  # noqa: F401 (says which package is missing)

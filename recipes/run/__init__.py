@@ -1,7 +1,4 @@
-"""What the recipes share: options, the training loop, data, objectives, sampling.
-
-Nothing here knows the toy world.
-"""
+"""A run of any training: options, loop, log, checkpoints, engines, stop. Nothing of diffusion."""
 
 from importlib.util import find_spec
 
