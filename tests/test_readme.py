@@ -15,7 +15,6 @@ import torch
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
 from agsm_loss.integrations.denoisers import PlainDenoiser
-from run.options import parse
 
 ROOT = readme.ROOT
 RECIPES = ROOT / "recipes"
@@ -213,25 +212,33 @@ def test_the_make_targets_exist(name):
     assert named <= targets
 
 
+LAB = ["train_base", "bench.loss", "bench.step", "bench.hosts"]  # python -m recipes.lab....
+
+
 @pytest.fixture(scope="module")
 def flags():
     """Command -> the flags that its --help names, with underscores."""
+    commands = {file.name: file.stem for file in sorted(RECIPES.glob("*.py"))}
+    del commands[QUICKSTART.name]  # it has no options
+    commands |= {f"recipes.lab.{name}": f"lab.{name}" for name in LAB}
     found = {}
-    for file in sorted(RECIPES.glob("*.py")):
-        if file == QUICKSTART:  # it has no options
-            continue
+    for command, module in commands.items():
         printed = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-            patch.setattr(sys, "argv", [str(file), "--help"])
+            patch.setattr(sys, "argv", [command, "--help"])
             with pytest.raises(SystemExit):
-                importlib.import_module(file.stem).main()
-        found[file.name] = {one.replace("-", "_") for one in re.findall(FLAG, printed.getvalue())}
+                importlib.import_module(module).main()
+        found[command] = {one.replace("-", "_") for one in re.findall(FLAG, printed.getvalue())}
     return found
 
 
 FLAG = r"(?<=--)[a-z][\w-]*"
 # Of the patch guide: a script's and git's; accelerate's launcher's.
 THEIRS = {"proportion_empty_prompts", "unidiff_zero", "config_file", "num_processes"}
+COMMAND = (
+    r"(?:(?:python |accelerate launch )?(?:recipes/)?(\w+\.py)"
+    r"|(?:python|accelerate launch) -m (recipes\.lab\.[\w.]+))(?!\S)"
+)
 
 
 @every_readme
@@ -239,13 +246,23 @@ def test_the_commands_and_their_flags_exist(name, flags):
     everything = set().union(*flags.values()) | THEIRS
     for one in readme.code(name):
         one = re.sub(r"^accelerate launch --config_file \S+", "accelerate launch", one)
-        command = re.match(r"(?:python |accelerate launch )?(?:recipes/)?(\w+\.py)\b", one)
-        launched = one.startswith(("python ", "accelerate launch "))
-        if launched:
-            assert command and (RECIPES / command[1]).is_file(), one
-        known = flags.get(command[1], set()) if command and "--" in one else everything
+        command = re.match(COMMAND, one)
+        called = command and (command[1] or command[2])
+        if one.startswith(("python ", "accelerate launch ")):
+            assert called in flags or called == QUICKSTART.name, one
+        known = flags.get(called, set()) if called and "--" in one else everything
         named = {flag.replace("-", "_") for flag in re.findall(FLAG, one)}
         assert named <= known, (one, named - known)
+
+
+def test_every_command_of_the_lab_is_known():
+    files = [*(RECIPES / "lab").glob("*.py"), *(RECIPES / "lab" / "bench").glob("*.py")]
+    named = {
+        ".".join(file.relative_to(RECIPES / "lab").with_suffix("").parts)
+        for file in files
+        if "__main__" in file.read_text()
+    }
+    assert named == set(LAB)
 
 
 @pytest.mark.parametrize("name", readme.RECIPES)
@@ -254,7 +271,8 @@ def test_the_training_commands_have_all_that_they_need(name, monkeypatch):
     for one in readme.code(name):
         command = re.match(r"(?:python|accelerate launch.*) recipes/(train_\w+)\.py (.*)", one)
         if command:
-            parse(importlib.import_module(command[1]).Options, None, shlex.split(command[2]))
+            recipe = importlib.import_module(command[1])
+            recipe.OPTIONS.parse(None, shlex.split(command[2]))
 
 
 @every_readme
@@ -262,7 +280,8 @@ def test_the_files_exist(name):
     names = {file.name for file in (ROOT / "tests").rglob("*.py")}
     for one in readme.code(name):
         for config in re.findall(r"\b([a-z]\w*\.yaml)\b", one):
-            assert list((RECIPES / "configs").rglob(config)), one
+            folders = RECIPES / "configs", RECIPES / "lab" / "configs"
+            assert any(list(folder.rglob(config)) for folder in folders), one
         for path in re.findall(r"\b(?:agsm_loss|integrations|recipes|tests)/[\w./]+\w", one):
             assert (ROOT / path).exists(), one
         assert not re.fullmatch(r"test_\w+\.py", one) or one in names
@@ -284,7 +303,7 @@ def test_the_links_lead_somewhere(name):
 
 
 def test_the_readme_is_read_in_one_sitting():
-    assert readme.text_of("README.md").count("\n") <= 200
+    assert readme.text_of("README.md").count("\n") <= 180
 
 
 @every_readme

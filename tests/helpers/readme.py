@@ -10,7 +10,9 @@ RECIPES = [f"recipes/{name}.md" for name in ("README", "running", "evaluation", 
 RESULTS = [
     f"recipes/lab/results/{name}.md" for name in ("README", "alone", "preferences", "rewards")
 ]
-INTEGRATIONS = [f"integrations/{part}README.md" for part in ("", "hosts/", "patches/")]
+INTEGRATIONS = [
+    f"integrations/{part}.md" for part in ("README", "engines", "hosts/README", "patches/README")
+]
 NAMES = ("README.md", *INTEGRATIONS, *RECIPES, *RESULTS)
 
 
