@@ -1,6 +1,7 @@
 """Alignment-Guided Score Matching (arXiv 2605.30038) as a loss for any diffusion trainer."""
 
 from agsm_loss import _clone, candidates, functional, schedule
+from agsm_loss._random import draws as draws
 from agsm_loss.candidates import Candidates, Grid, Hard, InBatch, Mixed, Rule, caption_pool
 from agsm_loss.ema import EMA
 from agsm_loss.loss import AGSMLoss, SoftREPALoss

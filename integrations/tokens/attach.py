@@ -151,9 +151,13 @@ class AttachedTokens:
             return None
         # Sequences of two lengths can't share a batch: the bare samples have a call of their own.
         on = [i for i in range(batch) if i not in set(off)]
-        with self.using(Bank.OFF):
+        # Not by `using`: torch 2.11 does not see its property's new value inside a compiled graph.
+        before, self._bank, self._banks = (self._bank, self._banks), Bank.OFF, Bank.OFF
+        try:
             part_args, part_kwargs = self._rows(call, off, batch)
             bare = self.model(*part_args, **part_kwargs)
+        finally:
+            self._bank, self._banks = before
         part_args, part_kwargs = self._rows(call, on, batch)
         kept = Arguments(self._names, part_args, part_kwargs)
         self.pending = self._make(kept, [banks[i] for i in on], len(on))
@@ -183,7 +187,7 @@ class AttachedTokens:
         whole = self.backbone.unbatched
         args = tuple(
             a if n in whole else tree_map(select, a)
-            for n, a in zip(call.names, call.args, strict=False)
+            for n, a in zip(call.names[: len(call.args)], call.args, strict=True)
         )
         kwargs = {n: a if n in whole else tree_map(select, a) for n, a in call.kwargs.items()}
         return args, kwargs

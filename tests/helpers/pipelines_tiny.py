@@ -1,7 +1,5 @@
 """Tiny stock pipelines in a saved folder, loaded as any other model path."""
 
-import json
-
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -51,18 +49,13 @@ def vae(scaling=0.18, channels=4):
     )
 
 
-def text_parts(folder, width=16, projection=None):
+def text_parts(width=16, projection=None):
     """CLIP tokenizer of a few words and text model, with a projection where one is given."""
-    folder.mkdir(parents=True)
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *(f"{w}</w>" for w in WORDS)]
     letters = sorted({c for w in WORDS for c in w})
     vocabulary += [*letters, *(f"{c}</w>" for c in letters)]
     names = {word: i for i, word in enumerate(dict.fromkeys(vocabulary))}
-    (folder / "vocab.json").write_text(json.dumps(names))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8
-    )
+    tokenizer = CLIPTokenizer(vocab=names, merges=[], model_max_length=8)
     config = CLIPTextConfig(
         vocab_size=len(names),
         hidden_size=width,
@@ -167,7 +160,7 @@ def speaking_pipeline(name, folder):
     elif name == "sana":
         pipe = sana_pipeline(model)
     elif name == "flux":
-        tokenizer, encoder = text_parts(folder / "one", width=12)
+        tokenizer, encoder = text_parts(width=12)
         t5, t5_tokenizer = t5_parts()
         pipe = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -181,7 +174,7 @@ def speaking_pipeline(name, folder):
     else:
         pooled = {"unet_sdxl": (None, 12), "sd3": (6, 6)}[name]
         (tokenizer, encoder), (tokenizer_2, encoder_2) = (
-            text_parts(folder / str(i), width=8, projection=pooled[i]) for i in range(2)
+            text_parts(width=8, projection=pooled[i]) for i in range(2)
         )
         parts = {
             "vae": vae(),
@@ -219,7 +212,7 @@ def saved_pipeline(name, folder):
         clip_sample=False,
     )
     if name == "unet":
-        tokenizer, text_encoder = text_parts(folder / "words")
+        tokenizer, text_encoder = text_parts()
         pipe = StableDiffusionPipeline(
             vae=vae(),
             text_encoder=text_encoder,

@@ -300,6 +300,7 @@ def test_other_pickles_are_refused(tmp_path, monkeypatch):
         import_agsm(path, tmp_path / "t.pth")
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch 2.11, at a load
 @pytest.mark.parametrize(
     ("value", "text"),
     [
