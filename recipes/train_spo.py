@@ -82,6 +82,11 @@ OPTIONS = OptionSet(
     output_dir="runs/spo",
     train_batch_size=option(16, "Captions to sample per process and micro-step.", at_least=1),
     agsm_best=0.5,
+    agsm_batch=option(
+        8,
+        "Images of AGSM per process and micro-step (for --agsm_images data).",
+        at_least=2,
+    ),
 )
 
 
@@ -106,6 +111,13 @@ def main(arguments: list[str] | None = None) -> None:
     from rewards.rewards import check, load
     from rewards.rollout import on_policy_images
 
+    usual = OPTIONS.defaults["agsm_batch"]
+    if options.agsm_images == "best" and options.agsm_batch != usual:
+        raise ValueError(
+            f"agsm_batch: expected the default {usual} with --agsm_images best, got "
+            f"{options.agsm_batch}: --train_batch_size says how many are sampled, and --agsm_best "
+            "which of them AGSM takes. Leave it out, or take --agsm_images data."
+        )
     check(options.reward)
     with Run(options) as run:
         task = open_task(options, run.accelerator)

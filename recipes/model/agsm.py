@@ -204,7 +204,7 @@ def competitors(
 ) -> tuple[list[str], Candidates]:
     """The captions that a batch's images are shown, and who competes for each.
 
-    batch: `image_data.Batch` or `pair_data.PairBatch`, with its edited captions.
+    batch: `data.batches.Batch` or `PairBatch`, with its edited captions.
     """
     in_batch = options.num_negatives - hard_per_image(options)
     candidates = Mixed(in_batch, allow_empty=True, null=options.null_caption)(

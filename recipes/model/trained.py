@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -29,6 +29,9 @@ from model.agsm import competitors, make_agsm
 from model.pipeline import TextToImage
 from run.engines import blocks_of, is_sharded
 from run.options import option
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11's
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -46,6 +46,9 @@ from run.messages import FirstStep, paused, say_summary, steps_line
 from run.options import option
 from run.state import RunState
 from run.stop import Stop, signals_kept
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11's
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,9 @@ def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeyp
     assert seen and set(seen) == {(7, 7)}
     host, more = log(tmp_path / "host"), log(tmp_path / "more")
     assert host[0]["spo/loss"] == more[0]["spo/loss"] and more[0]["agsm/loss"] > 0
+    flags = ["--agsm_weight", "1", "--agsm_batch", "7", "--agsm_images", "best"]
+    with pytest.raises(ValueError, match="agsm_batch"):
+        train(epsilon_base, tmp_path / "both", *flags)
 
 
 @pytest.mark.parametrize(("share", "kept"), [(0.5, 2), (0.1, 1), (1.0, 3)])
