@@ -29,15 +29,29 @@ from torch import Tensor
 
 
 def prediction_type(scheduler: Any) -> str:
-    """ "epsilon", "v_prediction", "sample" or "flow", by the scheduler's config."""
-    if "FlowMatch" in type(scheduler).__name__:
+    """ "epsilon", "v_prediction", "sample" or "flow", by the scheduler's config.
+
+    Raises:
+        ValueError: another kind, or noise levels other than those of DDPM or of a flow.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    if "FlowMatch" in name:
         return "flow"
-    kind = scheduler.config.get("prediction_type")
-    kind = "flow" if kind == "flow_prediction" else kind
+    kind = config.get("prediction_type")
+    if kind == "flow_prediction":
+        return "flow"
     if kind not in ("epsilon", "v_prediction", "sample", "flow"):
         raise ValueError(
             f"scheduler: expected prediction_type epsilon, v_prediction, sample or flow matching, "
-            f"got {kind!r} of {type(scheduler).__name__}."
+            f"got {kind!r} of {name}."
+        )
+    # Those of EDM (Karras et al.) scale the model's input and output in a way of their own.
+    other = config.get("timestep_type") == "continuous" or config.get("use_flow_sigmas")
+    if kind != "flow" and (other or not hasattr(scheduler, "alphas_cumprod")):
+        raise ValueError(
+            f"scheduler: expected the noise of DDPM (alphas_cumprod) or of flow matching, got "
+            f"{name} with other noise levels. Models that were trained with it cannot be trained "
+            "here; for others set the pipeline's scheduler to a DDPMScheduler."
         )
     return str(kind)
 

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from agsm_loss import AGSMLoss
 from agsm_loss import functional as AF
@@ -92,3 +99,18 @@ def test_unknown_parametrisations_and_fractional_timesteps_are_refused():
     scheduler.register_to_config(prediction_type="other")
     with pytest.raises(ValueError, match="got 'other' of DDPMScheduler"):
         prediction_type(scheduler)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EDMEulerScheduler(),  # Playground v2.5's
+        EDMDPMSolverMultistepScheduler(),
+        EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous"),
+        UniPCMultistepScheduler(use_flow_sigmas=True),
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_noise_levels_that_are_not_known_are_refused(scheduler):
+    with pytest.raises(ValueError, match=f"got {type(scheduler).__name__} with other noise levels"):
+        add_noise(scheduler, torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([5]))
