@@ -8,6 +8,8 @@ a running mean of log T.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,8 +40,9 @@ class AdaptiveTemperature(nn.Module):
         momentum: share of the running log T that is kept at each update, in [0, 1).
 
     In training mode each call updates the estimate from its own batch first; in evaluation mode it
-    is only read. The estimate is a buffer, so it is saved with the state dict. Under
-    `torch.distributed` all ranks take the mean of their estimates, so every rank must call it.
+    is only read. The estimate is a buffer, so it is saved with the state dict (as a copy), and it
+    stays in float32 in a module in half precision. Under `torch.distributed` the batch is that of
+    all ranks together, so every rank must call it.
     Rows with fewer than two candidates, with equal errors or with one that is not finite say
     nothing and are left out.
     """
@@ -65,11 +68,6 @@ class AdaptiveTemperature(nn.Module):
         """T for errors A(t)·e_j (B, K); 0.1 as long as no batch has had two different errors."""
         if self.training:
             log_t, rows = self._estimate(errors, mask)
-            if dist.is_available() and dist.is_initialized():
-                total = torch.stack([log_t * rows, rows])
-                dist.all_reduce(total)
-                rows = total[1]
-                log_t = total[0] / rows.clamp(min=1)
             seen = (rows > 0).to(self.log_temperature.device)
             # Corrected for the start: the first estimate counts fully, then a running mean.
             step = torch.clamp(1 / (self.updates + 1.0), min=1 - self.momentum)
@@ -78,8 +76,24 @@ class AdaptiveTemperature(nn.Module):
             self.updates.add_(seen)
         return self.log_temperature.exp().to(errors)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdaptiveTemperature":
+        """Moves it, and keeps its type: half precision would round the small steps away."""
+        before = self.log_temperature
+        super()._apply(fn, recurse)
+        if self.log_temperature.dtype != before.dtype:
+            self.log_temperature = before.to(self.log_temperature.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in ("log_temperature", "updates"):  # the next call changes them in place
+            destination[prefix + name] = destination[prefix + name].clone()
+
     def _estimate(self, errors: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """log T at which the mean entropy of the informative rows is met, and their number."""
+        """log T at which the mean entropy of the informative rows is met, and their number.
+
+        Both of all ranks together.
+        """
         errors = errors.double()
         valid = (
             torch.ones_like(errors, dtype=torch.bool) if mask is None else mask.to(errors.device)
@@ -90,13 +104,14 @@ class AdaptiveTemperature(nn.Module):
         best = errors.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
         gaps = (errors - best).masked_fill(~valid, 0)
         informative = gaps.amax(1) > 0
-        rows = informative.sum().double()
-        widest = (gaps.amax(1) * informative).sum() / rows.clamp(min=1)
+        sums = torch.stack([informative.sum(), (gaps.amax(1) * informative).sum()])
+        rows, widest = _over_ranks(sums)
+        widest = widest / rows.clamp(min=1)
         # (G, B, K) of trial temperatures: the entropy grows with T, so the crossing is one place.
         trial = _GRID.to(errors.device).reshape(-1, 1, 1) * widest.clamp(min=1e-300)
         weights = (-gaps / trial).masked_fill(~valid, -torch.inf).softmax(-1)
         entropy = -torch.xlogy(weights, weights).sum(-1) / valid.sum(1).clamp(min=2).log()
-        mean = (entropy * informative).sum(1) / rows.clamp(min=1)
+        mean = _over_ranks((entropy * informative).sum(1)) / rows.clamp(min=1)
         above = (mean < self.entropy).sum().clamp(1, len(_GRID) - 1).reshape(1)
         low, high = mean[above - 1], mean[above]
         share = ((self.entropy - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
@@ -105,3 +120,10 @@ class AdaptiveTemperature(nn.Module):
 
     def extra_repr(self) -> str:
         return f"entropy={self.entropy}, momentum={self.momentum}"
+
+
+def _over_ranks(sums: Tensor) -> Tensor:
+    """Sums of this rank, added up over all ranks."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums

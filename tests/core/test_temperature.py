@@ -96,7 +96,29 @@ def test_an_overflow_does_not_last(bad):
     assert temperature(torch.full_like(good, bad)) == first and temperature.updates == 1
 
 
+def test_it_follows_in_a_module_in_half_precision():
+    """bfloat16 has steps of 0.008 at log T = -2.3: a momentum of 0.99 would round away."""
+    plain, half = AdaptiveTemperature(), AdaptiveTemperature().to(torch.bfloat16)
+    for seed in range(60):
+        for one in (plain, half):
+            one(errors_of(seed, scale=1.0 + seed))
+    assert half.log_temperature == plain.log_temperature
+    assert half.log_temperature.dtype == torch.float32
+    assert AdaptiveTemperature().to("meta").half().log_temperature.is_meta
+
+
+def test_a_saved_state_is_a_copy():
+    loss = AGSMLoss(neg_scale=1.0, temperature=AdaptiveTemperature())
+    loss.temperature(errors_of(0))
+    state = loss.state_dict()
+    before = {name: value.clone() for name, value in state.items()}
+    loss.temperature(errors_of(1, scale=100.0))
+    assert state == before != loss.state_dict()
+
+
 @pytest.mark.slow
-def test_ranks_agree():
+def test_ranks_agree_on_what_one_process_finds_of_all_their_rows():
     values = run_ranks(workers.adaptive_temperature)
-    assert values[0] == values[1] == pytest.approx(float(AdaptiveTemperature()(errors_of(0))))
+    joint = torch.cat([errors_of(0), 30 * errors_of(0)[:24]])
+    expected = [float(AdaptiveTemperature()(errors)) for errors in (joint, errors_of(0))]
+    assert values[0] == values[1] == pytest.approx(expected)

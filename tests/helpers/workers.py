@@ -21,8 +21,10 @@ from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_t
 
 
 def adaptive_temperature(rank):
-    """Rank 1 has no informative row: it takes part, and takes over rank 0's estimate."""
-    return float(AdaptiveTemperature()(errors_of(0) if rank == 0 else torch.ones(4, 4).double()))
+    """T of ranks with errors of other scales; then where one rank has none that say anything."""
+    scale = torch.tensor([1.0, 30.0]).double()
+    own = [errors_of(0) * scale[rank], errors_of(0) if rank == 0 else torch.ones(4, 4).double()]
+    return [float(AdaptiveTemperature()(errors[: 64 - 40 * rank])) for errors in own]
 
 
 class Wrapped(nn.Module):
