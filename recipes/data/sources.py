@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,16 +44,20 @@ _ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".tar", ".safetensors", ".yam
 
 
 @contextmanager
-def loading(option: str, name: str, *more: type[Exception]) -> Iterator[None]:
+def loading(option: str, name: str, *more: type[Exception]) -> Iterator[str]:
     """What is loaded inside is the option's; what the libraries do not find is a ValueError.
+
+    Gives the name to load, with ~ as the home folder.
 
     more: errors of the libraries besides OSError that say so.
     """
     check_source(option, name)
     try:
-        yield
+        yield str(Path(name).expanduser()) if name.startswith("~") else name
     except (OSError, *more) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if not isinstance(error, OSError | ValueError):
+            lines[0] = f"{type(error).__name__}: {lines[0]}"
         raise ValueError(
             f"{option}: expected a folder, or a hub id that can be reached, got {name}: {lines[0]}"
         ) from error
@@ -82,15 +87,22 @@ def world(module: str) -> Any:
     return importlib.import_module(f"lab.world.{module}")
 
 
+CLONE = Path(__file__).resolve().parents[2]
+
+
 def given_model(model: str, data: str, of_world: str) -> str:
     """The model; where none is given and the data are the world's, the world's.
+
+    One that lies in the clone is found there from any folder.
 
     Raises:
         ValueError: none is given for other data.
     """
-    if model or data == "world":
-        return model or of_world
-    raise ValueError(
-        f"model: expected a pipeline for the data {data}, a folder or a hub id, got none. Give "
-        f"--model: only the embedded world's data have one of their own, {of_world}."
-    )
+    if not model and data != "world":
+        raise ValueError(
+            f"model: expected a pipeline for the data {data}, a folder or a hub id, got none. Give "
+            f"--model: only the embedded world's data have one of their own, {of_world}."
+        )
+    model = model or of_world
+    in_clone = CLONE / model
+    return model if Path(model).exists() or not in_clone.exists() else os.path.relpath(in_clone)

@@ -30,13 +30,16 @@ from agsm_loss.integrations.tokens.pipelines import Sampling, denoiser_of, load_
 from data.sources import loading
 from model.families import Row, family_of
 from model.latents import decode_latents, encode_image, hold_in_float32, scale_latents
+from model.sampling import image_side
+from run.messages import say
 
 # Projections of the image stream and, in joint attention, of the text stream.
 _ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
 )
-
+_LORA = "lora"
+"""The adapter's name in the pipeline."""
 
 Encoder = Callable[[Sequence[Any]], list[Row]]
 """Items -> a row each."""
@@ -57,6 +60,27 @@ def chosen_device(device: str | None) -> str:
     if device is None and torch.accelerator.is_available():
         return str(torch.accelerator.current_accelerator())
     return device or "cpu"
+
+
+def _stored(name: str, dtype: torch.dtype) -> Any:
+    """The pipeline of a folder or a hub id; where all its files are of a variant, of that one."""
+    try:
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        for variant in ("fp16", "bf16"):
+            try:
+                return DiffusionPipeline.from_pretrained(name, dtype=dtype, variant=variant)
+            except (OSError, ValueError):
+                continue
+        raise error from None
+
+
+def _changes(part: Any) -> bool:
+    """Whether a part of a pipeline has a LoRA whose weights are not all zero."""
+    return isinstance(part, nn.Module) and any(
+        "lora_" in name and "_A." not in name and bool(one.any())
+        for name, one in part.named_parameters()
+    )
 
 
 class TextToImage:
@@ -102,8 +126,14 @@ class TextToImage:
         device: torch.device | str = "cpu",
     ) -> TextToImage:
         """From a saved folder or a hub id; the VAE in float32: SDXL's is not finite in fp16."""
-        with loading("model", model):
-            pipe = DiffusionPipeline.from_pretrained(model, dtype=dtype)
+        if Path(model).expanduser().is_file():
+            raise ValueError(
+                f"model: expected a folder or a hub id, got the file {model}. Convert it once: "
+                "StableDiffusionXLPipeline (or the class that it is of).from_single_file(FILE)"
+                ".save_pretrained(FOLDER)."
+            )
+        with loading("model", model, Exception) as name:
+            pipe = _stored(name, dtype)
         pipe.to(device)
         if pipe.dtype != dtype:  # earlier diffusers know the argument by another name
             pipe.to(dtype)
@@ -112,6 +142,10 @@ class TextToImage:
         if dtype is not torch.float32:
             hold_in_float32(pipe.vae)
         pipe.set_progress_bar_config(disable=True)
+        if getattr(pipe, "safety_checker", None) is not None:
+            pipe.safety_checker = None
+            pipe.register_to_config(requires_safety_checker=False)
+            say("The pipeline's safety checker is off: it would make images black.")
         return cls(pipe)
 
     def add_lora(self, rank: int) -> None:
@@ -127,20 +161,46 @@ class TextToImage:
         self.pipe.save_lora_weights(folder, **parts)
 
     def merge_lora(self, lora: str) -> None:
-        """Adds a LoRA, from a folder or a hub id, to the denoiser's own weights for good."""
+        """Adds a LoRA, from a folder or a hub id, to the weights that it is for, for good."""
         self.load_extras("", lora)
-        self.denoiser.fuse_lora()
-        self.denoiser.unload_lora()
+        self.pipe.fuse_lora(components=self.pipe._lora_loadable_modules)
+        self.pipe.unload_lora_weights()
         self.denoiser.requires_grad_(False)
 
     def load_extras(self, tokens: str, lora: str, sampling: Sampling = Sampling.BOTH) -> None:
-        """Soft tokens and a LoRA onto the denoiser, each from a folder or a hub id; "" for none."""
+        """Soft tokens and a LoRA onto the denoiser, each from a folder or a hub id; "" for none.
+
+        Raises:
+            ValueError: they cannot be loaded, or the LoRA changes nothing.
+        """
         if lora:
-            with loading("lora", lora, ValueError):
-                self.pipe.load_lora_weights(lora)
+            with loading("lora", lora, Exception) as name:
+                self.pipe.load_lora_weights(name, adapter_name=_LORA)
+            if not any(map(_changes, self.pipe.components.values())):
+                raise ValueError(
+                    f"lora: expected one that changes a {type(self.pipe).__name__}, got {lora}: "
+                    "none of its layers is in this model, or all are zero. Take the model that it "
+                    "was trained on."
+                )
         if tokens:
-            with loading("tokens", tokens):
-                load_soft_tokens(self.pipe, tokens, sampling)
+            with loading("tokens", tokens) as name:
+                load_soft_tokens(self.pipe, name, sampling)
+
+    def set_lora_scale(self, scale: float) -> None:
+        """The strength of the LoRA of `load_extras`: 0 is the model without it."""
+        self.pipe.set_adapters(_LORA, scale)
+
+    def check_side(self, side: int) -> None:
+        """ValueError where the model takes no images of `side` pixels."""
+        config = self.denoiser.config
+        patch = 2 if hasattr(self.pipe, "_pack_latents") else config.get("patch_size") or 1
+        step, most = self.pipe.vae_scale_factor * patch, config.get("pos_embed_max_size")
+        if side % step or (most and side > most * step):
+            limit = f" up to {most * step}" if most else ""
+            raise ValueError(
+                f"resolution: expected a multiple of {step}{limit} for this "
+                f"{type(self.pipe).__name__}, got {side}. Its own is {image_side(self.pipe)}."
+            )
 
     @property
     def denoiser(self) -> Any:
@@ -234,6 +294,8 @@ class TextToImage:
     @torch.no_grad()
     def _image_rows(self, images: Sequence[Tensor]) -> list[Row]:
         """An image a pass, always: the last bits of a latent depend on what shares its pass."""
+        if len(images):
+            self.check_side(images[0].shape[-1])
         with self.loaded():
             return [encode_image(self.pipe.vae, image) for image in images]
 

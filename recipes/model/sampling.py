@@ -54,7 +54,11 @@ def calls(
     batch_size: int = 0,
     arguments: Mapping[str, Any] | None = None,
 ) -> Iterator[npt.NDArray[np.uint8]]:
-    """The images of one call of the pipeline after the other."""
+    """The images of one call of the pipeline after the other.
+
+    Raises:
+        FloatingPointError: an image is not finite.
+    """
     batch_size = batch_size or images_per_call(pipe)
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
@@ -66,6 +70,13 @@ def calls(
             output_type="np",
             **(arguments or {}),
         ).images
+        broken = [text for text, image in zip(part, images, strict=True) if np.isnan(image).any()]
+        if broken:
+            raise FloatingPointError(
+                f"images: expected numbers, got NaN in {len(broken)} of {len(part)} images, first "
+                f"of the prompt {broken[0]!r}. The weights are not finite, or float16 is too small "
+                "for the model: take bfloat16 or float32."
+            )
         yield (images * 255).round().astype("uint8")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from agsm_loss import EMA, AGSMRegularizer, Candidates
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off
+from agsm_loss.integrations.noise import prediction_type
 from agsm_loss.integrations.tokens.attach import backbone_of
 from agsm_loss.integrations.tokens.unet import bos_embedding
 from data.batches import Batch
@@ -140,6 +141,7 @@ class TrainedModel:
         casts = state.distributed_type == DistributedType.DEEPSPEED  # all of the denoiser
         held = torch.float32 if options.full and not casts else dtype[options.mixed_precision]
         self.pipeline = model = TextToImage.load(options.model, held, state.device)
+        prediction_type(model.pipe.scheduler)  # one whose noise is not known is refused at once
         if is_sharded(state):  # FSDP2 takes no channels_last
             model.denoiser.to(memory_format=torch.contiguous_format)
         if options.merge_lora:
