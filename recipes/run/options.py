@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import operator
+import os
 from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
@@ -51,6 +52,13 @@ def option(default: Any, meaning: str, **limits: float) -> Any:
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=about)
     return field(default=default, metadata=about)
+
+
+def _from_home(value: Any) -> Any:
+    """~ as the shell would replace it, which it does not after = and in YAML."""
+    if isinstance(value, list):
+        return [_from_home(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 class Chosen(argparse.Namespace):
@@ -124,7 +132,8 @@ class OptionSet:
         unknown = sorted(set(given) - set(self._fields))
         if unknown:
             raise TypeError(f"options: expected some of {sorted(self._fields)}, got {unknown}.")
-        chosen = Chosen(**{**self.defaults, **given})
+        values = {**self.defaults, **given}
+        chosen = Chosen(**{name: _from_home(value) for name, value in values.items()})
         chosen.of = self
         for name, value in vars(chosen).items():
             change = self._changes.get(name)

@@ -225,3 +225,16 @@ def test_neg_scale_goes_by_what_is_trained():
     assert OPTIONS.make().neg_scale == 0.1
     assert OPTIONS.make(rank=4).neg_scale == OPTIONS.make(full=True).neg_scale == 0.0
     assert OPTIONS.make(rank=4, neg_scale=0.3).neg_scale == 0.3
+
+
+@dataclass(frozen=True)
+class Paths:
+    model: str = option("", "A folder.")
+    images: list[str] = option([], "Folders.")
+
+
+def test_a_tilde_is_the_home_folder_in_every_option(monkeypatch):
+    """The shell leaves --model=~/m as it is, and knows nothing of YAML."""
+    monkeypatch.setenv("HOME", "/home/me")
+    made = OptionSet(Paths).make(model="~/m", images=["~/a", "a~b"])
+    assert (made.model, made.images) == ("/home/me/m", ["/home/me/a", "a~b"])
