@@ -1,17 +1,103 @@
-"""Pixels as bytes and as pictures, and sheets: many pictures in one PNG, with prompts below."""
+"""Pictures from files and folders, from pixels, and on sheets: many in one PNG, prompts below."""
 
 from __future__ import annotations
 
+import io
+import os
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageCms, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
+
+SUFFIXES = frozenset(
+    (
+        *(".avif", ".bmp", ".dds", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg"),
+        *(".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+    )
+)
+"""Of the files that are pictures."""
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files under a folder, in order; not hidden ones. Links are followed, each folder once."""
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted(
+            one
+            for one in folders
+            if one[0] != "." and os.path.realpath(os.path.join(root, one)) not in seen
+        )
+        found += [Path(root, name) for name in names if name[0] != "."]
+    return sorted(found)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The pictures of `files_of`."""
+    return [file for file in files_of(folder) if file.suffix.lower() in SUFFIXES]
+
+
+def read_picture(source: str | Path | bytes) -> Image.Image:
+    """A picture as it is meant to be seen, from its file or the file's bytes: RGB, 8 bits, upright.
+
+    It is turned as its EXIF says, 16 bits and floats are scaled, the colours of an ICC profile are
+    made sRGB's, and what is transparent is laid on white.
+
+    Raises:
+        ValueError: it cannot be read. The message names the file.
+    """
+    name = "an image" if isinstance(source, bytes) else str(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+            upright = ImageOps.exif_transpose(file)
+            return _in_srgb(_in_eight_bits(upright, file.format), file.info.get("icc_profile"))
+    except Exception as error:  # each format of PIL has errors of its own
+        told = str(getattr(error, "strerror", None) or error).rstrip(".")
+        if isinstance(error, UnidentifiedImageError):  # PIL tells the bytes' address
+            told = "it is damaged, or of no format that Pillow knows"
+        raise ValueError(f"{name} cannot be read: {told}. Write it again, or remove it.") from error
+
+
+def _in_eight_bits(image: Any, kind: str | None) -> Image.Image:
+    """Grey images of 16 bits or floats scaled to 0..255, where PIL would clip; others as is."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image  # type: ignore[no-any-return]
+    values, top = np.asarray(image), 1.0 if image.mode == "F" else 65535.0
+    known = image.mode != "I" or kind in ("PNG", "PPM")  # formats with at most 16 bits
+    if not known or not 0 <= values.min() <= values.max() <= top:
+        raise ValueError(
+            f"expected floats from 0 to 1, or integers of 8 or 16 bits, got mode {image.mode} with "
+            f"values from {values.min()} to {values.max()}, whose white is not known"
+        )
+    return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """On white where it is transparent; as without a profile where that one does not fit."""
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode not in ("RGB", "L", "CMYK", "LAB"):
+        grey = image.mode in ("1", "LA", "La")
+        image = image.convert("L" if grey else "RGBA").convert("L" if grey else "RGB")
+    try:
+        seen = _to_srgb(profile, image.mode).apply(image) if profile else image.convert("RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        seen = image.convert("RGB")
+    if alpha is None:
+        return seen
+    return Image.composite(seen, Image.new("RGB", seen.size, "white"), alpha)
+
+
+@lru_cache(8)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    return ImageCms.buildTransform(own, ImageCms.createProfile("sRGB"), mode, "RGB")
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from scipy.stats import sem, t  # type: ignore[import-untyped]
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from data import pictures
+from data.pictures import read_picture
 from rewards.models import CLIP, CLIPScore
 from rewards.rewards import Score, load
 
@@ -29,7 +30,6 @@ BLOCKS = 20
 """Parts of the images, each left out in turn for an interval."""
 AT_ONCE = 32
 """Images in a batch."""
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 Features = Callable[[Tensor], Tensor]
 """(N, 3, H, W) uint8 -> (N, features)."""
@@ -154,16 +154,16 @@ def _batches(files: Sequence[Path], others: Sequence[Any]) -> Iterator[tuple[Ten
 
 def read(file: Path) -> Tensor:
     """(3, H, W) uint8."""
-    with Image.open(file) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(read_picture(file))).permute(2, 0, 1)
 
 
 def image_files(folder: Path) -> list[Path]:
     """All images under a folder but our sheets; FileNotFoundError where there is none."""
-    files = (one for one in folder.rglob("*") if one.suffix.lower() in SUFFIXES)
-    found = sorted(one for one in files if one.name not in ("sheet.png", "scores.png"))
+    every = pictures.image_files(folder)
+    found = [one for one in every if one.name not in ("sheet.png", "scores.png")]
     if not found:
-        raise FileNotFoundError(f"{folder}: expected images ({', '.join(sorted(SUFFIXES))}).")
+        kinds = ", ".join(sorted(pictures.SUFFIXES))
+        raise FileNotFoundError(f"{folder}: expected images ({kinds}), got none.")
     return found
 
 
