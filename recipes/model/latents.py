@@ -4,12 +4,15 @@
     latents = scale_latents(vae, row["mean"][None])    # as the denoiser takes them
     pixels = decode_latents(vae, latents)
 
+The VAE runs in its own precision, in autocast too: some overflow in half precision.
+
 Known: AutoencoderKL, AutoencoderTiny, AutoencoderDC (Sana) and AutoencoderKLQwenImage, whose images
 are videos of one frame.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,18 +21,19 @@ from torch import Tensor
 
 def hold_in_float32(vae: Any) -> None:
     """The VAE in float32 in a pipeline in half precision, whose latents it then has to cast."""
-    decode = vae.to(torch.float32).decode
+    vae.to(torch.float32).decode = partial(_decode_cast, vae)
 
-    def cast(latents: Tensor, *args: Any, **settings: Any) -> Any:
-        return decode(latents.to(vae.dtype), *args, **settings)
 
-    vae.decode = cast
+def _decode_cast(vae: Any, latents: Tensor, *args: Any, **settings: Any) -> Any:
+    with torch.autocast(vae.device.type, enabled=False):
+        return type(vae).decode(vae, latents.to(vae.dtype), *args, **settings)
 
 
 def encode_image(vae: Any, image: Tensor) -> dict[str, Tensor]:
     """ "mean" and, where the VAE has one, "std" of an image's unscaled latents (C, h, w)."""
     image = image.to(vae.device, vae.dtype)
-    out = vae.encode(image[None, :, None] if _is_of_videos(vae) else image[None])
+    with torch.autocast(vae.device.type, enabled=False):
+        out = vae.encode(image[None, :, None] if _is_of_videos(vae) else image[None])
     for name in ("latents", "latent"):  # AutoencoderTiny's and AutoencoderDC's
         if hasattr(out, name):
             return {"mean": getattr(out, name)[0]}
@@ -48,9 +52,10 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """The denoiser's latents (B, C, h, w) -> (B, 3, H, W) around [-1, 1], in float32."""
     shift, scale = _shift_and_scale(vae, latents)
     plain = (latents / scale + shift).to(vae.dtype)
-    if _is_of_videos(vae):
-        return vae.decode(plain[:, :, None]).sample[:, :, 0].float()
-    return vae.decode(plain).sample.float()
+    with torch.autocast(vae.device.type, enabled=False):
+        if _is_of_videos(vae):
+            return vae.decode(plain[:, :, None]).sample[:, :, 0].float()
+        return vae.decode(plain).sample.float()
 
 
 def _is_of_videos(vae: Any) -> bool:

@@ -266,7 +266,8 @@ class TextToImage:
     @torch.no_grad()
     def _text_rows(self, prompts: Sequence[str]) -> list[Row]:
         rows = []
-        with self.loaded():
+        # In the encoders' own precision: a row is kept, whoever asks for it first.
+        with self.loaded(), torch.autocast(self.device.type, enabled=False):
             size = self.family.prompts_a_pass
             for first in range(0, len(prompts), size):
                 group = list(prompts[first : first + size])
