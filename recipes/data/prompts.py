@@ -1,32 +1,147 @@
-"""Prompts to sample, from a file or from the embedded world."""
+r"""Texts from files: lines, rows of tables, and prompts to sample.
+
+Files are UTF-8, with a BOM or without. A line ends at \n or \r\n, and at no other character.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+import sys
+import unicodedata
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from data.sources import world
 
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def normal(text: str) -> str:
+    """NFC, without what cannot be seen at its ends: blanks, BOMs, NULs."""
+    unseen = r"[\s\ufeff\u200b\0]+"
+    return re.sub(rf"^{unseen}|{unseen}$", "", unicodedata.normalize("NFC", text))
+
+
+def texts_of(cell: Any) -> list[str]:
+    """The texts of a caption's cell, one or several, `normal`, without empty ones.
+
+    Raises:
+        ValueError: there is none.
+    """
+    texts = cell if isinstance(cell, (list, tuple)) else [cell]
+    found = [normal(text) for text in texts if isinstance(text, str)]
+    if not any(found):
+        raise ValueError(f"expected a text, or several, got {cell!r}")
+    return [text for text in found if text]
+
+
+def lines_of(file: Path) -> Iterator[str]:
+    """The lines of a text file, with their ends.
+
+    Raises:
+        OSError, ValueError: it cannot be read; it is not UTF-8.
+    """
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        try:
+            yield from lines
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{file}: expected UTF-8, got other bytes ({error}). Save it as UTF-8."
+            ) from error
+
+
+def rows_of(file: Path) -> Iterator[tuple[str, Any]]:
+    """(file and line, row) of a .csv, .tsv, .jsonl or .json: mappings; of JSON, maybe other values.
+
+    A .json is a list, or has a row a line; what is neither is one row.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not what its name says.
+    """
+    if file.suffix.lower() in DELIMITERS:
+        yield from _rows_of_csv(file)
+        return
+    if file.suffix.lower() == ".json":
+        try:
+            whole = json.loads("".join(lines_of(file)))
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data":  # else a row a line
+                raise ValueError(f"{file}: expected JSON, got {error}.") from error
+        except RecursionError as error:
+            raise ValueError(f"{file}: expected rows, got lists within lists.") from error
+        else:
+            rows = whole if isinstance(whole, list) else [whole]
+            yield from ((f"{file}, row {i}", row) for i, row in enumerate(rows, 1))
+            return
+    for number, line in enumerate(lines_of(file), 1):
+        if line.strip():
+            try:
+                yield f"{file}, line {number}", json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{file}, line {number}: expected JSON, a row a line, got {error}."
+                ) from error
+
+
+def _rows_of_csv(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    delimiter = DELIMITERS[file.suffix.lower()]
+    csv.field_size_limit(sys.maxsize)
+    lines = csv.reader(lines_of(file), delimiter=delimiter, strict=True)
+    try:
+        names = [name.strip() for name in next(lines, [])]
+        if not any(names) or len(set(names)) < len(names):
+            raise ValueError(f"{file}: expected a header of different names, got {names}.")
+        for row in lines:
+            where = f"{file}, line {lines.line_num}"
+            if len(row) not in (0, len(names)):
+                raise ValueError(
+                    f"{where}: expected {len(names)} fields, as in the header, got {len(row)}. Put "
+                    f"texts that have a {delimiter!r} into double quotes."
+                )
+            if row:
+                yield where, dict(zip(names, row, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {lines.line_num}: {error}. Mend the line.") from error
+
 
 def read_prompts(source: str) -> list[dict[str, Any]]:
-    """A row with a "prompt" each: of a GenEval jsonl, or of a text file with one a line.
+    """A row with a "prompt" each: of a text file with one a line, or of a table (`rows_of`).
 
     `world:FOLD:PER_CATEGORY` names prompts of the embedded world.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or a row of it without a prompt.
+        FileNotFoundError, ValueError: no such file, no row in it, or a row without a prompt.
     """
     if source.startswith("world:"):
-        found: list[dict[str, Any]] = world("task").read_prompts(source)
-        return found
-    path = Path(source)
+        made: list[dict[str, Any]] = world("task").read_prompts(source)
+        return made
+    path = Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"prompts: no file {source!r}")
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
-    if path.suffix != ".jsonl":
-        return [{"prompt": line.strip()} for line in lines]
-    found = [json.loads(line) for line in lines]
-    if any("prompt" not in row for row in found):
-        raise ValueError(f"{source}: expected a prompt in every row")
+    if path.suffix.lower() in {*DELIMITERS, ".jsonl", ".json"}:
+        found = [_with_prompt(row, where) for where, row in rows_of(path)]
+    else:
+        found = [{"prompt": text} for text in map(normal, lines_of(path)) if text]
+    if not found:
+        raise ValueError(f"{source}: expected at least one prompt, got none.")
     return found
+
+
+def _with_prompt(row: Any, where: str) -> dict[str, Any]:
+    row = {"prompt": row} if isinstance(row, str) else row
+    text = row.get("prompt") if isinstance(row, Mapping) else None
+    if not isinstance(text, str) or not normal(text) or not is_unicode(text):
+        raise ValueError(f"{where}: expected a prompt in every row, a text, got {row!r}.")
+    return {**row, "prompt": normal(text)}
+
+
+def is_unicode(text: str) -> bool:
+    """False for halves of characters, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
