@@ -23,7 +23,7 @@ from lab.world.prompts import specs
 from lab.world.render import Image, render
 from lab.world.scene import SHAPE_SIDE, TAGS, Scene, Spec, Thing, place
 from lab.world.score import judge
-from lab.world.summary import wilson
+from lab.world.summary import markdown_table, wilson
 from model.editing import Changes
 
 KINDS = ("count", "colour")
@@ -203,14 +203,12 @@ def edit_summary(verdicts: Sequence[EditVerdict]) -> dict[str, dict[str, float]]
 
 def edit_table(summaries: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """A Markdown table: one row a setting and kind of edit, 95 % intervals in brackets."""
-    heads = ["", "edit", "n", "changed", "kept", "both", "pixel error"]
-    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    rows = []
     for name, summary in summaries.items():
         for kind, told in summary.items():
             shares = [
                 f"{told[one]:.2f} [{told[f'{one}_low']:.2f}, {told[f'{one}_high']:.2f}]"
                 for one in ("changed", "kept", "both")
             ]
-            cells = [name, kind, f"{told['n']:.0f}", *shares, f"{told['pixel_error']:.1f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([name, kind, f"{told['n']:.0f}", *shares, f"{told['pixel_error']:.1f}"])
+    return markdown_table(["", "edit", "n", "changed", "kept", "both", "pixel error"], rows)

@@ -1,4 +1,4 @@
-"""Verdicts -> scores with 95 % intervals, and a table of them."""
+"""Verdicts -> scores with 95 % intervals, and tables of them."""
 
 from __future__ import annotations
 
@@ -42,15 +42,24 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
 
     summaries: of `summarize_with_intervals`, or nothing of it, and `metrics` by name.
     """
-    rows = {name: _columns(summary) for name, summary in summaries.items()}
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [
-        "| | " + " | ".join(column.replace("_", " ") for column in columns) + " |",
-        "| --- |" + " --- |" * len(columns),
-    ]
-    for name, row in rows.items():
-        lines.append(f"| {name} | " + " | ".join(row.get(column, "") for column in columns) + " |")
-    return "\n".join(lines)
+    found = {name: _columns(summary) for name, summary in summaries.items()}
+    columns = list(dict.fromkeys(column for row in found.values() for column in row))
+    rows = [[name, *(row.get(column, "") for column in columns)] for name, row in found.items()]
+    return markdown_table(["", *columns], rows)
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Heads and rows as Markdown; nothing if there are no rows. Tags are heads as they are."""
+    if not rows:
+        return ""
+    lines = [[head.replace("_", " ") for head in heads], ["---"] * len(heads), *rows]
+    cells = [[f" {plain(cell)} " if cell else " " for cell in line] for line in lines]
+    return "\n".join(f"|{'|'.join(line)}|" for line in cells)
+
+
+def plain(text: str) -> str:
+    """For Markdown's text and table cells: no HTML, no other column, no other line."""
+    return " ".join(text.split()).replace("<", "&lt;").replace("|", "&#124;")
 
 
 def _columns(summary: Mapping[str, Any]) -> dict[str, str]:
