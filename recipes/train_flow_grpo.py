@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from agsm_loss.integrations.hosts.dynamics import Dynamics
     from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
-    from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_sde
+    from agsm_loss.integrations.hosts.rollouts import sample_sde
     from data.task import open_task
     from model.session import Session
     from rewards.rewards import check
@@ -108,27 +108,27 @@ def main(arguments: list[str] | None = None) -> None:
             generator = run.draws(index)
             captions = own.grouped(batch.captions)
             text, image = own.conditioning(captions)
-            with run.accelerator.autocast():
-                trajectory = sample_sde(
-                    own.denoise(text, image),
-                    model.scheduler,
-                    own.noise(len(captions), generator),
-                    num_steps=options.num_inference_steps,
-                    sde_type=options.sde_type,
-                    noise_level=options.noise_level,
-                    generator=generator,
-                )
+            trajectory = sample_sde(
+                own.denoise(text, image),
+                model.scheduler,
+                own.noise(len(captions), generator),
+                num_steps=options.num_inference_steps,
+                sde_type=options.sde_type,
+                noise_level=options.noise_level,
+                generator=generator,
+            )
             rewards = own.rewards(trajectory.last, captions, index)
             steps = torch.randperm(options.num_inference_steps - 1, generator=generator)
             out = step(
                 trajectory,
-                group_advantages(rewards, options.group_size),
+                own.advantages(rewards),
                 text,
                 steps[: options.train_timesteps],
                 image_conditioning=image,
                 agsm_batch=own.agsm_batch(batch, index, trajectory.last, captions, rewards),
             )
-            run.backward(out.loss, {**out.metrics, **own.metrics(rewards)})
+            run.backward(out.loss, {**out.metrics, **own.logged})
+        own.differences.check()
         model.save()
 
 

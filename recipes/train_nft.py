@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss import EMA
     from agsm_loss.integrations.hosts.base import take_rows
     from agsm_loss.integrations.hosts.diffusion_nft import DiffusionNFT, rising_decay
-    from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_latents
+    from agsm_loss.integrations.hosts.rollouts import sample_latents
     from data.task import open_task
     from model.session import Session
     from rewards.rewards import check
@@ -138,7 +138,12 @@ def main(arguments: list[str] | None = None) -> None:
         model = Session(options, run.accelerator, task, method=method(options))
         model.prepare(run.accelerator)
         own = OnPolicy(
-            options, run.accelerator, model, prompts=images // group, micro_steps=micro_steps
+            options,
+            run.accelerator,
+            model,
+            prompts=images // group,
+            micro_steps=micro_steps,
+            at_once=options.sample_batch_size,
         )
         step = DiffusionNFT(
             model.denoiser,
@@ -163,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
             parts = []
             for first in range(0, images, options.sample_batch_size):
                 text, image = own.conditioning(captions[first : first + options.sample_batch_size])
-                with step.old.applied(), run.accelerator.autocast():
+                with step.old.applied():
                     parts.append(
                         sample_latents(
                             own.denoise(text, image),
@@ -175,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
                     )
             latents = torch.cat(parts)
             rewards = own.rewards(latents, captions, number * micro_steps)
-            advantages = group_advantages(rewards, group, global_std=True)
+            advantages = own.advantages(rewards, global_std=True)
             return Rollout(number, captions, latents, rewards, advantages)
 
         latest: Rollout | None = None
@@ -202,7 +207,8 @@ def main(arguments: list[str] | None = None) -> None:
                     batch, index, latest.latents, latest.captions, latest.rewards
                 ),
             )
-            run.backward(out.loss, {**out.metrics, **own.metrics(latest.rewards)})
+            run.backward(out.loss, {**out.metrics, **own.logged})
+        own.differences.check()
         model.save()
 
 

@@ -102,6 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.hosts.spo import (
         SPO,
         StatePairs,
+        check_steps,
         classifier_free_guidance,
         sample_pairs,
     )
@@ -109,8 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
     from data.task import open_task
     from model.session import Session
     from rewards.rewards import check, load
-    from rewards.rollout import on_policy_images
+    from rewards.rollout import Findings, check_prompts, decoded_scores, on_policy_images
 
+    check_steps(options.num_inference_steps, options.first_step)
     usual = OPTIONS.defaults["agsm_batch"]
     if options.agsm_images == "best" and options.agsm_batch != usual:
         raise ValueError(
@@ -147,6 +149,17 @@ def main(arguments: list[str] | None = None) -> None:
             agsm=agsm,
         )
         reward = load(options.reward, run.accelerator.device)
+        check_prompts(reward, options, task)
+        pairs_found = Findings(
+            f"pairs whose softmax scores differ by more than --threshold {options.threshold}",
+            "Take a smaller --threshold (0.3 is for scores of PickScore's size: differences above "
+            "0.6), or give the reward a weight.",
+        )
+
+        def scored(clean: Any, captions: list[str]) -> Any:
+            scores, _ = decoded_scores(model.pipeline, reward, clean, captions)
+            return reward.total(scores)
+
         for index, batch in run.steps(model, batches, step):
             generator = run.draws(index)
             latents = model.pipeline.encode_images(batch.pixels, generator)
@@ -154,58 +167,60 @@ def main(arguments: list[str] | None = None) -> None:
             text = model.pipeline.encode_prompts(batch.captions)
             empty = model.pipeline.encode_prompts([""] * len(batch.captions))
 
-            def score(clean_latents: Any, rows: Any, timesteps: Any, batch: Any = batch) -> Any:
-                pixels = model.pipeline.decode_latents(clean_latents)
-                return reward(pixels, [batch.captions[int(row)] for row in rows])
+            def score(clean: Any, rows: Any, timesteps: Any, batch: Any = batch) -> Any:
+                return scored(clean, [batch.captions[int(row)] for row in rows])
 
             metrics: dict[str, Any] = {}
-            with run.accelerator.autocast():
-                rollout = sample_pairs(
-                    classifier_free_guidance(
-                        model.denoiser,
-                        text,
-                        empty,
-                        options.guidance_scale,
-                        image_conditioning=image,
-                    ),
-                    scheduler,
-                    torch.randn(latents.shape, generator=generator).to(latents),
-                    score,
-                    num_steps=options.num_inference_steps,
-                    num_candidates=options.num_candidates,
-                    first_step=options.first_step,
-                    threshold=options.threshold,
-                    eta=options.eta,
-                    generator=generator,
-                )
-                number = len(rollout.pairs.noisy)
-                kept = torch.randperm(number, generator=generator)[: options.max_pairs]
-                pairs = StatePairs(*(part[kept.to(part.device)] for part in rollout.pairs))
-                own = None
-                if agsm is not None:
-                    # Draws of its own: the host's are what they are without AGSM.
-                    draw = run.draws(index, "agsm")
-                    if more is not None:
-                        shown, best = more[index], None
-                        of = model.pipeline.encode_images(shown.pixels, draw)
-                    else:
-                        shown, of = batch, rollout.last
-                        scores = reward(model.pipeline.decode_latents(of), batch.captions)
-                        best = best_rows(scores, options.agsm_best).cpu()
-                        metrics["agsm/images_score"] = scores[best.to(scores.device)].float().mean()
-                    own = model.agsm_batch(shown, of, draw, best)
-                out = step(pairs, text, empty, image_conditioning=image, agsm_batch=own)
-                total = out.loss
-                if number == 0:
-                    # Other processes may have found pairs, and wait for this one's gradients:
-                    # zeros, through a call of the model, by which DDP knows that they will come.
-                    times = torch.full((1,), options.num_inference_steps, device=latents.device)
-                    first = {key: value[:1] for key, value in text.items()}
-                    seen = {key: value[:1] for key, value in image.items()}
-                    pred = model.denoiser(latents[:1], times, first, Bank.POSITIVE, **seen)
-                    total = total + 0.0 * pred.sum()
+            rollout = sample_pairs(
+                classifier_free_guidance(
+                    model.denoiser,
+                    text,
+                    empty,
+                    options.guidance_scale,
+                    image_conditioning=image,
+                ),
+                scheduler,
+                torch.randn(latents.shape, generator=generator).to(latents),
+                score,
+                num_steps=options.num_inference_steps,
+                num_candidates=options.num_candidates,
+                first_step=options.first_step,
+                threshold=options.threshold,
+                eta=options.eta,
+                generator=generator,
+            )
+            number = len(rollout.pairs.noisy)
+            if not pairs_found.found:  # the same on all processes
+                every = torch.tensor(number, device=latents.device)
+                pairs_found.saw(int(run.accelerator.reduce(every)))
+            kept = torch.randperm(number, generator=generator)[: options.max_pairs]
+            pairs = StatePairs(*(part[kept.to(part.device)] for part in rollout.pairs))
+            own = None
+            if agsm is not None:
+                # Draws of its own: the host's are what they are without AGSM.
+                draw = run.draws(index, "agsm")
+                if more is not None:
+                    shown, best = more[index], None
+                    of = model.pipeline.encode_images(shown.pixels, draw)
+                else:
+                    shown, of = batch, rollout.last
+                    scores = scored(of, batch.captions)
+                    best = best_rows(scores, options.agsm_best).cpu()
+                    metrics["agsm/images_score"] = scores[best.to(scores.device)].float().mean()
+                own = model.agsm_batch(shown, of, draw, best)
+            out = step(pairs, text, empty, image_conditioning=image, agsm_batch=own)
+            total = out.loss
+            if number == 0:
+                # Other processes may have found pairs, and wait for this one's gradients:
+                # zeros, through a call of the model, by which DDP knows that they will come.
+                times = torch.full((1,), options.num_inference_steps, device=latents.device)
+                first = {key: value[:1] for key, value in text.items()}
+                seen = {key: value[:1] for key, value in image.items()}
+                pred = model.denoiser(latents[:1], times, first, Bank.POSITIVE, **seen)
+                total = total + 0.0 * pred.sum()
             metrics |= {**out.metrics, "spo/found": torch.tensor(float(number))}
             run.backward(total, metrics)
+        pairs_found.check()
         model.save()
 
 

@@ -91,7 +91,7 @@ def best_rows(
 ) -> Int[Tensor, " n"]:
     """The rows of the best ⌈share·B⌉ scores, at least one, in the batch's order.
 
-    A score that is not a number is the worst. Of equal scores the earlier row is taken.
+    A score that is not a number is never taken. Of equal scores the earlier row is taken.
 
     Args:
         scores: one an image (B,), larger is better.
@@ -99,15 +99,20 @@ def best_rows(
         at_least: images to take where the share has fewer; all of them where there are fewer.
 
     Raises:
-        ValueError: no score, or a share that is not in (0, 1].
+        ValueError: no score that is a number, or a share that is not in (0, 1].
     """
     if scores.ndim != 1 or not len(scores) or not 0 < share <= 1:
         raise ValueError(
             f"expected scores (B,) of at least one image and share in (0, 1], got "
             f"{tuple(scores.shape)} and {share}."
         )
+    if scores.isnan().all():
+        raise ValueError(
+            f"scores: expected numbers, got NaN for all {len(scores)} images: none is good. Look "
+            "at the reward and its images."
+        )
     share = max(share, min(1.0, at_least / len(scores)))
-    number = math.ceil(share * len(scores))
+    number = min(math.ceil(share * len(scores)), int((~scores.isnan()).sum()))
     order = scores.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
     return order[:number].sort().values
 

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from agsm_loss import AGSMRegularizer, Bank, Denoiser, StepOutput
 from agsm_loss.integrations.denoisers import no_grad_pass
-from agsm_loss.integrations.hosts.base import AGSMBatch, Host, bank_of, take_rows
+from agsm_loss.integrations.hosts.base import AGSMBatch, Host, bank_of
 from agsm_loss.integrations.hosts.rollouts import Trajectory
 
 
@@ -131,7 +131,8 @@ class FlowGRPO(Host):
             advantages: of each image (B,) (`group_advantages`).
             conditioning: the encoded prompts: a tensor, or dicts, lists and tuples of tensors, with
                 a row an image.
-            steps: which of the T steps (n,), in 0..T-2; default: all of these.
+            steps: which of the T steps (n,), in 0..T-2; default: all of these. Each is a call of
+                the denoiser.
             image_conditioning: what belongs to the image (Flux's guidance): tensors with B rows.
             agsm_batch: images for AGSM; required with `agsm`.
 
@@ -155,13 +156,27 @@ class FlowGRPO(Host):
         at = steps.repeat_interleave(batch)
         x, following = trajectory.states[at, rows], trajectory.states[at + 1, rows]
         sigma, below = trajectory.sigmas[at], trajectory.sigmas[at + 1]
-        text, image = take_rows(conditioning, rows), take_rows(dict(image_conditioning or {}), rows)
-        times = sigma * self.scheduler.config.num_train_timesteps
-        given = x, times, text
+        levels = self.scheduler.config.num_train_timesteps
+        image = dict(image_conditioning or {})
+
+        def predicted(bank: Bank) -> Tensor:
+            """A step a call, as it was sampled: in half precision the batch's size has a say."""
+            parts = [
+                self.denoiser(
+                    trajectory.states[step],
+                    trajectory.sigmas[step].expand(batch) * levels,
+                    conditioning,
+                    bank_of(bank, batch),
+                    **image,
+                )
+                for step in steps.tolist()
+            ]
+            return torch.cat(parts).to(x)
+
         with self.autocast():
-            pred = self.denoiser(*given, bank_of(Bank.POSITIVE, len(x)), **image)
+            pred = predicted(Bank.POSITIVE)
         dynamics = trajectory.dynamics
-        mean, std = dynamics.gaussian(pred.to(x), x, sigma, below)
+        mean, std = dynamics.gaussian(pred, x, sigma, below)
         log_prob = dynamics.log_prob(following, mean, std)
         old = trajectory.log_probs[at, rows]
         loss = clipped_policy_loss(log_prob, old, advantages.to(log_prob)[rows], self.clip)
@@ -169,8 +184,8 @@ class FlowGRPO(Host):
         metrics = {"grpo/loss": loss.detach(), "grpo/approx_kl": 0.5 * gap.square().mean()}
         if self.reference is not None and self.kl_weight:
             with no_grad_pass(), self.reference(), self.autocast():
-                ref = self.denoiser(*given, bank_of(self.reference_bank, len(x)), **image)
-            ref_mean, _ = dynamics.gaussian(ref.to(x), x, sigma, below)
+                ref = predicted(self.reference_bank)
+            ref_mean, _ = dynamics.gaussian(ref, x, sigma, below)
             kl = dynamics.kl(mean, ref_mean, std)
             loss = loss + self.kl_weight * kl
             metrics["kl"] = kl.detach()

@@ -46,20 +46,32 @@ def group_advantages(
         rewards: one an image (B,), larger is better.
         group: images of one prompt, in consecutive rows; 2 at least.
         global_std: the standard deviation is that of all B rewards, as in DiffusionNFT's
-            released code. A group whose rewards hardly differ then counts for little.
+            released code; give it those of all processes. A group whose rewards hardly differ then
+            counts for little.
+
+    Equal rewards have advantage 0 exactly.
 
     Raises:
-        ValueError: groups of fewer than 2, or rewards that are not whole groups.
+        ValueError: groups of fewer than 2, rewards that are not whole groups, or not finite.
     """
     if group < 2 or rewards.ndim != 1 or len(rewards) % group:
         raise ValueError(
             f"expected groups of 2 at least and rewards (B,) in whole groups, got {group} and "
             f"{tuple(rewards.shape)}."
         )
-    grouped = rewards.float().reshape(-1, group)
-    over = grouped.reshape(1, -1) if global_std else grouped
+    if not rewards.isfinite().all():
+        raise ValueError(
+            f"rewards: expected finite numbers, got {rewards[~rewards.isfinite()].tolist()[:3]}. "
+            "Look at the reward and its images."
+        )
+    # Differences to one of them first: the mean of equal numbers is off by a rounding error, which
+    # a standard deviation of rounding errors would blow up to 1.
+    rewards = rewards.float()
+    grouped = rewards.reshape(-1, group)
+    within = grouped - grouped[:, :1]
+    over = (rewards - rewards[:1])[None] if global_std else within
     spread = over.std(1, unbiased=False, keepdim=True)
-    return ((grouped - grouped.mean(1, keepdim=True)) / (spread + 1e-6)).flatten()
+    return ((within - within.mean(1, keepdim=True)) / (spread + 1e-6)).flatten()
 
 
 @no_grad_pass()

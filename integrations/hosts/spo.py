@@ -182,6 +182,16 @@ def choose_pairs(
     return best, worst, ends[:, 0] - ends[:, 1] > threshold
 
 
+def check_steps(num_steps: int, first_step: int) -> None:
+    """ValueError where none of a rollout's steps collects pairs: the last has no noise."""
+    if not 0 <= first_step <= num_steps - 2:
+        raise ValueError(
+            f"first_step: expected a step of 0..{num_steps - 2}, those with noise of {num_steps} "
+            f"sampling steps, got {first_step}: there would be no pairs. Sample in more steps, or "
+            "collect pairs from an earlier one on."
+        )
+
+
 @no_grad_pass()
 def sample_pairs(
     denoise: Callable[[Tensor, Tensor, Tensor], Tensor],
@@ -214,14 +224,15 @@ def sample_pairs(
         generator: CPU generator of all draws; default: torch's own.
 
     Raises:
-        ValueError: a flow-matching scheduler, η not above 0, fewer than two candidates, or scores
-            of another shape.
+        ValueError: a flow-matching scheduler, η not above 0, fewer than two candidates, no step
+            that collects pairs, or scores of another shape or that are not finite.
     """
     if prediction_type(scheduler) == "flow" or not eta > 0 or num_candidates < 2:
         raise ValueError(
             "expected a DDPM-like scheduler, eta > 0 and at least 2 candidates, got "
             f"{type(scheduler).__name__}, {eta} and {num_candidates}."
         )
+    check_steps(num_steps, first_step)
     scheduler.set_timesteps(num_steps)
     times = [int(t) for t in scheduler.timesteps]
     batch, found = len(noise), []
@@ -247,6 +258,11 @@ def sample_pairs(
         if scores.shape != (len(drawn),):
             raise ValueError(
                 f"score: expected ({len(drawn)},), one for each state, got {tuple(scores.shape)}."
+            )
+        if not scores.isfinite().all():
+            raise ValueError(
+                f"score: expected finite numbers, got {scores[~scores.isfinite()].tolist()[:3]} at "
+                f"timestep {before}. They make no pairs: look at the preference model's images."
             )
         best, worst, keep = choose_pairs(scores.float().reshape(batch, -1).to(x.device), threshold)
         states = drawn.unflatten(0, (batch, num_candidates))

@@ -165,6 +165,7 @@ class OCR:
                 "onnxruntime, or '.[eval]' from a clone."
             ) from error
         self.read: Any = RapidOCR(params={"Global.log_level": "error"})
+        self.check = quoted
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         wanted = [quoted(prompt) for prompt in prompts]

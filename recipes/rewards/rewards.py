@@ -7,12 +7,14 @@ score = load("runs/clip")                      a CLIP-like preference model, by 
 score = load("my_rewards:sharpness")           your own function
 score = load("pickscore:0.5,jpeg_compressibility")        several, with weights
 score(pixels, prompts)                         (N, 3, H, W) in [-1, 1] -> (N,), larger is better
+score.check(prompts)                           ValueError where it cannot judge one
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,49 +26,98 @@ from rewards import models
 from rewards.models import PreferenceModel
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]
+"""May have a `check(prompt)` too, which raises ValueError where it cannot judge that prompt."""
 
 
-def load(name: str, device: torch.device | str = "cpu") -> Score:
+def load(name: str, device: torch.device | str = "cpu") -> Reward:
     """A reward by name, or a sum of some.
 
     name: of `REWARDS`; a folder or a hub id of a CLIP model with its processor; or
         `package.module:function`, a callable like these. For a sum, names with commas between;
-        `:WEIGHT` after a name multiplies it.
+        `:WEIGHT` after a name, above 0, multiplies it.
 
     Raises:
         ValueError: none of these.
         ImportError: a package that the reward needs is missing.
     """
-    parts = [_weighted(part.strip()) for part in name.split(",")]
-    if len(parts) == 1 and parts[0][1] == 1:
-        return _one(parts[0][0], device)
-    return WeightedSum({one: (weight, _one(one, device)) for one, weight in parts})
+    parts = dict(_weighted(part.strip()) for part in name.split(","))
+    return Reward({one: (weight, _one(one, device)) for one, weight in parts.items()})
 
 
-class WeightedSum:
-    """The sum of several rewards times their weights. last: each one's scores at the last call."""
+class Reward:
+    """The sum of rewards times their weights; they run in their own precision, in autocast too.
+
+    parts: name -> weight and score.
+    """
 
     def __init__(self, parts: Mapping[str, tuple[float, Score]]) -> None:
         self.parts = parts
-        self.last: dict[str, Tensor] = {}
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        self.last = {
-            name: score(pixels, prompts).float().cpu() for name, (_, score) in self.parts.items()
-        }
-        return sum(
-            (weight * self.last[name] for name, (weight, _) in self.parts.items()),
-            torch.zeros(len(prompts)),
-        )
+        return self.total(self.scores(pixels, prompts))
+
+    def scores(self, pixels: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Each part's, without its weight: name -> (N,) float32 on the CPU.
+
+        Raises:
+            FloatingPointError: the images, or a score of them, are not finite.
+            ValueError: a part returns anything but (N,).
+        """
+        if not pixels.isfinite().all():
+            raise FloatingPointError(
+                f"images: expected finite numbers, got others for {_told(prompts)}. The model or "
+                "its VAE has overflowed: take --mixed_precision bf16 or no, or go back to an "
+                "earlier checkpoint."
+            )
+        found = {}
+        with torch.autocast(pixels.device.type, enabled=False):
+            for name, (_, score) in self.parts.items():
+                values = torch.as_tensor(score(pixels, prompts)).detach().float().cpu()
+                if values.shape != (len(prompts),):
+                    raise ValueError(
+                        f"reward: expected ({len(prompts)},) of {name}, one an image, got "
+                        f"{tuple(values.shape)}."
+                    )
+                if not values.isfinite().all():
+                    bad = [prompt for prompt, x in zip(prompts, values, strict=True)
+                           if not x.isfinite()]  # fmt: skip
+                    raise FloatingPointError(
+                        f"reward: expected finite numbers of {name}, got others for {_told(bad)}. "
+                        "Nothing can be learned from them: look at the reward and its images."
+                    )
+                found[name] = values
+        return found
+
+    def total(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """(N,), from what `scores` returns."""
+        weighted = (weight * scores[name] for name, (weight, _) in self.parts.items())
+        return sum(weighted, torch.zeros(()))
+
+    def check(self, prompts: Iterable[str]) -> None:
+        """ValueError on prompts that a part cannot judge."""
+        checks = [getattr(score, "check", None) for _, score in self.parts.values()]
+        for judge in filter(None, checks):
+            for prompt in prompts:
+                judge(prompt)
+
+
+def _told(prompts: Sequence[str]) -> list[str]:
+    return [prompt[:80] for prompt in prompts[:3]]
 
 
 def _weighted(part: str) -> tuple[str, float]:
     """ "pickscore:0.5" -> its name and weight."""
-    name, colon, weight = part.rpartition(":")
+    name, colon, text = part.rpartition(":")
     try:
-        return (name, float(weight)) if colon else (part, 1.0)
+        weight = float(text) if colon else 1.0
     except ValueError:  # a name that has a colon
         return part, 1.0
+    if not 0 < weight < math.inf:
+        raise ValueError(
+            f"reward: expected a weight above 0, got {part!r}. Larger rewards are better; some "
+            "have their opposite, as jpeg_compressibility and jpeg_incompressibility."
+        )
+    return (name if colon else part), weight
 
 
 def check(name: str) -> None:

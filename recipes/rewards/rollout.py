@@ -8,10 +8,9 @@
         text, image = own.conditioning(captions)
         ...                                                 # sample latents of the captions
         rewards = own.rewards(latents, captions, index)
+        advantages = own.advantages(rewards)
         out = step(..., agsm_batch=own.agsm_batch(batch, index, latents, captions, rewards))
-        return out.loss, {**out.metrics, **own.metrics(rewards)}
-
-    trained.train(accelerator, own.batches, loss, step)
+        return out.loss, {**out.metrics, **own.logged}
 
 Prompts are the data set's captions, or those of `--sampling_prompts`. AGSM trains on the data
 set's images, or on the samples with the best rewards.
@@ -33,14 +32,21 @@ from torch.utils.data import Dataset
 from agsm_loss import Bank
 from agsm_loss._random import draws
 from agsm_loss.integrations.hosts.base import AGSMBatch, bank_of, best_samples
+from agsm_loss.integrations.hosts.rollouts import group_advantages
 from data.batches import Batch
 from data.pictures import sheet, to_uint8
 from data.prompts import read_prompts
 from data.task import Captions, Task
 from model.agsm import agsm_weight, check_competitors, hard_per_image
+from model.pipeline import TextToImage
 from model.trained import TrainedModel
-from rewards.rewards import load
+from rewards.rewards import Reward, load
 from run.options import option
+
+AT_ONCE = 8
+"""Images to decode and score at a time: a VAE needs gigabytes for one of 1024 pixels."""
+SHOWN = 32
+"""Images on a sheet of samples."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +150,18 @@ class OnPolicy:
         options, accelerator, trained: the recipe's.
         prompts: to sample a rollout and process.
         micro_steps: micro-steps a rollout.
+        at_once: images to decode and score at a time.
 
     Attributes:
         agsm: the regularizer; None where its weight is 0.
         batches: the loop's items.
+        logged: of the last rollout's rewards on all processes, for the log; of a sum also each
+            part's mean.
+        differences: ends a run whose rewards never differ within a group.
 
     Raises:
-        ValueError: AGSM on the best samples with edited captions.
+        ValueError: AGSM on the best samples with edited captions; a prompt that the reward cannot
+            judge.
     """
 
     def __init__(
@@ -161,11 +172,17 @@ class OnPolicy:
         *,
         prompts: int,
         micro_steps: int = 1,
+        at_once: int = AT_ONCE,
     ) -> None:
         if options.agsm_weight and options.agsm_images == "best":
             check_best(options)
         self.options, self.accelerator, self.trained = options, accelerator, trained
-        self.micro_steps = micro_steps
+        self.micro_steps, self.at_once = micro_steps, at_once
+        self.logged: dict[str, Tensor] = {}
+        self.differences = Findings(
+            "rewards that differ between the images of a prompt",
+            "Every advantage was 0. Take a larger --group_size, other prompts or another --reward.",
+        )
         self.agsm = None
         if options.agsm_weight:
             self.agsm = trained.agsm(options.agsm_batch, agsm_weight(options))
@@ -175,6 +192,7 @@ class OnPolicy:
             options, task, prompts, micro_steps, options.agsm_batch if on_data else 0
         )
         self._reward = load(options.reward, accelerator.device)
+        check_prompts(self._reward, options, task)
         self._blank = torch.zeros(1, 3, task.size, task.size)
         self._shape = trained.pipeline.encode_images(self._blank, draws(options.seed)).shape[1:]
 
@@ -198,6 +216,7 @@ class OnPolicy:
 
         def run(x: Tensor, timesteps: Tensor) -> Tensor:
             own = bank_of(Bank.POSITIVE, len(x))
+            # The denoiser alone runs in the options' precision: it is accelerate's.
             pred: Tensor = self.trained.denoiser(x, timesteps, text, own, **image)
             return pred.float()
 
@@ -208,8 +227,19 @@ class OnPolicy:
 
         index: of the rollout's first micro-step.
         """
-        pixels = self.trained.pipeline.decode_latents(latents)
-        rewards = self._reward(pixels, captions).float().to(latents.device)
+        scores, pixels = decoded_scores(
+            self.trained.pipeline, self._reward, latents, captions, self.at_once
+        )
+        rewards = self._reward.total(scores)
+        parts = scores if len(scores) > 1 else {}
+        every = self.accelerator.gather(
+            torch.stack([rewards, *parts.values()], 1).to(self.accelerator.device)
+        )
+        self.logged = {
+            "reward/mean": every[:, 0].mean(),
+            "reward/std": every[:, 0].std(unbiased=False),
+            **{f"reward/{name}": every[:, i].mean() for i, name in enumerate(parts, 1)},
+        }
         options, a_step = self.options, self.options.gradient_accumulation_steps
         last = -(-(index + self.micro_steps) // a_step)
         due = [
@@ -220,16 +250,18 @@ class OnPolicy:
         if due and self.accelerator.is_main_process:
             file = Path(options.output_dir) / "sheets" / f"samples_{due[-1]:06d}.png"
             samples_sheet(pixels, captions, rewards, file)
-        return rewards
+        return rewards.to(latents.device)
 
-    def metrics(self, rewards: Tensor) -> dict[str, Tensor]:
-        """Of the last rollout's rewards, for the log; of a sum also each part's mean."""
-        parts = getattr(self._reward, "last", {})
-        return {
-            "reward/mean": rewards.mean(),
-            "reward/std": rewards.std(unbiased=False),
-            **{f"reward/{name}": scores.mean() for name, scores in parts.items()},
-        }
+    def advantages(self, rewards: Tensor, *, global_std: bool = False) -> Tensor:
+        """(N,) of this process's images (`group_advantages` of all processes' rewards)."""
+        every = group_advantages(
+            self.accelerator.gather(rewards.to(self.accelerator.device)),
+            self.options.group_size,
+            global_std=global_std,
+        )
+        self.differences.saw(int(every.count_nonzero()))
+        own = every.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        return own.to(rewards.device)
 
     def agsm_batch(
         self,
@@ -260,6 +292,63 @@ class OnPolicy:
         return self.trained.agsm_batch(shown, latents[rows.to(latents.device)], draw)
 
 
+def decoded_scores(
+    pipeline: TextToImage,
+    reward: Reward,
+    latents: Tensor,
+    captions: Sequence[str],
+    at_once: int = AT_ONCE,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The reward's scores of all images (N,), and the first of their pixels, on the CPU.
+
+    latents: (N, C, h, w), as the denoiser takes them.
+    """
+    found: list[dict[str, Tensor]] = []
+    shown: list[Tensor] = []
+    for first in range(0, len(captions), at_once):
+        pixels = pipeline.decode_latents(latents[first : first + at_once])
+        found.append(reward.scores(pixels, captions[first : first + at_once]))
+        if first < SHOWN:
+            shown.append(pixels.cpu())
+    scores = {name: torch.cat([one[name] for one in found]) for name in found[0]}
+    return scores, torch.cat(shown)[:SHOWN]
+
+
+class Findings:
+    """Ends a run that has nothing to train on: for so many rollouts from its start, or at all.
+
+    what: is looked for. remedy: what to do where there is none.
+    """
+
+    MOST = 50
+
+    def __init__(self, what: str, remedy: str) -> None:
+        self.what, self.remedy = what, remedy
+        self.rollouts, self.found = 0, False
+
+    def saw(self, number: int) -> None:
+        """So many in a rollout, on all processes together; ValueError after `MOST` of none."""
+        self.rollouts, self.found = self.rollouts + 1, self.found or number > 0
+        if self.rollouts == self.MOST:
+            self.check()
+
+    def check(self) -> None:
+        """ValueError where none of the rollouts so far had any: call it before saving."""
+        if self.rollouts and not self.found:
+            raise ValueError(
+                f"reward: expected {self.what}, got none in {self.rollouts:,} rollouts, so that "
+                f"nothing was trained. {self.remedy}"
+            )
+
+
+def check_prompts(reward: Reward, options: Any, task: Task) -> None:
+    """ValueError where the reward cannot judge a prompt that may be sampled."""
+    texts = prompts_of(options, task)
+    if isinstance(texts, Captions) and options.data == "world":
+        texts = [texts[row] for row in range(10)]  # they are all alike, and never end
+    reward.check(texts)
+
+
 def check_best(options: Any) -> None:
     """ValueError where the best samples should have edited captions: only a data set has them."""
     if options.candidates != "in_batch":
@@ -279,7 +368,7 @@ def on_policy_images(options: Any, task: Task, batch_size: int) -> Dataset[Batch
 
 def prompts_of(options: Any, task: Task) -> Captions | list[str]:
     """The prompts of `--sampling_prompts`, or the data set's captions."""
-    if not options.sampling_prompts:
+    if not getattr(options, "sampling_prompts", ""):  # SPO has the data set's alone
         return task.captions()
     texts = [row["prompt"] for row in read_prompts(options.sampling_prompts)]
     if not texts:
@@ -287,13 +376,11 @@ def prompts_of(options: Any, task: Task) -> Captions | list[str]:
     return texts
 
 
-def samples_sheet(
-    pixels: Tensor, prompts: Sequence[str], rewards: Tensor, path: Path, most: int = 32
-) -> None:
+def samples_sheet(pixels: Tensor, prompts: Sequence[str], rewards: Tensor, path: Path) -> None:
     """The first images (N, 3, H, W) in [-1, 1] of a rollout, each with its reward and prompt."""
     told = [
         {"prompt": f"{float(reward):.3f} {prompt}"}
         for prompt, reward in zip(prompts, rewards, strict=True)
     ]
-    shown = to_uint8(pixels[:most].float()).permute(0, 2, 3, 1).cpu().numpy()
-    sheet(shown, told[:most], None, path, side=96)
+    shown = to_uint8(pixels[:SHOWN].float()).permute(0, 2, 3, 1).cpu().numpy()
+    sheet(shown, told[:SHOWN], None, path, side=96)

@@ -139,6 +139,20 @@ def test_what_was_sampled_has_ratio_one_and_the_gradient_of_the_likelihoods(give
         torch.testing.assert_close(one, other)
 
 
+def test_the_ratio_is_one_where_the_size_of_a_batch_has_a_say():
+    """As in half precision, whose kernels differ by the size; here by much."""
+    setup, scheduler = Setup("sd3"), FlowMatchEulerDiscreteScheduler()
+    plain = setup.denoiser
+
+    def sized(x, *rest):
+        return plain(x, *rest) + 0.01 * len(x)
+
+    setup.denoiser = sized
+    trajectory = rollout(setup, scheduler)
+    out = FlowGRPO(sized, scheduler)(trajectory, torch.ones(3).double(), setup.conditioning)
+    assert out.metrics["grpo/approx_kl"] == 0
+
+
 def test_agsm_is_added_and_absent_without_it():
     setup, scheduler = Setup("sd3"), FlowMatchEulerDiscreteScheduler()
     trajectory, advantages = rollout(setup, scheduler), torch.ones(3).double()

@@ -1,5 +1,7 @@
 """Advantages within groups, and clean images by any of the schedulers' solvers."""
 
+import math
+
 import pytest
 import torch
 from diffusers import (
@@ -27,6 +29,19 @@ def test_advantages_are_standardised_within_a_prompt():
     for wrong in ((torch.ones(3), 2), (torch.ones(4), 1), (torch.ones(2, 2), 2)):
         with pytest.raises((ValueError, TypeError), match=r"groups|rewards"):
             group_advantages(*wrong)
+
+
+@pytest.mark.parametrize("global_std", [False, True])
+def test_equal_rewards_have_no_advantage_of_any_size(global_std):
+    """Their mean is off by a rounding error, and so is their standard deviation."""
+    for group in range(2, 25):
+        for reward in (0.3, 26.0912, 100.1, -812.345, 3e30, 1e-30):
+            found = group_advantages(torch.full((2 * group,), reward), group, global_std=global_std)
+            assert not found.any()
+    found = group_advantages(torch.tensor([100.1] * 7 + [0.1] * 6 + [0.2]), 7, global_std=True)
+    assert not found[:7].any() and found[7:].all()
+    with pytest.raises(ValueError, match=r"rewards: expected finite numbers, got \[nan\]"):
+        group_advantages(torch.tensor([1.0, math.nan]), 2)
 
 
 SOLVERS = [

@@ -117,7 +117,7 @@ def test_the_best_rows_are_the_share_with_the_best_scores():
     assert best_rows(scores, 0.4).tolist() == [0, 2]
     assert best_rows(scores, 0.41).tolist() == [0, 2, 3]
     assert best_rows(scores, 0.01).tolist() == [2]
-    assert best_rows(scores, 1.0).tolist() == [0, 1, 2, 3, 4]
+    assert best_rows(scores, 1.0).tolist() == [0, 2, 3, 4]  # never the NaN
     assert best_rows(scores[:1]).tolist() == [0]
 
 
@@ -125,7 +125,7 @@ def test_the_best_rows_are_at_least_so_many():
     scores = torch.tensor([0.3, math.nan, 2.0, 0.3, -1.0])
     assert best_rows(scores, 0.1, at_least=2).tolist() == [0, 2]
     assert best_rows(scores, 0.6, at_least=2).tolist() == [0, 2, 3]
-    assert best_rows(scores, 0.1, at_least=9).tolist() == [0, 1, 2, 3, 4]
+    assert best_rows(scores, 0.1, at_least=9).tolist() == [0, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("share", "number"), [(0.1, 3), (0.5, 2), (1.0, 4), (0.2, 40)])
@@ -159,6 +159,8 @@ def test_best_rows_of_nothing_or_by_no_share_are_refused():
     for wrong, share in ((scores[:0], 0.5), (scores, 0.0), (scores, 1.1), (scores[None], 0.5)):
         with pytest.raises(ValueError, match=r"share in \(0, 1\]"):
             best_rows(wrong, share)
+    with pytest.raises(ValueError, match="got NaN for all 3 images"):
+        best_rows(scores * math.nan, 0.5)
 
 
 def rollout(score, batch=3, **settings):
@@ -223,6 +225,12 @@ def test_bad_rollouts_are_refused():
     for settings in ({"eta": 0.0}, {"num_candidates": 1}):
         with pytest.raises(ValueError, match="at least 2 candidates"):
             rollout(score, **settings)
+    for settings in ({"first_step": 19}, {"num_steps": 5}, {"first_step": -1}):
+        with pytest.raises(ValueError, match=r"first_step: expected a step of 0\.\..*no pairs"):
+            rollout(lambda clean, rows, times: clean[:, 0], **settings)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"score: expected finite numbers, got .{bad}"):
+            rollout(lambda clean, rows, times, bad=bad: bad * torch.ones(len(clean)))
     flow = FlowMatchEulerDiscreteScheduler()
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
         sample_pairs(lambda x, t, r: x, flow, torch.zeros(1, 2), score)

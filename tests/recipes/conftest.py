@@ -16,6 +16,20 @@ def recipes():
     return RECIPES
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate's state is the process's: a test in another precision starts and leaves it new."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
 @pytest.fixture(scope="session", params=["flow", "epsilon"])
 def any_base(request, tmp_path_factory):
     """Folder of an untrained tiny pipeline of the world, one of each kind."""

@@ -21,7 +21,7 @@ from rewards import rollout as on_policy
 
 FEW = ["--rank", "2", "--num_tokens", "2", "--validation_per_category", "1", "--group_size", "2",
        "--validation_inference_steps", "2", "--num_inference_steps", "3", "--num_negatives", "2",
-       "--reward", "redness", "--learning_rate", "0.01", "--skip_first_validation",
+       "--reward", "redness", "--learning_rate", "0.01",
        "--logging_steps", "1", "--checkpointing_steps", "1", "--agsm_batch", "3"]  # fmt: skip
 GRPO = ["--max_train_steps", "3", "--train_batch_size", "2", "--train_timesteps", "2",
         "--validation_steps", "3"]  # fmt: skip
@@ -67,6 +67,7 @@ def test_flow_grpo_resumes_and_has_agsm_in_it(flags, flow_base, tmp_path, monkey
     assert log(tmp_path / "cut") == lines
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_flow_grpo_samples_by_the_dynamics_of_its_options(flow_base, tmp_path, monkeypatch):
     seen, sampled = [], rollouts.sample_sde
 
@@ -76,8 +77,9 @@ def test_flow_grpo_samples_by_the_dynamics_of_its_options(flow_base, tmp_path, m
         return trajectory
 
     monkeypatch.setattr(rollouts, "sample_sde", watching)
-    flags = ["--max_train_steps", "1", "--sde_type", "cps"]
+    flags = ["--max_train_steps", "1", "--sde_type", "cps", "--mixed_precision", "bf16"]
     train(train_flow_grpo, flow_base, tmp_path / "default", *flags)
+    assert log(tmp_path / "default")[0]["grpo/approx_kl"] == 0  # sampled as it is trained
     train(train_flow_grpo, flow_base, tmp_path / "given", *flags, "--noise_level", "0.5")
     assert seen == [Dynamics("cps", 0.8), Dynamics("cps", 0.5)]
     with pytest.raises(ValueError, match="noise_level: expected above 0 and at most 1 for cps"):

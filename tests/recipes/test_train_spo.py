@@ -1,9 +1,12 @@
 """train_spo.py and the scores it asks: resume, AGSM on either kind of image, refusals."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from recipe_runs import killing, log, trained
+from torch import nn
 
 import train_spo
 from data.batches import to_model
@@ -12,12 +15,14 @@ from lab.world.captions import caption
 from lab.world.detector_reward import detector
 from lab.world.prompts import scenes
 from lab.world.render import render
+from model.pipeline import TextToImage
 from model.trained import TrainedModel
+from rewards.rollout import Findings
 
 FEW = ["--max_train_steps", "3", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "3", "--rank", "2", "--validation_per_category", "1",
        "--validation_inference_steps", "2", "--checkpointing_steps", "1", "--num_tokens", "2",
-       "--skip_first_validation", "--num_negatives", "2", "--num_inference_steps", "5",
+       "--num_negatives", "2", "--num_inference_steps", "5",
        "--first_step", "2", "--num_candidates", "2", "--threshold", "0"]  # fmt: skip
 
 
@@ -116,12 +121,68 @@ def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, m
     assert last["agsm/images_score"] == pytest.approx(values[rows].mean().item(), rel=1e-5)
 
 
-def test_steps_without_a_pair_are_survived(epsilon_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        detector_reward, "detector", lambda pixels, prompts: torch.zeros(len(pixels))
-    )
-    train(epsilon_base, tmp_path / "run", "--threshold", "0.3")
-    assert log(tmp_path / "run")[-1]["spo/pairs"] == 0
+def test_a_run_without_a_pair_is_an_error(epsilon_base, tmp_path, monkeypatch):
+    """As of --reward hpsv2, a cosine, at the published threshold."""
+    monkeypatch.setattr(detector_reward, "detector", lambda pixels, prompts: (
+        0.01 * varied(pixels, prompts)))  # fmt: skip
+    with pytest.raises(ValueError, match=r"none in 3 rollouts.*--threshold"):
+        train(epsilon_base, tmp_path / "run", "--threshold", "0.9")
+    print(log(tmp_path / "run"))
+    assert not (tmp_path / "run" / "lora").exists()
+
+
+def test_the_first_steps_may_have_no_pair(monkeypatch):
+    monkeypatch.setattr(Findings, "MOST", 3)
+    pairs = Findings("pairs", "Take more.")
+    pairs.check()
+    for number in (0, 0, 1, 0, 0, 0):
+        pairs.saw(number)
+    pairs.check()
+    pairs = Findings("pairs", "Take more.")
+    with pytest.raises(ValueError, match=r"expected pairs, got none in 3 rollouts.*Take more\."):
+        for number in (0, 0, 0):
+            pairs.saw(number)
+
+
+def test_what_would_find_no_pair_is_refused_at_the_start(tmp_path):
+    """The model that is not there is not looked for."""
+    with pytest.raises(ValueError, match=r"first_step: expected a step of 0\.\.1.*no pairs"):
+        train(tmp_path / "absent", tmp_path / "run", "--num_inference_steps", "3")
+
+
+def test_scores_that_are_no_numbers_end_the_run(epsilon_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(detector_reward, "detector", lambda pixels, prompts: (
+        math.nan * torch.ones(len(pixels))))  # fmt: skip
+    with pytest.raises(FloatingPointError, match="expected finite numbers of detector"):
+        train(epsilon_base, tmp_path / "run")
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_vae_encoders_and_rewards_run_in_their_own_precision(epsilon_base, tmp_path, monkeypatch):
+    """Autocast would run this VAE and reward in bfloat16, whose numbers have 8 bits."""
+    seen = []
+
+    def scores(pixels, prompts):
+        found = nn.functional.linear(pixels.flatten(1), torch.ones(1, pixels[0].numel()))
+        seen.append((torch.is_autocast_enabled("cpu"), found.dtype))
+        return found[:, 0]
+
+    def watched(module, *_):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.float32))
+
+    loaded = TextToImage.load.__func__
+
+    def load(cls, *args):
+        made = loaded(cls, *args)
+        for part in (made.pipe.vae.decoder, made.pipe.vae.encoder, made.pipe.text_encoder):
+            part.register_forward_pre_hook(watched)
+        return made
+
+    monkeypatch.setattr(detector_reward, "detector", scores)
+    monkeypatch.setattr(TextToImage, "load", classmethod(load))
+    flags = ["--mixed_precision", "bf16", "--max_train_steps", "1", "--agsm_weight", "1"]
+    train(epsilon_base, tmp_path / "run", *flags)
+    assert len(seen) > 6 and set(seen) == {(False, torch.float32)}
 
 
 def test_a_flow_is_refused(flow_base, tmp_path):

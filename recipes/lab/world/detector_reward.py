@@ -22,17 +22,27 @@ def detector(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
 
     Prompts must be the world's own.
     """
-    rows = _rows()
-    unknown = sorted(set(prompts) - rows.keys())
-    if unknown:
-        raise ValueError(f"prompts: expected captions of the embedded world, got {unknown[:3]}.")
+    rows = [row_of(prompt) for prompt in prompts]
     images = to_uint8(pixels).permute(0, 2, 3, 1).cpu().numpy()
     scores = []
-    for image, prompt in zip(images, prompts, strict=True):
-        verdict = judge(detect(image), rows[prompt])
+    for image, row in zip(images, rows, strict=True):
+        verdict = judge(detect(image), row)
         assert verdict.found is not None
         scores.append(float(verdict.correct) - abs(verdict.found - verdict.expected))
     return torch.tensor(scores)
+
+
+def row_of(prompt: str) -> dict[str, Any]:
+    """The prompt's GenEval row; ValueError where it is not one of the world's."""
+    if prompt not in _rows():
+        raise ValueError(
+            f"detector: expected captions of the embedded world, got {prompt[:80]!r}. Take "
+            "another --reward for other prompts."
+        )
+    return _rows()[prompt]
+
+
+detector.check = row_of  # type: ignore[attr-defined]
 
 
 @cache

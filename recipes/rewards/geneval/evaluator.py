@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,25 @@ class Evaluator:
             judged.append((judge(kept, row, colours), kept))
         return judged
 
-    def reward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] and GenEval's prompts -> (N,), the judgements' credit."""
-        judged = self(to_images(pixels), [row_of(prompt) for prompt in prompts])
+
+class Credit:
+    """An `Evaluator`'s credit as a reward of GenEval's prompts."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        judged = self.evaluator(to_images(pixels), [row_of(prompt) for prompt in prompts])
         return torch.tensor([judgement.credit for judgement, _ in judged])
 
+    def check(self, prompt: str) -> None:
+        """ValueError where it is none of GenEval's, or of a class that the detector lacks."""
+        self.evaluator.detector.check([row_of(prompt)])
 
-def load(device: torch.device | str = "cpu") -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """The reward `geneval`: an `Evaluator`'s credit."""
-    return Evaluator(device=device).reward
+
+def load(device: torch.device | str = "cpu") -> Credit:
+    """The reward `geneval`."""
+    return Credit(Evaluator(device=device))
 
 
 def result(file: Path, row: Mapping[str, Any], judgement: Judgement, kept: Kept) -> dict[str, Any]:

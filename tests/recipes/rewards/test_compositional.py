@@ -12,7 +12,7 @@ from PIL import Image
 import score_images
 from rewards.geneval import detectors
 from rewards.geneval.colours import ColourClassifier, cropped, pooled
-from rewards.geneval.evaluator import Evaluator, result
+from rewards.geneval.evaluator import Credit, Evaluator, result
 from rewards.geneval.prompts import CLASSES, COLOURS, row_of
 from rewards.geneval.rules import Detected, Rules, judge, overlap, reason_kind, relations
 
@@ -264,10 +264,10 @@ def test_rewards_are_the_credit(tiny, monkeypatch):
     monkeypatch.setattr(type(evaluator.detector), "__call__", lambda self, images, rows: [
         [dog] * int(np.asarray(image)[0, 0, 0] / 50) for image in images])  # fmt: skip
     pixels = torch.tensor([50.0, 100.0, 150.0, 200.0]).view(4, 1, 1, 1).expand(4, 3, 8, 8)
-    rewards = evaluator.reward(pixels / 127.5 - 1, ["a photo of two dogs"] * 4)
+    rewards = Credit(evaluator)(pixels / 127.5 - 1, ["a photo of two dogs"] * 4)
     assert rewards.tolist() == [0.5, 1.0, 0.5, 0.0]
     with pytest.raises(ValueError, match="a circle"):
-        evaluator.reward(pixels, ["a circle"] * 4)
+        Credit(evaluator)(pixels, ["a circle"] * 4)
 
 
 def test_a_folder_is_judged_and_its_results_make_the_same_table(tiny, tmp_path, capsys):

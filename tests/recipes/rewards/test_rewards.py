@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import train_nft
+from agsm_loss.integrations.hosts.rollouts import group_advantages
+from data.task import Captions
 from model.pipeline import TextToImage
 from rewards import models as reward_models
 from rewards import rewards
@@ -58,7 +60,8 @@ def test_a_missing_folder_is_found_before_anything_is_loaded(tmp_path, monkeypat
 def test_clip_scores_are_cosines(clip, pixels, monkeypatch):
     monkeypatch.setattr(reward_models, "CLIP", clip)
     monkeypatch.setattr(reward_models, "PICKSCORE", clip)
-    picked = rewards.load("pickscore")
+    score = rewards.load("pickscore")
+    ((_, picked),) = score.parts.values()
     with torch.no_grad():
         picked.model.logit_scale.fill_(1.7)
     inputs = picked.processor(
@@ -66,11 +69,11 @@ def test_clip_scores_are_cosines(clip, pixels, monkeypatch):
     )
     output = picked.model(**inputs)
     cosines = nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)
-    assert torch.allclose(picked(pixels, TEXTS), torch.tensor(1.7).exp() * cosines, atol=1e-5)
+    assert torch.allclose(score(pixels, TEXTS), torch.tensor(1.7).exp() * cosines, atol=1e-5)
     score = rewards.load("clipscore")
     assert torch.allclose(score(pixels, TEXTS), (100 * cosines).clamp(min=0), atol=1e-3)
     with torch.no_grad():
-        score.model.visual_projection.weight.neg_()
+        score.parts["clipscore"][1].model.visual_projection.weight.neg_()
     assert torch.allclose(score(pixels, TEXTS), (-100 * cosines).clamp(min=0), atol=1e-3)
 
 
@@ -210,24 +213,90 @@ def test_what_counts_as_readable():
 
 
 def test_a_sum_has_weights_and_tells_its_parts(pixels):
-    total = rewards.load("measures_tiny:counted:0.5,redness:-2,jpeg_compressibility")
-    expected = 0.5 * measures_tiny.counted(pixels, TEXTS) - 2 * rewards.redness(pixels, TEXTS)
+    total = rewards.load("measures_tiny:counted:0.5,redness:2,jpeg_compressibility")
+    expected = 0.5 * measures_tiny.counted(pixels, TEXTS) + 2 * rewards.redness(pixels, TEXTS)
     expected += rewards.jpeg_compressibility(pixels, TEXTS)
     assert torch.allclose(total(pixels, TEXTS), expected)
-    assert list(total.last) == ["measures_tiny:counted", "redness", "jpeg_compressibility"]
-    assert total.last["measures_tiny:counted"].tolist() == [1.0, 2.0]
+    parts = total.scores(pixels, TEXTS)
+    assert list(parts) == ["measures_tiny:counted", "redness", "jpeg_compressibility"]
+    assert parts["measures_tiny:counted"].tolist() == [1.0, 2.0]
     alone = rewards.load("measures_tiny:counted:3")
     assert alone(pixels, TEXTS).tolist() == [3.0, 6.0]
-    own = object.__new__(on_policy.OnPolicy)
-    own._reward = total
-    logged = own.metrics(total(pixels, TEXTS))
-    assert (
-        logged["reward/measures_tiny:counted"] == 1.5
-        and logged["reward/mean"] == total(pixels, TEXTS).mean()
-    )
-    assert set(logged) == {"reward/mean", "reward/std", *(f"reward/{name}" for name in total.last)}
-    own._reward = rewards.redness
-    assert set(own.metrics(torch.ones(2))) == {"reward/mean", "reward/std"}
+
+
+@pytest.mark.parametrize("weight", ["-1", "0", "nan", "inf"])
+def test_a_weight_that_is_not_above_zero_is_refused(weight):
+    for asked in (rewards.check, rewards.load):
+        with pytest.raises(ValueError, match=f"above 0, got 'redness:{weight}'.*opposite"):
+            asked(f"jpeg_compressibility,redness:{weight}")
+
+
+def test_what_is_not_finite_is_no_reward(pixels):
+    def broken(images, prompts):
+        return torch.tensor([1.0, float("nan")])
+
+    score = rewards.Reward({"redness": (1.0, rewards.redness), "broken": (0.5, broken)})
+    with pytest.raises(FloatingPointError, match=r"numbers of broken.*\['two red cats'\]"):
+        score(pixels, TEXTS)
+    with pytest.raises(ValueError, match=r"expected \(3,\) of broken"):
+        rewards.Reward({"broken": (1.0, broken)})(pixels[[0, 1, 1]], [*TEXTS, "a"])
+    pixels[1, 0, 3, 3] = torch.inf  # a VAE that has overflowed: its picture would be black
+    for name in ("jpeg_compressibility", "redness"):
+        with pytest.raises(FloatingPointError, match="images: expected finite numbers"):
+            rewards.load(name)(pixels, TEXTS)
+
+
+def test_prompts_are_checked_before_any_is_sampled(monkeypatch, tmp_path):
+    ocr = object.__new__(reward_models.OCR)
+    ocr.check = quoted
+    monkeypatch.setitem(rewards.REWARDS, "ocr", lambda device: ocr)
+    task = SimpleNamespace(captions=lambda: Captions(3, ['"a"', "a sign", '"b"'].__getitem__))
+    options = SimpleNamespace(data="table.parquet")
+    for name in ("redness", "measures_tiny:counted"):
+        on_policy.check_prompts(rewards.load(name), options, task)
+    for name, bad in (("redness,ocr", "'a sign'"), ("detector", "embedded world, got '\"a\"'")):
+        with pytest.raises(ValueError, match=bad):
+            on_policy.check_prompts(rewards.load(name), options, task)
+    file = tmp_path / "prompts.txt"
+    file.write_text("a circle\na zebra\n")
+    options = SimpleNamespace(data="world", sampling_prompts=str(file))
+    with pytest.raises(ValueError, match="embedded world, got 'a zebra'"):
+        on_policy.check_prompts(rewards.load("detector"), options, None)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_is_made_of_rewards_is_of_all_processes(processes):
+    """Advantages by the standard deviation of all rewards, and the log's mean and deviation."""
+    rewards_ = torch.tensor([0.0, 1.0, 5.0, 5.001, 7.0, 7.0, 2.0, 0.0])
+    every = group_advantages(rewards_, 2, global_std=True)
+    told, found = [], []
+    for rank, own in enumerate(rewards_.chunk(processes)):
+        policy = object.__new__(on_policy.OnPolicy)
+        policy.options = SimpleNamespace(group_size=2, gradient_accumulation_steps=1,
+                                         validation_steps=9, max_train_steps=9)  # fmt: skip
+        policy.differences = on_policy.Findings("", "")
+        policy.micro_steps, policy.at_once = 1, 3
+        policy._reward = rewards.Reward({"mean": (2.0, lambda x, _: x.mean((1, 2, 3)) / 2)})
+        policy.trained = SimpleNamespace(pipeline=SimpleNamespace(decode_latents=lambda x: x))
+
+        def gather(mine, own=own):
+            others = [one.reshape(len(own), *[1] * (mine.ndim - 1)) for one in
+                      rewards_.chunk(processes)]  # fmt: skip
+            assert torch.equal(mine.flatten(), own)
+            return torch.cat(others)
+
+        policy.accelerator = SimpleNamespace(
+            gather=gather, device="cpu", num_processes=processes, process_index=rank,
+            is_main_process=False,
+        )  # fmt: skip
+        images = own.reshape(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        scored = policy.rewards(images, ["a"] * len(own), 0)
+        assert torch.equal(scored, own)
+        found.append(policy.advantages(scored, global_std=True))
+        told.append({name: float(value) for name, value in policy.logged.items()})
+    assert torch.equal(torch.cat(found), every)
+    wanted = {"reward/mean": rewards_.mean(), "reward/std": rewards_.std(unbiased=False)}
+    assert told == [{name: float(value) for name, value in wanted.items()}] * processes
 
 
 def test_prompts_may_be_genevals(tmp_path):
