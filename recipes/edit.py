@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     from model.editing import change, image_to_image, read_changes
     from model.pipeline import TextToImage, chosen_device
     from model.sampling import image_side
-    from run.messages import say
+    from run.log import say
 
     output = Path(options.output_dir)
     if output.exists() and any(output.iterdir()):

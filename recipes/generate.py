@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     from data.sources import check_source
     from model.pipeline import TextToImage, chosen_device
     from model.sampling import calls
-    from run.messages import say
+    from run.log import say
 
     output, rows = Path(options.output_dir), read_prompts(options.prompts)
     settings = _settings(output, options)

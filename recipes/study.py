@@ -33,11 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="Runs at a time.")
     parser.add_argument("--only", help="Run this method of the plan alone, or base.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the one run.")
-    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     given = parser.parse_args(arguments)
     end_with_parent()
 
-    from run.messages import quiet_libraries
+    from run.log import quiet_libraries
 
     quiet_libraries()  # before the imports that print
 

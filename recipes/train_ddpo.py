@@ -45,12 +45,11 @@ from rewards.rollout import (
     prompts_of,
     samples_sheet,
 )
-from run.checkpoints import check_output, last_whole, opened, save
+from run.checkpoints import check_left, check_output, data_only, last_whole, opened, save
 from run.cli import command
 from run.engines import check_launched
-from run.log import log_sheet
+from run.log import log_sheet, paused, say_summary
 from run.loop import RunOptions
-from run.messages import paused, say_summary
 from run.options import OptionSet, option
 from run.stop import Stop
 from run.trackers import JsonLines, extra_tracker
@@ -147,7 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
             f"model: expected a StableDiffusionPipeline, got {type(model.pipeline.pipe).__name__}: "
             "trl's DDPO knows no other. For flow models see recipes/train_flow_grpo.py."
         )
-    with opened(options, state) as found:
+    made_of = {"model": model.fingerprint}
+    with opened(options, state, made_of) as found:
         output = Path(options.output_dir)
         first = 0 if found is None else found.step
         tracker = JsonLines(output / "log.jsonl")
@@ -160,8 +160,10 @@ def main(arguments: list[str] | None = None) -> None:
             if due["sheet"]:
                 sheet_of(data, output / "sheets" / f"samples_{step:06d}.png")
 
-        trainer = make_trainer(options, state, model, tracker, found, show)
+        with data_only(output):
+            trainer = make_trainer(options, state, model, tracker, found, show)
         step = trainer.global_step
+        check_left("num_epochs", options.num_epochs, trainer.first_epoch)
         prompts = options.sample_batch_size * options.sample_num_batches_per_epoch
         about = {
             "epochs": f"{trainer.first_epoch + 1:,} to {options.num_epochs:,}, each on "
@@ -178,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
                 log_sheet([tracker.extra] if tracker.extra else [], output, step)
             trainer.accelerator.wait_for_everyone()
 
-        if not options.skip_first_validation and step == 0:
+        if options.validation_epochs <= options.num_epochs and step == 0:
             validate()
         epochs = range(trainer.first_epoch, options.num_epochs)
         bar = tqdm(
@@ -201,12 +203,16 @@ def main(arguments: list[str] | None = None) -> None:
                 stopped = stop.asked(trainer.accelerator) and not last
                 if last or stopped or (epoch + 1) % options.checkpointing_epochs == 0:
                     tracker.flush()
+                    averages = trainer.agsm.state_dict() if trainer.agsm is not None else {}
+                    optimizer = trainer.optimizer.state_dict()
+                    parts = {"weights": model.parameters, "optimizer": optimizer}
                     saved = save(
                         trainer.accelerator,
                         output,
                         step,
-                        model.parameters,
+                        {**parts, "averages": averages},
                         lambda folder: trainer.accelerator.save_state(str(folder)),
+                        made_of,
                     )
                 if stopped:
                     bar.close()

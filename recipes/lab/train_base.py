@@ -97,7 +97,6 @@ OPTIONS = OptionSet(
     train_batch_size=64,
     lr_warmup_steps=200,
     lr_decay_steps=1500,
-    skip_first_validation=True,
     validation_per_category=option(32, "Validation prompts per category.", at_least=1),
 )
 

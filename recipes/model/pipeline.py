@@ -31,7 +31,7 @@ from data.sources import loading
 from model.families import Row, family_of
 from model.latents import decode_latents, encode_image, hold_in_float32, scale_latents
 from model.sampling import image_side
-from run.messages import say
+from run.log import say
 
 # Projections of the image stream and, in joint attention, of the text stream.
 _ATTENTION = (

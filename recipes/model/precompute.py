@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from agsm_loss import caption_pool
 from model.families import ENCODED, Row
 from model.pipeline import Encoder, TextToImage
-from run.messages import say
+from run.log import say
 from run.options import option
 
 LOGGER = logging.getLogger(__name__)

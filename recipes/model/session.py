@@ -20,7 +20,7 @@ from model.card import Trained, write_cards
 from model.sampling import sample
 from model.trained import TrainedModel
 from run.engines import gathered, is_sharded, run_inside
-from run.messages import say_saved, say_scores, say_validating
+from run.log import say_saved, say_scores, say_validating
 from run.options import option
 
 

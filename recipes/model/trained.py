@@ -10,12 +10,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 
 from agsm_loss import EMA, AGSMRegularizer, Candidates
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
@@ -28,6 +29,7 @@ from data.sources import check_source, given_model
 from data.task import Task
 from model.agsm import competitors, make_agsm
 from model.pipeline import TextToImage
+from run.checkpoints import digest_of, fingerprint_of
 from run.engines import blocks_of, is_sharded
 from run.options import option
 
@@ -122,6 +124,7 @@ class TrainedModel:
         parameters: what is trained, as the engine holds it.
         reference: makes a context in which the denoiser, with `Bank.OFF`, is the model as it was
             given.
+        fingerprint: of what training begins with; a resumed run has the same.
         has_agsm: whether `agsm` has been called.
 
     Raises:
@@ -144,6 +147,7 @@ class TrainedModel:
         prediction_type(model.pipe.scheduler)  # one whose noise is not known is refused at once
         if is_sharded(state):  # FSDP2 takes no channels_last
             model.denoiser.to(memory_format=torch.contiguous_format)
+        self.fingerprint = _fingerprint(model, options.merge_lora)
         if options.merge_lora:
             model.merge_lora(options.merge_lora)
         if options.full:
@@ -232,6 +236,20 @@ class TrainedModel:
             candidates,
             image_conditioning=self.pipeline.image_conditioning(batch.pixels[kept]),
         )
+
+
+def _fingerprint(model: TextToImage, merged: str) -> str:
+    """Of the pipeline's weights and scheduler, and of the files of a LoRA that is merged."""
+    pipe = model.pipe
+    weights = {
+        f"{name}.{key}": value
+        for name, part in pipe.components.items()
+        if isinstance(part, nn.Module)
+        for key, value in part.named_parameters()
+    }
+    scheduler = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
+    files = Path(merged).expanduser().rglob("*.safetensors") if merged else ()
+    return fingerprint_of(weights, scheduler, [digest_of(file) for file in sorted(files)])
 
 
 def _attach(options: ModelOptions, model: TextToImage) -> TokenDenoiser:

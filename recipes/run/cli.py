@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+DEBUG = "AGSM_DEBUG"
+"""1 in the environment shows the traceback of an error, in place of its one line."""
 
-def debugging() -> bool:
-    """Whether tracebacks are shown: `--debug` on the command line."""
-    return not {"--debug", "--debug=true"}.isdisjoint(sys.argv)
+# Errors of a program. All others, whoever raises them, tell of what it was given: options, files,
+# the hub, the network, a disk, numbers, memory.
+_BUGS = (AssertionError, AttributeError, LookupError, NameError, NotImplementedError, OverflowError,
+         RecursionError, StopIteration, SyntaxError, TypeError, ZeroDivisionError)  # fmt: skip
 
 
 def command(main: Callable[[], None], left: str = "without a checkpoint") -> None:
-    """Runs a script's main; errors that its user can mend are one line instead of a traceback.
-
-    Those are what this repository's own code raises; others keep their traceback.
+    """Runs a script's main; an error that is not a bug's is one line instead of a traceback.
 
     left: what a Ctrl-C leaves behind, to be printed.
     """
@@ -29,22 +30,19 @@ def command(main: Callable[[], None], left: str = "without a checkpoint") -> Non
     except KeyboardInterrupt:
         print(f"\n{name}: stopped at once, {left}", file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, RuntimeError) as error:
-        if debugging() or not _raised_here(error):
+    except Exception as error:
+        if isinstance(error, _BUGS) or os.environ.get(DEBUG) == "1":
             raise
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {one_line(error)} ({DEBUG}=1 shows the traceback)", file=sys.stderr)
         raise SystemExit(1) from None
 
 
-def _raised_here(error: Exception) -> bool:
-    import agsm_loss
-    from agsm_loss import integrations
-
-    ours = [Path(one.__file__ or "").resolve().parent for one in (agsm_loss, integrations)]
-    ours.append(Path(__file__).resolve().parents[1])
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    inside = any(folder in Path(place.filename).resolve().parents for folder in ours)
-    return inside and (place.line or "").startswith("raise ")
+def one_line(error: BaseException) -> str:
+    """An error's text in one line of at most 2,000 characters."""
+    text = str(error).strip() or type(error).__name__
+    if "Traceback (most recent call last)" in text:  # of a process that prepares batches
+        text = text.splitlines()[-1]
+    return shorten(text, 2000, placeholder=" ...")
 
 
 def command_of(options: Any, *more: str) -> str:

@@ -1,25 +1,33 @@
-"""log.jsonl: a line every few steps, with the means of what was measured since the last one.
+"""What a run tells: log.jsonl, a tracker, and what it prints.
 
     log = Log(output / "log.jsonl")
     log.add({"loss": loss})                        each micro-step
     log.write(step, {**log.take(), "lr": 1e-3})    each `logging_steps`
 
-A checkpoint holds the open means, so that a resumed log is that of a run that was not stopped.
+A line of log.jsonl has the means, over all processes, of what was measured since the last one. A
+checkpoint holds the open ones, so that a resumed log is that of a run that was not stopped.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shlex
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 
 class Log:
@@ -37,21 +45,34 @@ class Log:
             self.sums[name] = total + torch.as_tensor(value).detach().float(), count + 1
 
     def take(self) -> dict[str, float]:
-        """The means since the last call."""
-        means = {name: (total / count).item() for name, (total, count) in self.sums.items()}
+        """The means since the last call, over all processes; each of them calls it."""
+        own = {name: (total.item(), count) for name, (total, count) in self.sums.items()}
         self.sums = {}
-        return means
+        return {name: total / count for name, (total, count) in _sum(gather_object([own])).items()}
 
     def write(self, step: int, entry: Mapping[str, Any]) -> None:
         append_line(self.file, {"step": step, **used_since(self.began), **entry})
 
     def state_dict(self) -> dict[str, Any]:
-        sums = {name: (total.cpu(), count) for name, (total, count) in self.sums.items()}
-        return {"sums": sums, "seconds": time.time() - self.began}
+        """Each process calls it: the sums of all of them."""
+        own = {name: (total.cpu(), count) for name, (total, count) in self.sums.items()}
+        return {"sums": gather_object([own]), "seconds": time.time() - self.began}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums = dict(state["sums"])
+        """Processes go on with their own sums; fewer ones, with those of several."""
+        now = PartialState()
+        self.sums = _sum(state["sums"][now.process_index :: now.num_processes])
         self.began = time.time() - state["seconds"]
+
+
+def _sum(sums: Sequence[Mapping[str, tuple[Any, int]]]) -> dict[str, tuple[Any, int]]:
+    """Totals and their counts, of several processes."""
+    found: dict[str, tuple[Any, int]] = {}
+    for one in sums:
+        for name, (total, count) in one.items():
+            before = found.get(name, (0.0, 0))
+            found[name] = before[0] + total, before[1] + count
+    return found
 
 
 USED = ("seconds", "gpu_memory")
@@ -67,8 +88,14 @@ def used_since(began: float) -> dict[str, float]:
 
 
 def append_line(file: Path, line: Mapping[str, Any]) -> None:
-    with file.open("a") as log:
-        log.write(json.dumps(line) + "\n")
+    try:
+        with file.open("a") as log:
+            log.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise OSError(
+            f"{file}: could not be written: {error.strerror}. Make room on the disk, then continue "
+            "with --resume_from_checkpoint latest."
+        ) from error
 
 
 def lines_of(file: Path) -> list[str]:
@@ -136,3 +163,121 @@ def missing_tracker(name: str) -> ValueError:
         f"report_to: expected one that is installed, got {name!r}. pip install {name}, or leave it "
         "out: log.jsonl is always written."
     )
+
+
+def say(text: str) -> None:
+    """A line above the progress bar."""
+    tqdm.write(text)
+
+
+@contextmanager
+def paused(bar: tqdm) -> Iterator[None]:
+    """What runs inside is no part of the bar's time per step."""
+    began = time.time()
+    try:
+        yield
+    finally:
+        if not bar.disable:
+            bar.start_t += time.time() - began
+            bar.last_print_t += time.time() - began
+
+
+def say_validating(number: int, steps: int) -> None:
+    say(f"Validating: {number} prompts, {steps} steps")
+
+
+def say_scores(step: int, scores: Mapping[str, Any], sheet: Path) -> None:
+    """The overall score and counting's; where the images have no scores, where they are."""
+    if not scores:
+        say(f"step {step}: images in {sheet}")
+        return
+    shown = {"overall": scores["overall"]}
+    if "counting" in scores["categories"]:
+        shown["counting"] = scores["categories"]["counting"]["score"]
+    say(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in shown.items()))
+
+
+def say_saved(folders: list[Path], flags: Mapping[str, str] | None) -> None:
+    """What was saved, and the command that samples it; flags: None where generate.py cannot."""
+    say(f"Saved {', '.join(map(str, folders))}, with a card in each.")
+    if flags is not None:
+        given = [part for name, value in flags.items() if value for part in (f"--{name}", value)]
+        say(f"Next: {shlex.join(['python', 'recipes/generate.py', *given])}")
+
+
+# Of an optional package, of our models' VAE, of no modules at all, and of a LoRA's text encoder,
+# which is not trained; all of it works.
+_IDLE = ("requires torchvision", "Expected types for vae", "'block_out_channels'",
+         "should be kept in float32: []", "No LoRA keys associated to CLIPText",
+         "Setting accelerator to CPU")  # fmt: skip
+
+
+class _NotIdle(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in _IDLE)
+
+
+def quiet_libraries() -> None:
+    """Turns off the libraries' loading bars and messages that ask for nothing."""
+    warnings.filterwarnings("ignore", r"`_encode_prompt\(\)` is deprecated")  # trl calls it
+    _filter(logging.getLogger("DeepSpeed"))  # that it finds no GPU, where it is installed
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for library, module in (("diffusers", of_diffusers), ("transformers", of_transformers)):
+        module.get_logger()  # makes the library's handler
+        module.disable_progress_bar()
+        for handler in logging.getLogger(library).handlers:
+            _filter(handler)
+
+
+def _filter(one: logging.Filterer) -> None:
+    if not any(isinstance(known, _NotIdle) for known in one.filters):
+        one.addFilter(_NotIdle())
+
+
+def say_summary(title: str, lines: Mapping[str, str]) -> None:
+    """The title, and under it a line for each name; empty ones are left out."""
+    say("\n".join([title, *(f"  {name:<11}{text}" for name, text in lines.items() if text)]))
+
+
+def steps_line(options: Any, done: int, processes: int, rows: str) -> dict[str, str]:
+    """How long the run is, and what a step sees. done: steps before a resume."""
+    batch, micro = options.train_batch_size, options.gradient_accumulation_steps
+    first = f"{done + 1:,} (resumed)" if done else "1"
+    if done == options.max_train_steps:
+        return {"data": rows, "steps": f"all {done:,} are done"}
+    total = batch * micro * processes
+    factors = "".join(
+        f" x {number} {name}"
+        for number, name in ((micro, "micro-steps"), (processes, "processes"))
+        if number > 1
+    )
+    return {
+        "data": rows,
+        "steps": f"{first} to {options.max_train_steps:,}, in batches of {total:,}"
+        + (f" ({batch}{factors})" if factors else ""),
+    }
+
+
+class FirstStep:
+    """Counts what passes through a denoiser in the first step of this process, and tells it."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.passes = self.trained = 0
+        self.began = time.time()
+        self._handle: Any = denoiser.register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.passes += len(inputs[0])
+        self.trained += len(inputs[0]) if torch.is_grad_enabled() else 0
+
+    def tell(self) -> None:
+        """Prints the counts, once."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+            say(
+                f"A step: {self.passes} forward passes of one image, {self.trained} of them with a "
+                f"gradient; the first took {time.time() - self.began:.1f} s"
+            )

@@ -22,11 +22,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -39,16 +42,26 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from agsm_loss._random import draws
-from run.checkpoints import check_output, last_whole, opened, save
+from run.checkpoints import RunState, check_left, check_output, last_whole, opened, save
 from run.engines import check_launched, fit, is_sharded
-from run.log import Log, flat, log_sheet, missing_tracker, tracker_settings
-from run.messages import FirstStep, paused, say_summary, steps_line
+from run.log import (
+    FirstStep,
+    Log,
+    flat,
+    log_sheet,
+    missing_tracker,
+    paused,
+    say_summary,
+    steps_line,
+    tracker_settings,
+)
 from run.options import option
-from run.state import RunState
-from run.stop import Stop, signals_kept
+from run.stop import Stop, end_helpers, signals_kept
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11's
+
+LOGGER = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,6 @@ class RunOptions:
         "Tracker to log to as well as log.jsonl: tensorboard, wandb, trackio or another of "
         "accelerate's.",
     )
-    skip_first_validation: bool = option(False, "Do not validate before the first step.")
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,12 @@ class LoopOptions:
         at_least=0,
     )
     logging_steps: int = option(50, "Optimizer steps between two lines of the log.", at_least=1)
-    validation_steps: int = option(1000, "Optimizer steps between two validations.", at_least=1)
+    validation_steps: int = option(
+        1000,
+        "Optimizer steps between two validations. There is one before the first step too, unless "
+        "max_train_steps is less than this.",
+        at_least=1,
+    )
     checkpointing_steps: int = option(500, "Optimizer steps between two checkpoints.", at_least=1)
     lr_warmup_steps: int = option(
         0, "Number of first steps in which the learning rate rises to its peak.", at_least=0
@@ -110,7 +127,8 @@ class Trained(Protocol):
 
     module, optimizer: prepared by accelerate. `validate` runs on the main process, and on all where
     the engine shards the weights (`engines.is_sharded`); what it returns goes into the log.
-    `summary`: title, and lines by name, to print before the first step.
+    `summary`: title, and lines by name, to print before the first step. It may have a
+    `fingerprint`, a text, of what a resumed run has to begin with: the base model's weights.
     """
 
     module: nn.Module
@@ -139,17 +157,25 @@ class Run:
         self.options, self.output = options, Path(options.output_dir)
         self.accelerator = _accelerator(options, sharding)
         self._stack = ExitStack()
+        self._helpers: set[Any] = set()  # processes that prepare batches
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with self._stack:
             if kind is None:
                 self.accelerator.wait_for_everyone()
                 self.accelerator.end_training()
-        finally:
-            self._stack.close()
+                return
+            killed = [one.exitcode for one in self._helpers if one.exitcode]
+            end_helpers(self._helpers)
+            if killed and isinstance(error, RuntimeError):
+                raise RuntimeError(
+                    "dataloader_num_workers: expected processes that prepare batches, got one that "
+                    f"ended with exit code {killed[0]}, most often for want of memory. "
+                    f"{last_whole(self.output)} Go on with fewer --dataloader_num_workers."
+                ) from error
 
     @property
     def is_main(self) -> bool:
@@ -173,15 +199,18 @@ class Run:
 
         Runs `options.max_train_steps` optimizer steps, less those done before a resume.
 
-        step: its `update_ema` is called after each optimizer step, and a checkpoint holds its
-            `state_dict`.
+        batches: may have a `fingerprint`, a text, of what a resumed run has to go on with.
+        step: its `update_ema` is called after each optimizer step that fp16's scaler does not skip,
+            and a checkpoint holds its `state_dict`.
         fill: called on every process before the first step, with (index, batch) of each micro-step
             to come, and their number (of `model.precompute`).
 
         Raises:
-            ValueError: `options.output_dir` cannot be used or resumed (`checkpoints.opened`).
-            FloatingPointError: a loss, a gradient or a weight is not finite; it does not get into
-                a checkpoint. DeepSpeed has taken the step by then, any other engine has not.
+            ValueError: `options.output_dir` cannot be used or resumed (`checkpoints.opened`), or
+                has more steps than are to be done.
+            FloatingPointError: a loss, a gradient, a weight, the optimizer's state or an average is
+                not finite; it does not get into a checkpoint. DeepSpeed has taken the step by then,
+                any other engine has not.
             SystemExit: SIGINT or SIGTERM came; there is a checkpoint.
         """
         options, accelerator = self.options, self.accelerator
@@ -189,8 +218,13 @@ class Run:
         looks = self.is_main or is_sharded(accelerator)
         self.log = Log(self.output / "log.jsonl")
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rate(at, options))
-        state = RunState(accelerator, module, optimizer, [schedule, self.log, step])
-        done = self._resume(state)
+        others = {"schedule": schedule, "log": self.log, "averages": step}
+        state = RunState(accelerator, module, optimizer, others)
+        both = {"data": batches, "model": trained}
+        made_of = {name: text for name, one in both.items()
+                   if (text := getattr(one, "fingerprint", ""))}  # fmt: skip
+        done = self._resume(state, made_of)
+        _follow(schedule, options)
         if self.is_main:
             title, lines = trained.summary()
             rows = batches.about() if hasattr(batches, "about") else ""
@@ -199,7 +233,7 @@ class Run:
         if fill is not None:
             number = (options.max_train_steps - done) * options.gradient_accumulation_steps
             fill(self._items(batches, done), number)
-        if not options.skip_first_validation and done == 0 and looks:
+        if options.validation_steps <= options.max_train_steps and done == 0 and looks:
             self._write(0, {"scores": trained.validate(0)})
         accelerator.wait_for_everyone()
         bar = tqdm(
@@ -218,16 +252,17 @@ class Run:
                 self._seen.append({"micro-step": index, **_described(batch)})
                 with accelerator.accumulate(module):
                     yield index, batch  # the caller calls `backward`
-            self._optimizer_step(module, optimizer)
-            schedule.step()
-            step.update_ema()
+            lr = schedule.get_last_lr()[0]
+            if self._optimizer_step(module, optimizer):
+                schedule.step()
+                step.update_ema()
             bar.update()
             if first is not None:
                 first.tell()
             last = number == options.max_train_steps
             entry: dict[str, Any] = {}
             if number % options.logging_steps == 0 or last:
-                entry = {**self.log.take(), "lr": schedule.get_last_lr()[0]}
+                entry = {**self.log.take(), "lr": lr}
                 shown = {k: f"{entry[k]:.3g}" for k in _SHOWN if k in entry}
                 bar.set_postfix(shown, refresh=False)
             if number % options.validation_steps == 0 or last:
@@ -239,7 +274,10 @@ class Run:
                 self._write(number, entry)
             stopped = stop.asked(accelerator) and not last
             if number % options.checkpointing_steps == 0 or last or stopped:
-                saved = save(accelerator, self.output, number, module.parameters(), state.save)
+                parts = state.parts()
+                checked = {name: one for name, one in parts.items() if name != "log"}
+                write = partial(state.write, parts)
+                saved = save(accelerator, self.output, number, checked, write, made_of)
             if stopped:
                 bar.close()
                 stop.end(accelerator, f"step {number}", saved, options)
@@ -252,11 +290,12 @@ class Run:
         self.accelerator.backward(loss)  # DeepSpeed takes the step in here
         self.log.add({"loss": loss, **metrics})
 
-    def _resume(self, state: RunState) -> int:
+    def _resume(self, state: RunState, made_of: Mapping[str, str]) -> int:
         """Opens the folder; the optimizer steps done before."""
         options = self.options
-        found = self._stack.enter_context(opened(options, self.accelerator))
+        found = self._stack.enter_context(opened(options, self.accelerator, made_of))
         done = 0 if found is None else found.step
+        check_left("max_train_steps", options.max_train_steps, done)
         if found is not None:
             state.load(found.folder)
         if options.report_to:
@@ -279,12 +318,14 @@ class Run:
             num_workers=workers,
             multiprocessing_context="spawn" if workers else None,
         )
+        before = set(active_children())
         with signals_kept():
             items = iter(loader)
+        self._helpers |= set(active_children()) - before
         return zip(micro, items, strict=True)
 
-    def _optimizer_step(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """The step, if the gradient is finite."""
+    def _optimizer_step(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+        """The step, if the gradient is finite; whether fp16's scaler has let it be taken."""
         accelerator = self.accelerator
         most = self.options.max_grad_norm or float("inf")
         norm = torch.as_tensor(accelerator.clip_grad_norm_(module.parameters(), most))
@@ -294,6 +335,7 @@ class Run:
             raise self._broken("gradient's norm", norm, self._seen)
         optimizer.step()
         optimizer.zero_grad()
+        return not accelerator.optimizer_step_was_skipped
 
     def _broken(self, name: str, value: Tensor, on: list[dict[str, Any]]) -> FloatingPointError:
         return FloatingPointError(
@@ -357,6 +399,20 @@ def rate(step: int, options: Any) -> float:
         (options.max_train_steps - step) / options.lr_decay_steps if options.lr_decay_steps else 1.0
     )
     return max(0.0, min(1.0, rising, falling))
+
+
+def _follow(schedule: torch.optim.lr_scheduler.LambdaLR, options: Any) -> None:
+    """The next step's learning rate by these options, which may be longer than a checkpoint's."""
+    was, factor = schedule.get_last_lr(), rate(schedule.last_epoch, options)
+    now = [factor * base for base in schedule.base_lrs]
+    if now != was:
+        LOGGER.warning(
+            "max_train_steps: the rate falls in the last %d steps, which are others now. The next "
+            "step's learning rate is %g, and was to be %g.", options.lr_decay_steps, now[0], was[0]
+        )  # fmt: skip
+        schedule._last_lr = now
+        for group, value in zip(schedule.optimizer.param_groups, now, strict=True):
+            group["lr"] = value
 
 
 def _described(batch: Any) -> dict[str, Any]:

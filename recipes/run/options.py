@@ -30,7 +30,7 @@ from typing import Any, NoReturn, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-from run.messages import quiet_libraries
+from run.log import quiet_libraries
 
 _LIMITS = {"above": operator.gt, "below": operator.lt,
            "at_least": operator.ge, "at_most": operator.le}  # fmt: skip
@@ -279,4 +279,3 @@ class _Config:
     config: Path | None = option(
         None, "YAML file with any of these options; the command line wins."
     )
-    debug: bool = option(False, "Show the traceback of an error, in place of its one line.")

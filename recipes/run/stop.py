@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -80,7 +80,7 @@ class Stop:
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """Processes started in here never see Ctrl-C or SIGTERM: who started them ends them."""
+    """Processes started in here never see Ctrl-C or SIGTERM: `end_helpers` ends them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -92,6 +92,18 @@ def signals_kept() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_helpers(processes: Iterable[Any]) -> None:
+    """Kills processes of `signals_kept`, where they are not asked to end in order."""
+    # torch's watch of them would call it a fault.
+    inside = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD")
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if inside else None
+    for one in processes:
+        one.kill()
+        one.join()
+    if before is not None:
+        signal.signal(signal.SIGCHLD, before)
 
 
 PIPED = "AGSM_ENDS_WITH_STDIN"

@@ -1,7 +1,7 @@
 """The shared loop on a layer of three weights: quick runs to kill, resume and compare."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,12 +38,13 @@ class Model(nn.Module):
 @dataclass
 class Counter:
     steps: int = 0
+    average: Any = field(default_factory=lambda: torch.zeros(2))
 
     def state_dict(self):
-        return {"steps": self.steps}
+        return {"steps": self.steps, "average": self.average}
 
     def load_state_dict(self, state):
-        self.steps = state["steps"]
+        self.steps, self.average = state["steps"], state["average"]
 
 
 class Trained:
@@ -63,7 +64,8 @@ def run(options, *, loss=None, at=None, after=None, scaler=None):
     """Trains the model; returns it and how often the EMA was updated.
 
     loss: batch, index, the model -> the loss, in place of the mean square of its output.
-    at: micro-step -> called before it. after: (step, model), called after each optimizer step.
+    at: micro-step -> called before it.
+    after: (step, counter, model, optimizer), called after each optimizer step.
     """
     with loop.Run(options) as running:
         running.accelerator.scaler = scaler
@@ -77,7 +79,7 @@ def run(options, *, loss=None, at=None, after=None, scaler=None):
         def update_ema():
             counter.steps += 1
             if after is not None:
-                after(counter.steps, bare)
+                after(counter.steps, counter, bare, optimizer)
 
         counter.update_ema = update_ema
         for index, batch in running.steps(Trained(model, optimizer), Numbers(), counter):

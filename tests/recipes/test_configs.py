@@ -37,7 +37,7 @@ SMALL = {
     "inversion_steps": "2", "group_size": "2", "sample_batch_size": "2",
     "sample_num_batches_per_epoch": "1", "logging_steps": "1", "train_timesteps": "2",
     "reward": "redness", "mixed_precision": "no", "agsm_batch": "2", "max_pairs": "2",
-    "num_negatives": "1", "skip_first_validation": "true", "agsm_every": "1",
+    "num_negatives": "1", "agsm_every": "1",
 }  # fmt: skip
 
 

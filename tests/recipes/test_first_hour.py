@@ -130,7 +130,7 @@ def test_what_the_hub_does_not_have_is_one_line():
 
 
 def test_validation_prompts_that_are_not_there_are_an_error_at_once(tmp_path, nothing_loads):
-    flags = ["--validation_prompts", str(tmp_path / "gone.txt"), "--skip_first_validation"]
+    flags = ["--validation_prompts", str(tmp_path / "gone.txt")]
     with pytest.raises(FileNotFoundError, match=r"prompts: no file .*gone\.txt"):
         train_agsm.main([*flags, "--output_dir", str(tmp_path)])
 
@@ -198,7 +198,7 @@ def test_a_run_that_validates_nothing_says_so(flow_base, tmp_path, capsys):
 def test_a_summary_counts_what_a_step_sees():
     from loop_runs import OPTIONS
 
-    from run.messages import steps_line
+    from run.log import steps_line
 
     chosen = OPTIONS.make(train_batch_size=4, gradient_accumulation_steps=2, max_train_steps=2000)
     told = steps_line(chosen, 500, 3, "rows")

@@ -17,9 +17,8 @@ import train_agsm
 from lab.world.export import captioned
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "4", "--logging_steps", "1",
-       "--validation_steps", "4", "--validation_per_category", "1",
-       "--validation_inference_steps", "2", "--checkpointing_steps", "2", "--num_tokens", "2",
-       "--skip_first_validation"]  # fmt: skip
+       "--validation_steps", "9", "--validation_per_category", "1",
+       "--validation_inference_steps", "2", "--checkpointing_steps", "2", "--num_tokens", "2"]  # fmt: skip
 
 
 def train(model, folder, *flags):

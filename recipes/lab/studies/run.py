@@ -35,8 +35,7 @@ from lab.world.score import verdicts
 from lab.world.summary import summarize_with_intervals
 from model.pipeline import TextToImage
 from model.sampling import sample
-from run.cli import debugging
-from run.messages import say
+from run.log import say
 from run.options import flags
 from run.stop import PIPED, Stop
 
@@ -170,7 +169,7 @@ def run_all(config: Path, plan: Plan, jobs: int) -> None:
         folder = folder_of(plan, method, seed)
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(STUDY), "--config", str(config)]
-        command += ["--output_dir", plan.output_dir, *(["--debug"] if debugging() else [])]
+        command += ["--output_dir", plan.output_dir]
         began = time.time()
         with (folder / "log.txt").open("w") as log:
             code = subprocess.call(

@@ -23,8 +23,7 @@ from lab.world.render import render
 from lab.world.score import summarize, verdicts
 from model.families import family_of
 from model.sampling import sample
-from run.log import lines_of
-from run.messages import say_saved, say_scores, say_validating
+from run.log import lines_of, say_saved, say_scores, say_validating
 
 
 class Batch(NamedTuple):

@@ -45,33 +45,60 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(clip, tmp_path):
     seen = []
     chosen = options(tmp_path, max_grad_norm=clip, gradient_accumulation_steps=2)
     with pytest.raises(FloatingPointError) as error:
-        run(chosen, loss=broken_at(10), after=lambda step, model: seen.append((step, model)))
+        run(
+            chosen,
+            loss=broken_at(10),
+            after=lambda step, _, model, __: seen.append((step, model)),
+        )
     step, model = seen[-1]  # micro-steps 10 and 11 are those of step 6
     assert step == 5 and all(bool(p.isfinite().all()) for p in model.parameters())
     told = str(error.value)
-    assert "gradient's norm" in told and "step 6" in told and "checkpoint_1." in told
+    assert "gradient's norm" in told and "step 6" in told and "checkpoint_4." in told
     assert "[10, 110]" in told and "caption 11" in told and "\n" not in told
-    assert saved(tmp_path) == ["checkpoint_0", "checkpoint_1"]
+    assert saved(tmp_path) == ["checkpoint_2", "checkpoint_4"]
     after, _ = run(resumed(chosen))  # on mended data
     whole, _ = run(options(tmp_path / "whole", max_grad_norm=clip, gradient_accumulation_steps=2))
     assert same(after, whole)
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    def breaks(step, model):
-        if step == 6:
-            model.layer.weight.data[0, 0] = float("inf")
+def breaks_weights(counter, model, optimizer):
+    model.layer.weight.data[0, 0] = float("inf")
 
-    counter = []
-    with pytest.raises(FloatingPointError, match=r"weights: .* step 6.*checkpoint_1\."):
-        counter.append(run(options(tmp_path), after=breaks))
-    assert not counter and saved(tmp_path) == ["checkpoint_0", "checkpoint_1"]
+
+def breaks_optimizer(counter, model, optimizer):
+    optimizer.state[model.layer.weight]["exp_avg_sq"][0, 0] = float("inf")
+
+
+def breaks_averages(counter, model, optimizer):
+    counter.average[0] = float("nan")
+
+
+@pytest.mark.parametrize("breaks", [breaks_weights, breaks_optimizer, breaks_averages])
+def test_what_is_not_finite_is_never_saved_nor_gone_on_from(breaks, tmp_path, monkeypatch):
+    name = breaks.__name__.removeprefix("breaks_")
+
+    def after(step, *parts):
+        if step == 6:
+            breaks(*parts)
+
+    chosen = options(tmp_path)
+    with pytest.raises(FloatingPointError, match=rf"step 6, .* 1 of {name}\..*checkpoint_4\."):
+        run(chosen, after=after)
+    assert saved(tmp_path) == ["checkpoint_2", "checkpoint_4"]
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(checkpoints, "_broken", lambda part: 0)
+        run(resumed(chosen), after=after)
+    with pytest.raises(ValueError, match=r"checkpoint_6: expected finite numbers.*Remove the fold"):
+        run(resumed(chosen, max_train_steps=8))
 
 
 def test_a_step_that_fp16s_scaler_skips_is_no_fault(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
-    _, counted = run(options(tmp_path), loss=broken_at(2, 3), scaler=scaler)
-    assert counted.steps == 6 and scaler.get_scale() == 4
+    chosen = options(tmp_path, lr_warmup_steps=6, logging_steps=1)
+    _, counted = run(chosen, loss=broken_at(2, 3), scaler=scaler)
+    assert counted.steps == 4 and scaler.get_scale() == 4
+    rates = [1000 * line["lr"] for line in entries(tmp_path)[1:]]  # of the steps themselves
+    assert rates == pytest.approx([1 / 6, 2 / 6, 3 / 6, 3 / 6, 3 / 6, 4 / 6])
     assert all(line["grad_norm"] < 100 for line in entries(tmp_path)[1:] if "grad_norm" in line)
     tiny = torch.amp.GradScaler("cpu", init_scale=2.0**-21)
     with pytest.raises(FloatingPointError, match="gradient's norm"):
@@ -165,11 +192,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(file, damage, tmp
         pytest.skip("that is an unfinished one, which test_loop has")
     whole, _ = run(options(tmp_path / "whole"))
     chosen = cut_run(tmp_path / "cut")
-    hurt(tmp_path / "cut" / "checkpoints" / "checkpoint_1" / file, damage)
+    hurt(tmp_path / "cut" / "checkpoints" / "checkpoint_4" / file, damage)
     after, _ = run(resumed(chosen))
     assert same(whole, after) and entries(tmp_path / "cut") == entries(tmp_path / "whole")
-    assert f"checkpoint_1/{file} is" in caplog.text and "damaged_checkpoint_1" in caplog.text
-    assert saved(tmp_path / "cut") == ["checkpoint_1", "checkpoint_2", "damaged_checkpoint_1"]
+    assert f"checkpoint_4/{file} is" in caplog.text and "damaged_checkpoint_4" in caplog.text
+    assert saved(tmp_path / "cut") == ["checkpoint_4", "checkpoint_6", "damaged_checkpoint_4"]
 
 
 def hurt(file, how):
@@ -185,20 +212,20 @@ def hurt(file, how):
 
 def test_where_no_checkpoint_is_whole_nothing_is_trained(tmp_path):
     chosen = cut_run(tmp_path)
-    for number in (0, 1):
+    for number in (2, 4):
         hurt(tmp_path / "checkpoints" / f"checkpoint_{number}" / "optimizer.bin", "cut")
-    with pytest.raises(ValueError, match=r"checkpoint_1/optimizer.bin.*checkpoint_0/optimizer.bin"):
+    with pytest.raises(ValueError, match=r"checkpoint_4/optimizer.bin.*checkpoint_2/optimizer.bin"):
         run(resumed(chosen))
-    assert saved(tmp_path) == ["damaged_checkpoint_0", "damaged_checkpoint_1"]
+    assert saved(tmp_path) == ["damaged_checkpoint_2", "damaged_checkpoint_4"]
 
 
 def test_foreign_folders_among_the_checkpoints_stay(tmp_path):
-    foreign = ["backup", "checkpoint_", "checkpoint_2_old", "checkpoint_old", "old_1"]
+    foreign = ["backup", "checkpoint_", "checkpoint_4_old", "checkpoint_old", "old_1"]
     for name in foreign:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     chosen = cut_run(tmp_path)
     run(resumed(chosen))
-    assert saved(tmp_path) == sorted([*foreign, "checkpoint_1", "checkpoint_2"])
+    assert saved(tmp_path) == sorted([*foreign, "checkpoint_4", "checkpoint_6"])
 
 
 def test_a_second_run_on_the_folder_is_refused_until_the_first_is_dead(tmp_path):
@@ -240,7 +267,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(number, code, tmp_
     assert ended.value.code == code and signal.getsignal(number) is before
     told = capsys.readouterr().out.strip()
     told = told.splitlines()[-1]  # after what is trained
-    assert told.startswith("Stopped after step 3, ") and "checkpoint_1" in told
+    assert told.startswith("Stopped after step 3, ") and "checkpoint_3" in told
     assert f"--output_dir={tmp_path / 'cut'}" in told
     assert told.endswith("--resume_from_checkpoint latest")
     after, _ = run(resumed(chosen))

@@ -6,8 +6,7 @@ from loop_runs import OPTIONS, Model, Numbers, entries, killed_at, options, resu
 from safetensors.torch import load_file
 from torch import nn
 
-from run import log, loop
-from run import state as run_state
+from run import checkpoints, log, loop
 
 
 def test_resume_gives_the_run_that_was_not_stopped(tmp_path):
@@ -20,7 +19,7 @@ def test_resume_gives_the_run_that_was_not_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(cut, at=killed_at(9))  # in step 5; step 4's checkpoint is the second
     # As if it had been killed while it wrote that one.
-    (tmp_path / "cut" / "checkpoints" / "checkpoint_1" / "complete").unlink()
+    (tmp_path / "cut" / "checkpoints" / "checkpoint_4" / "complete").unlink()
     after, counted = run(resumed(cut))
     assert counted.steps == 6 and same(whole, after)
     assert entries(tmp_path / "cut") == entries(tmp_path / "whole")
@@ -53,8 +52,8 @@ def test_the_log_tells_a_gpus_peak_memory(tmp_path, monkeypatch):
 def test_only_trainable_parameters_are_saved(tmp_path):
     run(options(tmp_path))
     saved = sorted((tmp_path / "checkpoints").iterdir())
-    assert [one.name for one in saved] == ["checkpoint_1", "checkpoint_2"]  # the two latest
-    weights = load_file(saved[-1] / run_state.WEIGHTS)
+    assert [one.name for one in saved] == ["checkpoint_4", "checkpoint_6"]  # the two latest
+    weights = load_file(saved[-1] / checkpoints.WEIGHTS)
     assert set(weights) == {"layer.weight", "layer.bias"}
     assert not list(saved[-1].glob("*model*"))
 
@@ -71,7 +70,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
 
     with pytest.raises(FloatingPointError, match="step 4"):
         run(options(tmp_path), loss=explodes)
-    assert (tmp_path / "checkpoints" / "checkpoint_0" / "complete").exists()
+    assert (tmp_path / "checkpoints" / "checkpoint_2" / "complete").exists()
 
 
 def test_accumulated_gradients_are_the_mean(tmp_path):

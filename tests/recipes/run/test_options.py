@@ -75,10 +75,9 @@ def test_unknown_options_of_a_set_are_refused():
 
 def test_the_command_line_wins_over_the_file(tmp_path):
     text = "max_train_steps: 7\nlearning_rate: 1\ncompile: true\nfull: true\n"
-    text += "skip_first_validation: true\n"
     options = parsed(tmp_path, text, "--max-train-steps", "9", "--compile", "false")
     assert (options.max_train_steps, options.learning_rate) == (9, 1.0)
-    assert (options.compile, options.full, options.skip_first_validation) == (False, True, True)
+    assert (options.compile, options.full) == (False, True)
     assert options.seed == OPTIONS.defaults["seed"]
 
 
@@ -97,8 +96,8 @@ def test_values_of_a_file_are_read_as_the_command_lines(tmp_path):
 
 
 def test_underscores_and_dashes_are_the_same():
-    one = OPTIONS.parse(None, ["--max_train_steps", "3", "--skip_first_validation"])
-    assert one == OPTIONS.parse(None, ["--max-train-steps", "3", "--skip-first-validation"])
+    one = OPTIONS.parse(None, ["--max_train_steps", "3", "--full"])
+    assert one == OPTIONS.parse(None, ["--max-train-steps", "3", "--full"])
 
 
 @pytest.mark.parametrize(
@@ -179,7 +178,7 @@ def test_help_has_what_is_most_used_first_then_sections_with_defaults(capsys):
     assert used == [name for name in FIRST if name in OPTIONS.defaults] and len(used) <= 10
     assert "--learning_rate FLOAT" in first and "(default: 0.0003)" in first
     own = rest.split("\nmodel:\n")[0]
-    assert re.findall(r"--(\w+)", own) == ["help", "config", "debug", "kind", "strength"]
+    assert re.findall(r"--(\w+)", own) == ["help", "config", "kind", "strength"]
     assert "--kind {one,two}" in own and "(default: 0.5)" in own
     assert "Optimizer steps to run." in first and "--learning-rate" not in text
 

@@ -59,14 +59,14 @@ def free(folder):
 def test_ctrl_c_at_a_recipe_with_workers(flow_base, recipes, tmp_path):
     flags = {**FEW, "model": flow_base, "output_dir": tmp_path, "dataloader_num_workers": 1}
     command = [recipes / "train_agsm.py", *(f"--{name}={value}" for name, value in flags.items())]
-    run = started(*command, "--skip_first_validation", start_new_session=True)
+    run = started(*command, start_new_session=True)
     wait_for(lambda: lines(tmp_path) >= 3, run)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does: the workers get it too
     told, errors = run.communicate(timeout=60)
     assert run.returncode == 130 and "Traceback" not in errors and "SIGINT" in errors
     last = told.strip().splitlines()[-1]
     assert last.startswith("Stopped after step") and str(recipes.name) in last
-    assert last.endswith("--skip_first_validation --resume_from_checkpoint latest")
+    assert last.endswith("--resume_from_checkpoint latest")
     marker = json.loads((tmp_path / "checkpoints" / "checkpoint_0" / "complete").read_text())
     assert marker["step"] == marker["lines"] == lines(tmp_path)
 
@@ -79,7 +79,7 @@ def test_ctrl_c_at_a_recipe_with_workers(flow_base, recipes, tmp_path):
 
 def test_a_study_ends_with_its_runs_and_they_with_it(flow_base, recipes, tmp_path):
     plan = {"model": str(flow_base), "output_dir": str(tmp_path / "out"), "seeds": [0, 1],
-            "common": {**FEW, "skip_first_validation": True}, "methods": {"AGSM": {}}}  # fmt: skip
+            "common": {**FEW}, "methods": {"AGSM": {}}}  # fmt: skip
     file = tmp_path / "plan.yaml"
     file.write_text(yaml.safe_dump(plan))
     read = read_plan(file)
@@ -110,7 +110,7 @@ def test_a_study_ends_with_its_runs_and_they_with_it(flow_base, recipes, tmp_pat
 def test_processes_end_together_where_one_is_asked_to(flow_base, recipes, tmp_path, monkeypatch):
     flags = {**FEW, "model": flow_base, "output_dir": tmp_path}
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, recipes / "train_agsm.py", "--skip_first_validation"]
+    command = [*launch, recipes / "train_agsm.py"]
     command += [f"--{name}={value}" for name, value in flags.items()]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     run = started(*command)

@@ -7,7 +7,6 @@ from ranks import run_ranks
 from recipe_runs import log
 
 FEW = ["--validation_per_category", "1", "--validation_inference_steps", "1",
-       "--skip_first_validation",
        "--num_tokens", "1", "--rank", "1", "--num_negatives", "1",
        "--learning_rate", "0.01"]  # fmt: skip
 LOOP = ["--validation_steps", "9", "--train_batch_size", "2", "--logging_steps", "1"]
