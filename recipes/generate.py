@@ -7,16 +7,21 @@ r"""Prompts -> images, in the folder layout that GenEval's evaluator reads.
 
 Writes NNNNN/metadata.jsonl and NNNNN/samples/0000.png, 0001.png, ... under `--output_dir`, and
 generate.json with the settings. `--sheet` adds one picture of what tokens or a LoRA change. A call
-again goes on where the first was stopped. Each image has a noise of its own, given by (seed,
-prompt, sample): it is the same for any batch size, and for any tokens, so that methods are compared
-on the same noise.
+again goes on where the first was stopped, if prompts, model, tokens and LoRA are what they were.
+Each image has a noise of its own, given by (seed, prompt, sample): it is the same for any batch
+size, and for any tokens, so that methods are compared on the same noise.
+
+    python recipes/generate.py --lora runs/lora/lora --lora_scale 0 0.5 1 1.5 --prompts prompts.txt
+
+shows a LoRA at several strengths, the columns of sheet.png; the images of each are in a folder of
+its own, lora_scale_0.5. A LoRA trained with guidance moves the model along the guidance scale.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +42,9 @@ class Options:
     )
     tokens: str = option("", "Soft tokens to attach: a folder or a hub id.")
     lora: str = option("", "LoRA to load: a folder or a hub id.")
+    lora_scale: list[float] = option(
+        [1.0], "Strength of the LoRA, or several; 0 is the model without it."
+    )
     sampling: Literal["both", "negative_unconditional", "conditional_only", "off"] = option(
         "both",
         "Use of the tokens under guidance: the positive bank in both branches (both), the negative "
@@ -51,8 +59,11 @@ class Options:
     output_dir: str = option("runs/images", "Folder for the images.")
     num_images_per_prompt: int = option(1, "Images per prompt; GenEval uses 4.", at_least=1)
     num_inference_steps: int = option(20, "Sampling steps per image.", at_least=1)
-    guidance_scale: float = option(
-        3.0, "Classifier-free guidance scale; 1: no guidance.", at_least=0
+    guidance_scale: float | None = option(
+        None,
+        "Classifier-free guidance scale; 1: no guidance. Left out: 1 for a model, LoRA or tokens "
+        "trained to need none, else 3.",
+        at_least=0,
     )
     sheet: bool = option(
         False,
@@ -74,6 +85,11 @@ def resolve(options: Any) -> None:
     of_world = options.prompts.startswith("world:")
     data = "world" if of_world else options.prompts
     options.model = given_model(options.model, data, "recipes/lab/models/flow")
+    if not options.lora_scale or (options.lora_scale != [1.0] and not options.lora):
+        raise ValueError(
+            f"lora_scale: expected strengths of a LoRA, got {options.lora_scale} with --lora "
+            f"{options.lora!r}. Give both, or neither."
+        )
 
 
 OPTIONS = OptionSet(Options, resolve=resolve)
@@ -91,27 +107,43 @@ def main(arguments: list[str] | None = None) -> None:
     from agsm_loss.integrations.tokens.pipelines import Sampling
     from data.pictures import side_by_side
     from data.prompts import read_prompts
-    from data.sources import check_source
+    from data.sources import check_source, content_of
     from model.pipeline import TextToImage, chosen_device
-    from model.sampling import calls
+    from model.sampling import calls, default_guidance_scale
     from run.log import say
 
+    given = {name: getattr(options, name) for name in SOURCES}
+    for name, source in given.items():
+        check_source(name, source)
+    if options.guidance_scale is None:
+        options.guidance_scale = default_guidance_scale(given.values())
+        say(f"Guidance scale {options.guidance_scale:g}; choose another by --guidance_scale")
     output, rows = Path(options.output_dir), read_prompts(options.prompts)
-    settings = _settings(output, options)
-    for name in ("model", "tokens", "lora"):
-        check_source(name, getattr(options, name))
+    several = len(options.lora_scale) > 1
+    folders = {
+        scale: output / f"lora_scale_{scale:g}" if several else output
+        for scale in options.lora_scale
+    }
+    contents = {name: content_of(source) for name, source in given.items()}
+    _check_kept(output, _settings(options, contents), folders.values(), rows)
     every = [(i, k) for i in range(len(rows)) for k in range(options.num_images_per_prompt)]
-    todo = [place for place in every if not _file(output, place).exists()]
+    todo = {
+        scale: [place for place in every if not _file(folder, place).exists()]
+        for scale, folder in folders.items()
+    }
+    left, number = sum(map(len, todo.values())), len(every) * len(folders)
     compared = [(i, 0) for i in range(min(len(rows), ON_SHEET))]
-    no_sheet = options.sheet and not (output / SHEET).exists()
-    changed = bool(options.tokens or options.lora)
-    if not todo and not no_sheet:
-        say(f"All {len(every)} images are in {output} already")
+    sheet = options.sheet or several
+    no_sheet = sheet and (left > 0 or not (output / SHEET).exists())
+    changed = " and ".join(name for name in ("tokens", "lora") if given[name])
+    if not left and not no_sheet:
+        say(f"All {number} images are in {output} already")
         return
     dtype, device = getattr(torch, options.dtype), chosen_device(options.device)
     model = TextToImage.load(options.model, dtype, device)
-    bare = compared if no_sheet and changed else []  # sampled without tokens and LoRA as well
-    bar = tqdm(total=len(bare) + len(every), initial=len(every) - len(todo), unit="image")
+    # Sampled without tokens and LoRA as well.
+    bare = compared if no_sheet and changed and not several else []
+    bar = tqdm(total=len(bare) + number, initial=number - left, unit="image")
 
     def images(places: list[tuple[int, int]]) -> Iterator[Any]:
         for batch in calls(
@@ -129,57 +161,85 @@ def main(arguments: list[str] | None = None) -> None:
 
     columns = {"without": list(images(bare))} if bare else {}
     model.load_extras(options.tokens, options.lora, Sampling(options.sampling))
-    for number, (place, image) in enumerate(zip(todo, images(todo), strict=True)):
-        if number == 0:
-            _begin(output, rows, settings)
-        file = _file(output, place)
-        part = file.with_suffix(".part")  # a killed run leaves no half image
-        Image.fromarray(image).save(part, format="PNG")
-        part.rename(file)
+    # What the hub has is known only now.
+    contents |= {n: content_of(one) for n, one in given.items() if not Path(one).exists()}
+    settings = _settings(options, contents)
+    _check_kept(output, settings, folders.values(), rows)
+    for scale, folder in folders.items():
+        if options.lora:
+            model.set_lora_scale(scale)
+        for place, image in zip(todo[scale], images(todo[scale]), strict=True):
+            if place == todo[scale][0]:
+                _begin(output, folder, rows, settings)
+            file = _file(folder, place)
+            part = file.with_suffix(".part")  # a killed run leaves no half image
+            Image.fromarray(image).save(part, format="PNG")
+            part.rename(file)
+        if no_sheet:
+            title = f"lora {scale:g}" if several else f"with {changed}" if changed else ""
+            columns[title] = [np.asarray(Image.open(_file(folder, place))) for place in compared]
     bar.close()
     if no_sheet:
-        told = " and ".join(name for name in ("tokens", "lora") if getattr(options, name))
-        columns[f"with {told}" if changed else ""] = [
-            np.asarray(Image.open(_file(output, place))) for place in compared
-        ]
-        side_by_side(columns, [rows[index] for index, _ in compared], output / SHEET)
-    say(f"{len(every)} images in {output}" + (f", and {SHEET}" if options.sheet else ""))
+        told = [rows[index] for index, _ in compared]
+        side_by_side(columns, told, output / SHEET, prompts_a_line=1 if several else None)
+    say(f"{number} images in {output}" + (f", and {SHEET}" if sheet else ""))
     if options.prompts.startswith("world:"):
-        say(f"Next: python recipes/score_images.py --images {shlex.quote(str(output))}")
+        flags = shlex.join(["--images", *map(str, folders.values())])
+        say(f"Next: python recipes/score_images.py {flags}")
 
 
 SHEET, ON_SHEET = "sheet.png", 16
+SOURCES = ("model", "tokens", "lora")
 
 
-def _begin(output: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+def _begin(
+    output: Path, folder: Path, rows: list[dict[str, Any]], settings: dict[str, Any]
+) -> None:
     """Writes the settings and prompts, once there is an image: a failed run leaves none."""
     for index, row in enumerate(rows):
-        (output / f"{index:05d}" / "samples").mkdir(parents=True, exist_ok=True)
-        (output / f"{index:05d}" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+        (folder / f"{index:05d}" / "samples").mkdir(parents=True, exist_ok=True)
+        (folder / f"{index:05d}" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
     (output / "generate.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def _file(output: Path, place: tuple[int, int]) -> Path:
-    return output / f"{place[0]:05d}" / "samples" / f"{place[1]:04d}.png"
+def _file(folder: Path, place: tuple[int, int]) -> Path:
+    return folder / f"{place[0]:05d}" / "samples" / f"{place[1]:04d}.png"
 
 
-def _settings(output: Path, options: Any) -> dict[str, Any]:
-    """What the images depend on.
-
-    Raises:
-        ValueError: the folder holds images of other settings.
-    """
+def _settings(options: Any, contents: dict[str, str | None]) -> dict[str, Any]:
+    """What the images depend on."""
     free = {"output_dir", "batch_size", "device", "sheet"}
     settings = {name: value for name, value in vars(options).items() if name not in free}
+    return {**settings, "contents": contents}
+
+
+def _check_kept(
+    output: Path, settings: dict[str, Any], folders: Iterable[Path], rows: list[dict[str, Any]]
+) -> None:
+    """ValueError where there are images of other settings, models or prompts.
+
+    Models and prompts are compared by what they hold, not by name.
+    """
     file = output / "generate.json"
-    if file.exists():
-        before = json.loads(file.read_text())
-        changed = sorted(name for name in settings if settings[name] != before.get(name))
-        if changed:
+    before = json.loads(file.read_text()) if file.exists() else settings
+    now, then = settings["contents"], before.get("contents", {})
+    known = {name for name in now if now[name] is not None}
+    changed = [name for name in known if now[name] != then.get(name)]
+    others = set(settings) - known - {"contents", "prompts"}
+    changed += [name for name in others if settings[name] != before.get(name)]
+    if changed:
+        raise ValueError(
+            f"{output} holds images made with other {sorted(changed)}; choose another --output_dir"
+        )
+    wanted = {f"{index:05d}": row for index, row in enumerate(rows)}
+    images = (file for folder in folders for file in folder.glob("*/samples/*.png"))
+    for one in sorted({file.parents[1] for file in images}):
+        kept = json.loads((one / "metadata.jsonl").read_text())
+        if kept != wanted.get(one.name):
             raise ValueError(
-                f"{output} holds images made with other {changed}; choose another --output_dir"
+                f"{one} holds images of {kept['prompt']!r}, which is not prompt {one.name} of the "
+                f"{len(rows)} that are given; choose another --output_dir"
             )
-    return settings
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import xxhash
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -41,6 +43,32 @@ def _may_be_id(name: str) -> bool:
 
 
 _ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".tar", ".safetensors", ".yaml"}
+
+
+def content_of(name: str) -> str | None:
+    """A hash of a file or a folder of weights and configs; of a hub id, the commit that is here.
+
+    None where it is not here; "" for "".
+    """
+    path = Path(name)
+    if not name:
+        return ""
+    if not path.exists():
+        try:
+            return Path(snapshot_download(name, local_files_only=True)).name
+        except (OSError, ValueError):
+            return None
+    digest = xxhash.xxh3_128()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file() and file.suffix in _HELD:
+            digest.update(f"{file.relative_to(path)}: {file.stat().st_size}".encode())
+            with file.open("rb") as opened:
+                while block := opened.read(2**24):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
+_HELD = {".safetensors", ".bin", ".pt", ".json", ".txt", ".model"}
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
 )
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -134,6 +135,10 @@ class TextToImage:
             )
         with loading("model", model, Exception) as name:
             pipe = _stored(name, dtype)
+        if getattr(pipe, "safety_checker", None) is not None:
+            pipe.safety_checker = None
+            pipe.register_to_config(requires_safety_checker=False)
+            say("The pipeline's safety checker is off: it would make images black.")
         pipe.to(device)
         if pipe.dtype != dtype:  # earlier diffusers know the argument by another name
             pipe.to(dtype)
@@ -142,10 +147,6 @@ class TextToImage:
         if dtype is not torch.float32:
             hold_in_float32(pipe.vae)
         pipe.set_progress_bar_config(disable=True)
-        if getattr(pipe, "safety_checker", None) is not None:
-            pipe.safety_checker = None
-            pipe.register_to_config(requires_safety_checker=False)
-            say("The pipeline's safety checker is off: it would make images black.")
         return cls(pipe)
 
     def add_lora(self, rank: int) -> None:
@@ -188,7 +189,10 @@ class TextToImage:
 
     def set_lora_scale(self, scale: float) -> None:
         """The strength of the LoRA of `load_extras`: 0 is the model without it."""
-        self.pipe.set_adapters(_LORA, scale)
+        for part in self.pipe.components.values():
+            for layer in part.modules() if isinstance(part, nn.Module) else ():
+                if isinstance(layer, BaseTunerLayer):
+                    layer.set_scale(_LORA, scale)
 
     def check_side(self, side: int) -> None:
         """ValueError where the model takes no images of `side` pixels."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +80,19 @@ def calls(
                 "for the model: take bfloat16 or float32."
             )
         yield (images * 255).round().astype("uint8")
+
+
+def default_guidance_scale(folders: Iterable[str]) -> float:
+    """1 where one of them was trained to need no guidance, as its options.json tells; else 3.
+
+    folders: of tokens, a LoRA or a pipeline, or hub ids, or "". options.json is in or above each.
+    """
+    for folder in filter(None, folders):
+        for file in (Path(folder) / "options.json", Path(folder).parent / "options.json"):
+            told = json.loads(file.read_text()) if file.is_file() else {}
+            if isinstance(told, dict) and (told.get("agsm_guidance_scale") or 0) > 1:
+                return 1.0
+    return 3.0
 
 
 def image_side(pipe: Any) -> int:

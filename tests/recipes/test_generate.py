@@ -1,6 +1,7 @@
 """Prompts to images in GenEval's layout, and images to scores."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from lab.world.prompts import rows
 from lab.world.render import render
 from lab.world.score import Verdict
 from lab.world.summary import summarize_with_intervals, wilson
-from model.sampling import sample
+from model.sampling import default_guidance_scale, sample
 
 
 def files(folder):
@@ -76,6 +77,86 @@ def test_a_sheet_shows_the_tokens_beside_the_model_without_them(flow_base, tmp_p
     assert np.array_equal(shown(tmp_path / "a", 1, 0, 2), first[name])
     assert np.array_equal(shown(tmp_path / "plain", 1, 1, 1), plain["00005/samples/0000.png"])
     assert "12 images in" in capsys.readouterr().out
+
+
+def lora(base, folder, seed=0):
+    """A LoRA with weights that change the model."""
+    from model.pipeline import TextToImage
+
+    model = TextToImage.load(str(base), torch.float32)
+    model.add_lora(2)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.denoiser.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, generator=generator)
+    model.save_lora(folder)
+    return ["--lora", str(folder)]
+
+
+def test_several_strengths_of_a_lora_are_columns_and_folders(flow_base, tmp_path, capsys):
+    flags = lora(flow_base, tmp_path / "lora")
+    told = ["--lora_scale", "0", "0.5", "1"]
+    run(flow_base, tmp_path / "a", *flags, *told, "--num_images_per_prompt", "1")
+    assert pixels(tmp_path / "a" / "sheet.png").shape[1] == 3 * (144 + 8)  # a prompt a line
+    found = {scale: files(tmp_path / "a" / f"lora_scale_{scale}") for scale in ("0", "0.5", "1")}
+    bare = run(flow_base, tmp_path / "bare", "--num_images_per_prompt", "1")
+    whole = run(flow_base, tmp_path / "whole", *flags, "--num_images_per_prompt", "1")
+    name = "00000/samples/0000.png"
+    assert len(bare) == 6 and all(np.array_equal(found["0"][one], bare[one]) for one in bare)
+    assert all(np.array_equal(found["1"][one], whole[one]) for one in bare)
+    assert not np.array_equal(found["0.5"][name], bare[name])
+    assert not np.array_equal(found["0.5"][name], whole[name])
+    assert f"--images {tmp_path}/a/lora_scale_0 {tmp_path}/a/l" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(flow_base, tmp_path / "b", "--lora_scale", "0.5")
+    assert "lora_scale: expected strengths of a LoRA" in capsys.readouterr().err
+
+
+def test_what_is_kept_is_kept_by_content(flow_base, tmp_path, capsys):
+    """Prompts, LoRA and model are what they were, or there is an error; their names are free."""
+    prompts, out = tmp_path / "p.txt", tmp_path / "a"
+    flags = lora(flow_base, tmp_path / "lora")
+    model = shutil.copytree(flow_base, tmp_path / "model")
+
+    def again(*more, prompts=prompts, model=model):
+        given = {"model": model, "prompts": prompts, "output_dir": out, "num_inference_steps": 1}
+        generate.main([*(f"--{name}={value}" for name, value in given.items()), *flags, *more])
+        return files(out)
+
+    prompts.write_text("two red circles\none blue square\n")
+    first = again()
+    prompts.write_text("two red circles\none blue square\na green cross\n")
+    more = again("--sheet")  # more prompts at the end, and a sheet of all
+    assert len(more) == 3 and all(np.array_equal(first[name], more[name]) for name in first)
+    (moved := tmp_path / "q.txt").write_text(prompts.read_text())
+    again(prompts=moved, model=shutil.copytree(model, tmp_path / "same"))
+    assert "All 3 images are in" in capsys.readouterr().out
+
+    prompts.write_text("one green triangle\ntwo red circles\none blue square\n")
+    with pytest.raises(ValueError, match=r"00000 holds images of 'two red circles', which is not"):
+        again()
+    prompts.write_text("two red circles\n")  # the others' would be scored with it
+    with pytest.raises(ValueError, match=r"00001 holds images of 'one blue square'"):
+        again()
+    shutil.copytree(tmp_path / "lora", tmp_path / "as it was")
+    lora(flow_base, tmp_path / "lora", seed=1)
+    with pytest.raises(ValueError, match=r"made with other \['lora'\]; choose another"):
+        again(prompts=moved)
+    shutil.copytree(tmp_path / "as it was", tmp_path / "lora", dirs_exist_ok=True)
+    again(prompts=moved)
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 5.0}))
+    with pytest.raises(ValueError, match=r"made with other \['model'\]; choose another"):
+        again(prompts=moved)
+    assert len(files(out)) == 3
+
+
+def test_the_guidance_scale_is_what_was_trained_for(tmp_path):
+    assert default_guidance_scale(["", "owner/name", str(tmp_path)]) == 3.0
+    for scale, wanted in ((2.0, 1.0), (1.0, 3.0), (None, 3.0)):
+        (tmp_path / "options.json").write_text(json.dumps({"agsm_guidance_scale": scale}))
+        for folder in (tmp_path, tmp_path / "lora"):
+            assert default_guidance_scale(["", str(folder)]) == wanted
 
 
 def test_prompts_are_lines_or_rows(tmp_path):

@@ -1,15 +1,23 @@
 """Stock pipelines of every known kind, taken apart for training and trained on."""
 
+import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline, EDMEulerScheduler
+from peft import LoraConfig, get_peft_model_state_dict
 from pipelines_tiny import speaking_pipeline
+from torch import nn
 
 import train_agsm
+from data.sources import given_model
 from lab.world.export import captioned
 from model.pipeline import TextToImage
+from model.sampling import sample
 
 FIRST = ("unet", "unet_sdxl", "sd3", "flux")
 KINDS = (*FIRST, "qwen", "sana")  # these two: see also test_families.py
@@ -130,8 +138,6 @@ def test_a_stock_pipeline_loads_a_lora(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_pipeline_in_half_precision_samples(folder, dtype):
     """Its VAE is held in float32, and the stock pipelines don't cast the latents."""
-    from model.sampling import sample
-
     model = TextToImage.load(str(folder), dtype)
     images = sample(
         model.pipe, ["a red circle"], seeds=[0], num_inference_steps=2, guidance_scale=2.0,
@@ -163,3 +169,142 @@ def test_unets_run_channels_last_and_transformers_as_they_were(epsilon_base, flo
         return {p.is_contiguous(memory_format=torch.channels_last) for p in kernels}
 
     assert layouts(epsilon_base) == {True} and layouts(flow_base) == {False}
+
+
+def picture(model, prompt="two red circles"):
+    return sample(
+        model.pipe, [prompt], seeds=[0], num_inference_steps=2, guidance_scale=1.0,
+        arguments=model.arguments,
+    )  # fmt: skip
+
+
+def test_a_folder_with_files_of_one_variant_alone_is_found(flow_base, tmp_path, monkeypatch):
+    """And ~ is the home folder, also in a call."""
+    DiffusionPipeline.from_pretrained(flow_base).save_pretrained(tmp_path / "v", variant="fp16")
+    assert not list(tmp_path.glob("v/*/diffusion_pytorch_model.safetensors"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = TextToImage.load("~/v", torch.float32)
+    assert (picture(model) == picture(TextToImage.load(str(flow_base), torch.float32))).all()
+
+
+def test_what_is_no_pipeline_is_one_line(flow_base, tmp_path):
+    def fails(path, told):
+        with pytest.raises(ValueError, match=f"^model: expected a folder.*{told}") as caught:
+            TextToImage.load(str(path), torch.float32)
+        assert "\n" not in str(caught.value)
+
+    file = tmp_path / "one.safetensors"
+    file.touch()
+    fails(file, "from_single_file")
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", "model_index.json")
+    folder = tmp_path / "custom"
+    folder.mkdir()
+    index = json.loads((flow_base / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "MyPipeline"}))
+    fails(folder, "AttributeError: .*MyPipeline")
+    shutil.copytree(flow_base, tmp_path / "cut")
+    weights = tmp_path / "cut" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    fails(tmp_path / "cut", "cut: ")
+
+
+def test_the_worlds_models_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "recipes/lab/models/flow"
+    for found in (given_model("", "world", name), given_model(name, "a.csv", "")):
+        assert (Path(found) / "model_index.json").exists()
+    monkeypatch.chdir(Path(__file__).parents[3])
+    assert given_model("", "world", name) == name
+
+
+def lora(pipe, folder, **layers):
+    """Saves one with random weights; layers: the modules of each part that it is for."""
+    saved = {}
+    for part, names in layers.items():
+        module = getattr(pipe, part)
+        module.add_adapter(LoraConfig(r=2, target_modules=names, init_lora_weights=False))
+        saved[f"{part}_lora_layers"] = get_peft_model_state_dict(module)
+    pipe.save_lora_weights(folder, **saved)
+    return str(folder)
+
+
+def test_a_lora_that_changes_nothing_is_refused(epsilon_base, flow_base, tmp_path):
+    """diffusers warns of another model's, and of zeros it says nothing."""
+    other = DiffusionPipeline.from_pretrained(flow_base)
+    lora(other, tmp_path / "other", transformer=["to_q"])
+    model = TextToImage.load(str(epsilon_base), torch.float32)
+    with pytest.raises(ValueError, match="expected one that changes a StableDiffusionPi"):
+        model.merge_lora(str(tmp_path / "other"))
+    model = TextToImage.load(str(epsilon_base), torch.float32)
+    model.add_lora(2)
+    model.save_lora(tmp_path / "zero")
+    model = TextToImage.load(str(epsilon_base), torch.float32)
+    with pytest.raises(ValueError, match="or all are zero"):
+        model.load_extras("", str(tmp_path / "zero"))
+
+
+def test_a_merged_lora_of_the_text_encoder_is_in_the_saved_pipeline(epsilon_base, tmp_path):
+    file = lora(
+        DiffusionPipeline.from_pretrained(epsilon_base), tmp_path / "lora",
+        unet=["to_q"], text_encoder=["q_proj"],
+    )  # fmt: skip
+    loaded, merged = (TextToImage.load(str(epsilon_base), torch.float32) for _ in range(2))
+    bare, text = picture(loaded), loaded.encode_text(["two red circles"])["prompt_embeds"]
+    loaded = TextToImage.load(str(epsilon_base), torch.float32)
+    loaded.load_extras("", file)
+    wanted = loaded.encode_text(["two red circles"])["prompt_embeds"]
+    assert not torch.allclose(text, wanted, atol=1e-3)
+    strong = picture(loaded)
+    loaded.set_lora_scale(0)
+    assert (picture(loaded) == bare).all() and not (strong == bare).all()
+    merged.merge_lora(file)
+    assert not [name for name, _ in merged.pipe.text_encoder.named_parameters() if "lora" in name]
+    merged.pipe.save_pretrained(tmp_path / "pipeline")
+    again = TextToImage.load(str(tmp_path / "pipeline"), torch.float32)
+    torch.testing.assert_close(again.encode_text(["two red circles"])["prompt_embeds"], wanted)
+    assert abs(picture(again).astype(int) - strong).max() <= 1
+
+
+class Blackens(nn.Module):
+    def forward(self, clip_input, images):
+        return images * 0, [True] * len(images)
+
+
+def test_a_safety_checker_makes_no_image_black(epsilon_base, monkeypatch, capsys):
+    def checked(*args, **settings):
+        pipe = load(*args, **settings)
+        pipe.register_modules(safety_checker=Blackens(), feature_extractor=None)
+        return pipe
+
+    load = DiffusionPipeline.from_pretrained
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", checked)
+    model = TextToImage.load(str(epsilon_base), torch.float32)
+    assert picture(model).any() and "safety checker is off" in capsys.readouterr().out
+    assert not model.pipe.config.requires_safety_checker
+
+
+def test_nan_is_no_picture(flow_base):
+    model = TextToImage.load(str(flow_base), torch.float32)
+    model.denoiser.proj_out.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="NaN in 1 of 1 images, first of the prompt 'two"):
+        picture(model)
+
+
+@pytest.mark.parametrize(
+    ("folder", "side", "told"),
+    [("flux", 9, "multiple of 2 for"), ("sana", 12, "multiple of 8 for"), ("sd3", 64, "up to")],
+    indirect=["folder"],
+)
+def test_a_side_that_the_model_does_not_take_is_one_line(folder, side, told):
+    model = TextToImage.load(str(folder), torch.float32)
+    with pytest.raises(ValueError, match=f"^resolution: .*{told}.*, got {side}"):
+        model.encode_images(torch.zeros(1, 3, side, side))
+
+
+def test_unknown_noise_is_refused_before_training(epsilon_base, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(epsilon_base)
+    pipe.scheduler = EDMEulerScheduler()  # Playground v2.5's
+    pipe.save_pretrained(tmp_path / "edm")
+    with pytest.raises(ValueError, match="got EDMEulerScheduler with other noise"):
+        train_agsm.main(["--model", str(tmp_path / "edm"), "--output_dir", str(tmp_path / "run")])
