@@ -142,6 +142,14 @@ def check_scale(name: str, value: float | int) -> None:
         raise ValueError(f"{name}: expected a finite number ≥ 0, got {value!r}.")
 
 
+def check_guidance_scale(value: float | int) -> None:
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) and 1 <= value < math.inf):
+        raise ValueError(
+            f"guidance_scale: expected a finite number ≥ 1, got {value!r}. 1 is plain denoising; "
+            "3 is what classifier-free guidance at scale 3 does in a sampler."
+        )
+
+
 def check_temperature(name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor):
         check_floating(**{name: value})

@@ -133,13 +133,14 @@ def check_checkpointing(pred: Tensor, inputs: Any) -> None:
         todo.extend(one for one, _ in node.next_functions)
 
 
-def run_again(run: Callable[[Tensor], Tensor], noisy: Tensor, ema: EMA) -> Tensor:
+def run_again(run: Callable[[Tensor], Tensor], noisy: Tensor, denoiser: Any) -> Tensor:
     """`run(noisy)` without its graph: it runs once more in the backward pass.
 
     By its argument, `checkpoint` knows the device whose random state it restores.
     """
     # ZeRO-3 frees frozen weights before torch compares the sizes of what both runs have kept.
-    compare = "none" if any(map(is_partitioned, ema.parameters)) else "default"
+    parameters = (one for module in _modules(denoiser)[:1] for one in module.parameters())
+    compare = "none" if any(map(is_partitioned, parameters)) else "default"
     return checkpoint(run, noisy, use_reentrant=False, determinism_check=compare)
 
 

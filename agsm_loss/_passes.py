@@ -6,7 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import (
+    MappingKey,
+    tree_flatten_with_path,
+    tree_map,
+    tree_structure,
+)
 
 from agsm_loss._storage import several_ranks
 from agsm_loss.candidates import Candidates
@@ -71,8 +76,8 @@ class NoisedBatch(NamedTuple):
             raise ValueError(
                 f"timesteps: expected ({batch},) or a scalar, got {tuple(self.timesteps.shape)}."
             )
-        _check_rows("conditioning", self.conditioning, self.candidates.pool_size)
-        _check_rows("image_conditioning", dict(self.image_conditioning), batch)
+        check_rows("conditioning", self.conditioning, self.candidates.pool_size)
+        check_rows("image_conditioning", dict(self.image_conditioning), batch)
 
     def of(self, cells: Cells) -> tuple[Tensor, Tensor, Any, Tensor]:
         """noisy, timesteps, conditioning and bank of the cells."""
@@ -92,23 +97,67 @@ class NoisedBatch(NamedTuple):
         return _rows(dict(self.image_conditioning), cells.rows)
 
 
+def with_rows_of(null: Any, conditioning: Any, pool_size: int, batch: int) -> Any:
+    """`conditioning` of the pool, and after it a row an image of the empty caption.
+
+    null: the structure of `conditioning`, with 1 or `batch` rows in every tensor.
+    """
+    check_rows("conditioning", conditioning, pool_size)
+    structures = tree_structure(null), tree_structure(conditioning)
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"null: expected the structure of conditioning, {structures[1]}, got {structures[0]}. "
+            "Encode the empty caption as the others are."
+        )
+
+    def join(leaf: Any, row: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if row.ndim == 0 or row.shape[0] not in (1, batch) or row.shape[1:] != leaf.shape[1:]:
+            raise ValueError(
+                f"null: expected one row, or one an image, like conditioning's: "
+                f"{(1, *leaf.shape[1:])}, got {tuple(row.shape)}. Pad both to one length."
+            )
+        return torch.cat([leaf, row.to(leaf).expand(batch, *leaf.shape[1:])])
+
+    return tree_map(join, conditioning, null)
+
+
 def _rows(tree: Any, index: Tensor) -> Any:
-    """Rows `index` of every tensor in the tree; other leaves as they are."""
+    """Rows `index` of every tensor in the tree; other leaves (None) as they are."""
     return tree_map(
         lambda leaf: leaf[index.to(leaf.device)] if isinstance(leaf, Tensor) else leaf, tree
     )
 
 
-def _check_rows(name: str, tree: Any, expected: int) -> None:
-    def check(leaf: Any) -> None:
-        if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[0] != expected):
-            raise ValueError(
-                f"{name}: expected {expected} rows in every tensor, got one of shape "
-                f"{tuple(leaf.shape)}. conditioning has a row for each caption of the pool, "
-                "image_conditioning one for each image; pass what is neither in the denoiser."
-            )
+def check_rows(name: str, tree: Any, expected: int) -> None:
+    """TypeError for a leaf whose rows cannot be taken, ValueError for other rows.
 
-    tree_map(check, tree)
+    A constant in a dict (None, a text, a number) is passed on; in a list it would be a row.
+    """
+    leaves, _ = tree_flatten_with_path(tree)
+    for path, leaf in leaves:
+        if isinstance(leaf, Tensor):
+            if leaf.ndim == 0 or leaf.shape[0] != expected:
+                raise ValueError(
+                    f"{name}: expected {expected} rows in every tensor, got one of shape "
+                    f"{tuple(leaf.shape)}. conditioning has a row for each caption of the pool: "
+                    "the batch's, then the hard negatives (the empty caption is null=). "
+                    "image_conditioning has one for each image; pass what is neither in the "
+                    "denoiser."
+                )
+        elif leaf is not None and not (
+            isinstance(leaf, str | int | float) and path and isinstance(path[-1], MappingKey)
+        ):
+            raise TypeError(
+                f"{name}: expected a tensor, or dicts, lists and tuples of tensors, got a "
+                f"{type(leaf).__name__} in it. Convert it (torch.as_tensor, dict(encoding))."
+            )
+    if name == "conditioning" and not any(isinstance(leaf, Tensor) for _, leaf in leaves):
+        raise TypeError(
+            "conditioning: expected the encoded captions, one row each, got no tensor in a "
+            f"{type(tree).__name__}. Pass what the denoiser takes: prompt_embeds, or a dict of it."
+        )
 
 
 def checked(pred: Tensor, noisy: Tensor, chunk: Cells) -> Tensor:

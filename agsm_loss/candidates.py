@@ -1,9 +1,10 @@
 """Which captions compete for each image.
 
 A *pool* is the list of captions that a step has encoded: first the batch's own captions (row i
-belongs to image i), then any hard negatives, image by image, then the empty caption where the rule
-has `null=True` (`caption_pool`). `Candidates.index` says which row of the pool is in each column;
-column 0 is the image's own caption (in the grid, column i).
+belongs to image i), then any hard negatives, image by image (`caption_pool`). `Candidates.index`
+says which row of the pool is in each column; column 0 is the image's own caption (in the grid,
+column i). The empty caption is in no pool: it competes, in one more column, where
+`AGSMRegularizer` gets it as `null`.
 
 `InBatch`, `Hard`, `Mixed` and `Grid` are rules: called on a batch's captions they choose.
 
@@ -12,9 +13,9 @@ belongs to another row of the same image id (COCO has five captions an image). A
 "", fits every image: it competes for none, and an image under it has no negatives. Two candidates
 of an image never have the same text. Where there are fewer than asked for, columns are masked.
 
-Each kind of competitor teaches another thing. With `null=True` the empty caption competes in its
-own right: the target moves away from what the model draws without a prompt, as classifier-free
-guidance (arXiv 2207.12598) does in the sampler. Captions of other images tell what sets this one
+Each kind of competitor teaches another thing. The empty caption moves the target away from what
+the model draws without a prompt, as classifier-free guidance (arXiv 2207.12598) does in the
+sampler. Captions of other images tell what sets this one
 apart from the rest. Edited captions tell what they edit: which colour belongs to which object, how
 many there are.
 """
@@ -131,10 +132,9 @@ class _Competitors:
     _takes_hard: ClassVar[bool] = True
     num_negatives: int = 0
     allow_empty: bool = field(default=False, kw_only=True)
-    null: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        fewest = 0 if self._takes_hard or self.null else 1
+        fewest = 0 if self._takes_hard else 1
         if self.num_negatives < fewest:
             raise ValueError(
                 f"num_negatives: expected at least {fewest}, got {self.num_negatives}."
@@ -158,7 +158,6 @@ class _Competitors:
             image_ids,
             generator,
             allow_empty=self.allow_empty,
-            null=self.null,
         )
 
 
@@ -170,17 +169,9 @@ class InBatch(_Competitors):
     >>> candidates.mask.sum(1)  # two captions are the same, and don't compete with each other
     tensor([3, 3, 3, 3])
 
-    The empty caption alone, as in classifier-free guidance. It is the pool's last row:
-
-    >>> InBatch(0, null=True)(["a dog", "a cat"]).index
-    tensor([[0, 2],
-            [1, 2]])
-
     Args:
-        num_negatives: n ≥ 1 negatives an image, so K = 1 + n; the published number is 3. With
-            `null`, 0 is possible.
+        num_negatives: n ≥ 1 negatives an image, so K = 1 + n; the published number is 3.
         allow_empty: accept a batch in which no image has a negative; all of them are masked then.
-        null: the empty caption competes too, in one more column.
     """
 
     _takes_hard = False
@@ -202,7 +193,7 @@ class Hard(_Competitors):
             [ True,  True, False]])
 
     Args:
-        allow_empty, null: as of `InBatch`.
+        allow_empty: as of `InBatch`.
     """
 
     num_negatives: int = field(default=0, init=False, repr=False)
@@ -222,7 +213,7 @@ class Mixed(_Competitors):
 
     Args:
         num_negatives: n ≥ 0 captions of the batch an image, besides its hard negatives.
-        allow_empty, null: as of `InBatch`.
+        allow_empty: as of `InBatch`.
     """
 
     num_negatives: int
@@ -271,22 +262,48 @@ class Grid:
 
 
 def caption_pool(
-    captions: Sequence[Hashable],
-    hard_negatives: Sequence[Sequence[Hashable]] = (),
-    *,
-    null: bool = False,
+    captions: Sequence[Hashable], hard_negatives: Sequence[Sequence[Hashable]] = ()
 ) -> list[Hashable]:
     """The captions to encode, in the order that `Candidates.index` counts them.
 
-    null: as of the rule; the empty caption comes last. What a pipeline encodes it to is the
-    pipeline's own: SDXL's is zeros where its config has `force_zeros_for_empty_prompt`.
-
     >>> caption_pool(["a dog", "a cat"], [["two dogs"], ["a rat", "two cats"]])
     ['a dog', 'a cat', 'two dogs', 'a rat', 'two cats']
-    >>> caption_pool(["a dog", "a cat"], null=True)
-    ['a dog', 'a cat', '']
     """
-    return [*captions, *chain.from_iterable(hard_negatives), *([EMPTY] if null else [])]
+    return [*captions, *chain.from_iterable(hard_negatives)]
+
+
+def own_alone(captions: Captions, hard_negatives: HardNegatives = None) -> Candidates:
+    """Each image's own caption and no other: what `with_null` is added to.
+
+    >>> with_null(own_alone(["a dog", ""]), [False, True]).mask
+    tensor([[ True,  True],
+            [ True, False]])
+    """
+    if hard_negatives is not None:
+        raise ValueError(
+            "hard_negatives: expected None where the empty caption alone competes. Take "
+            "candidates=Hard() or Mixed(n)."
+        )
+    own = torch.arange(len(_as_list(captions)))
+    mask = torch.ones(len(own), 1, dtype=torch.bool)
+    return Candidates(own.unsqueeze(1), torch.zeros_like(own), mask, pool_size=len(own))
+
+
+def with_null(candidates: Candidates, empty: Sequence[bool] = ()) -> Candidates:
+    """The candidates, and in one more column the empty caption, in B rows after the pool's.
+
+    empty: which images have the empty caption themselves; it does not compete with itself.
+    """
+    batch = len(candidates.positives)
+    competes = ~torch.tensor(empty or [False] * batch, dtype=torch.bool)
+    own = candidates.index.gather(1, candidates.positives.unsqueeze(1)).squeeze(1)
+    row = torch.where(competes, candidates.pool_size + torch.arange(batch), own)
+    return Candidates(
+        index=torch.cat([candidates.index, row.unsqueeze(1)], dim=1),
+        positives=candidates.positives,
+        mask=torch.cat([candidates.mask, competes.unsqueeze(1)], dim=1),
+        pool_size=candidates.pool_size + batch,
+    )
 
 
 def _compete(
@@ -297,9 +314,8 @@ def _compete(
     generator: torch.Generator | None,
     *,
     allow_empty: bool,
-    null: bool,
 ) -> Candidates:
-    """Own caption, the hard negatives, `num_negatives` others of the batch, the empty caption."""
+    """Own caption, the hard negatives, `num_negatives` others of the batch."""
     captions, image_ids = _as_list(captions), _image_ids(captions, image_ids)
     batch = len(captions)
     if hard_negatives is None:
@@ -330,9 +346,7 @@ def _compete(
         hard_rows = _distinct(((start + h, text) for h, text in enumerate(hard)), taken)
         others = _distinct(((j, captions[j]) for j in order), taken)
         rows.append(_pad(hard_rows, num_hard) + _pad(others[:num_negatives], num_negatives))
-        if null:
-            rows[-1].append(-1 if captions[i] == EMPTY else last)
-    columns = torch.tensor(rows, dtype=torch.long).reshape(batch, num_hard + num_negatives + null)
+    columns = torch.tensor(rows, dtype=torch.long).reshape(batch, num_hard + num_negatives)
     mask = columns >= 0
     if not mask.any() and not allow_empty:
         raise ValueError(_no_negatives(captions, image_ids))
@@ -341,7 +355,7 @@ def _compete(
         index=torch.cat([own_rows, torch.where(mask, columns, own_rows)], dim=1),
         positives=torch.zeros(batch, dtype=torch.long),
         mask=torch.cat([torch.ones(batch, 1, dtype=torch.bool), mask], dim=1),
-        pool_size=last + null,
+        pool_size=last,
     )
 
 

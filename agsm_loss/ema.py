@@ -200,9 +200,12 @@ class EMA:
         """The denoiser that the parameters are a part of, where only they are known.
 
         Raises:
-            ValueError: FSDP has put others in their place.
+            ValueError: FSDP has put others in their place, or they are another module's.
         """
         if self._module is not None:
+            inside = {id(one) for one in module.parameters()}
+            if inside and not any(id(one) in inside for one in self.parameters):
+                raise _other_parameters()
             return
         places = {id(one.parameter): one for one in places_of(module)}
         found = [places[id(one)] for one in self.parameters if id(one) in places]
@@ -216,6 +219,8 @@ class EMA:
                 "fully_shard, or while they were gathered. Make the EMA of the module: "
                 "EMA(denoiser)."
             )
+        elif places:
+            raise _other_parameters()
 
     def _follow(self, *, compare: bool) -> None:
         """The model may have been moved since, or an engine have taken it over."""
@@ -257,3 +262,10 @@ class EMA:
                 )
             self.shadow[i] = self.shadow[i].to(storage.parameter.device)
             dist.broadcast(self.shadow[i], 0)
+
+
+def _other_parameters() -> ValueError:
+    return ValueError(
+        "ema: expected an EMA of this denoiser's parameters, got one of others (a copy's?): its "
+        "pass would be the student's own. Pass EMA(denoiser), or of parameters that it has."
+    )

@@ -38,7 +38,23 @@ minimum has p_y = τ* + g(p_y − p̄). For g < 1 the loop contracts to
 which is what a sampler with guidance scale s would have made of τ* (classifier-free guidance,
 arXiv 2207.12598, where the other caption is the empty one). Flat weights and the empty caption
 alone give s = 2 at γ⁺ = 1. γ⁺ sets the scale, and Plackett–Luce weights lower it where the model is
-sure (w_y near 1). Weights that are constant make it Model-guidance (arXiv 2502.12154).
+sure (w_y near 1).
+
+The scale as the setting. Solved for g, the same equation reads g = 1 − 1/s. With `guidance_scale=s`
+the target is τ + (1 − 1/s)(p̂_y − p̄) whatever w_y is: the weights choose *from which* captions to
+move away, s *how far*. s = 1 is plain denoising. The loop contracts for every s, as g < 1: one
+round takes the distance to the fixed point times g (p̄ held). Where the teacher is frozen there is
+no loop; the student then rests at its target, and τ* + a(p̂_y − p̄) is guidance at scale s for
+a = s − 1 (`frozen_teacher`).
+
+Other names. With the empty caption u as the one competitor and the student's own detached
+prediction sg(v) as the teacher's, the same loss stands elsewhere as follows (g = 1 − 1/s):
+
+    ‖v − τ − g(sg(v) − u)‖²   here; Model-guidance (arXiv 2502.12154), whose w is g
+    ‖(v + (s−1)u)/s − τ‖²     Guidance-Free Training (arXiv 2501.15420), diffusion-pipe,
+                              DiffSynth-Studio: the same value, 1/s of the gradient
+    ‖v − (u + s(τ − u))‖²     ai-toolkit (do_guidance_loss), musubi-tuner: s² times the value,
+                              s times the gradient
 """
 
 from collections.abc import Callable, Sequence
@@ -261,8 +277,10 @@ def guide(
     positives: Positives = None,
     mask: Bool[Tensor, "B K"] | None = None,
     *,
-    pos_scale: float | int = 1.0,
-    neg_scale: float | int,
+    guidance_scale: float | int | None = None,
+    frozen_teacher: bool = False,
+    pos_scale: float | int | None = None,
+    neg_scale: float | int | None = None,
     temperature: Temperature = 0.1,
     reward_weight: Float[Tensor, " B"] | Float[Tensor, ""] | None = None,
 ) -> Guidance:
@@ -274,8 +292,13 @@ def guide(
         positives: which candidates match: None for column 0, column indices (B,), or bool (B, K).
         mask: bool (B, K), False where a candidate is padding or a false negative. What is in
             masked places is never read, not even a NaN.
-        pos_scale: γ⁺ ≥ 0. Above 1 the closed loop can run away.
-        neg_scale: γ⁻ ≥ 0. 0 drops the negative term. `agsm_loss.AGSMLoss` says which to choose.
+        guidance_scale: s ≥ 1. Matching captions' target is τ + (1 − 1/s)(p̂_j − p̄), with p̄ the
+            weighted mean of the candidates that don't match; τ where there is none.
+        frozen_teacher: with `guidance_scale`: `ema_pred` is of a model that never follows the
+            student; the target is τ + (s − 1)(p̂_j − p̄).
+        pos_scale: γ⁺ ≥ 0 of the published form, in place of `guidance_scale`; 1 where only
+            `neg_scale` is given. Above 1 the closed loop can run away.
+        neg_scale: γ⁻ ≥ 0 of the published form; 0, the default, drops the negative term.
         temperature: T of the implicit reward, in units of A(t)·mean squared error: a number, a
             tensor () or (B,), or an `agsm_loss.AdaptiveTemperature`.
         reward_weight: A(t) of each image, (B,) or a scalar; None for 1.
@@ -283,7 +306,8 @@ def guide(
     Raises:
         TypeError: a tensor of the wrong kind.
         ValueError: shapes that don't match, positives out of range or masked, a row with every
-            candidate masked, a negative scale, a temperature that isn't finite and positive.
+            candidate masked, neither `guidance_scale` nor one of the published scales, or both; a
+            scale that is too small, a temperature that isn't finite and positive.
 
     >>> ema_pred, target = torch.tensor([[[1.0], [2.0]]]), torch.zeros(1, 1)
     >>> guidance = guide(ema_pred, target, neg_scale=0.1, temperature=1.0)
@@ -295,8 +319,7 @@ def guide(
     """
     _checks.check_floating(ema_pred=ema_pred, target=target)
     _checks.check_candidate_shapes(ema_pred, target, pred_name="ema_pred")
-    _checks.check_scale("pos_scale", pos_scale)
-    _checks.check_scale("neg_scale", neg_scale)
+    pos_scale, neg_scale = scales(guidance_scale, frozen_teacher, pos_scale, neg_scale)
     positive, valid = candidate_masks(positives, mask, ema_pred.shape[:2], ema_pred.device)
     mask = None if mask is None else valid
     with torch.no_grad():
@@ -308,11 +331,53 @@ def guide(
             ema_pred, target, mask, temperature=temperature, reward_weight=reward_weight
         )
         weights = plackett_luce_weights(rewards, mask)
-        guidance = alignment_guidance(ema_pred, weights)
+        moved = positive
+        if guidance_scale is None:
+            guidance = alignment_guidance(ema_pred, weights)
+        else:
+            others = valid & ~positive
+            moved = positive & others.any(1, keepdim=True)
+            # Of the rewards, since the weights of the others can all round to 0.
+            guidance = alignment_guidance(ema_pred, _weights_among(rewards, others))
         norm = _root_mean_square(guidance)
-        targets = _guided_targets(target, guidance, positive, pos_scale, neg_scale, out=guidance)
+        targets = _guided_targets(target, guidance, moved, pos_scale, neg_scale, out=guidance)
     coefficients = loss_coefficients(positive, valid, neg_scale=neg_scale, dtype=targets.dtype)
     return Guidance(rewards, weights, norm, targets, coefficients, positive, mask)
+
+
+def scales(
+    guidance_scale: float | int | None,
+    frozen_teacher: bool,
+    pos_scale: float | int | None,
+    neg_scale: float | int | None,
+) -> tuple[float, float]:
+    """(how far matching captions' targets move, γ⁻) of `guide`'s settings.
+
+    >>> scales(4, False, None, None)  # 1 − 1/s
+    (0.75, 0.0)
+    >>> scales(None, False, None, 0.1)  # as published
+    (1.0, 0.1)
+    """
+    if guidance_scale is None:
+        if pos_scale is None and neg_scale is None:
+            raise ValueError(
+                "guidance_scale: expected the scale that you would sample with, e.g. 3, or "
+                "pos_scale and neg_scale (the published form), got none of them."
+            )
+        if frozen_teacher:
+            raise ValueError("frozen_teacher: expected a guidance_scale with it, got None.")
+        pos_scale, neg_scale = (1.0 if pos_scale is None else pos_scale), (neg_scale or 0.0)
+        _checks.check_scale("pos_scale", pos_scale)
+        _checks.check_scale("neg_scale", neg_scale)
+        return float(pos_scale), float(neg_scale)
+    if pos_scale is not None or neg_scale:
+        raise ValueError(
+            f"guidance_scale: expected no pos_scale and no neg_scale with it, got {guidance_scale} "
+            f"with pos_scale={pos_scale} and neg_scale={neg_scale}. It sets how far the target "
+            "moves; the other captions are not trained."
+        )
+    _checks.check_guidance_scale(guidance_scale)
+    return float(guidance_scale - 1 if frozen_teacher else 1 - 1 / guidance_scale), 0.0
 
 
 def loss_coefficients(
@@ -348,8 +413,10 @@ def agsm_loss(
     positives: Positives = None,
     mask: Bool[Tensor, "B K"] | None = None,
     *,
-    pos_scale: float | int = 1.0,
-    neg_scale: float | int,
+    guidance_scale: float | int | None = None,
+    frozen_teacher: bool = False,
+    pos_scale: float | int | None = None,
+    neg_scale: float | int | None = None,
     temperature: Temperature = 0.1,
     reward_weight: Float[Tensor, " B"] | Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
@@ -361,11 +428,7 @@ def agsm_loss(
         pred: student predictions (B, K, *D) of every candidate; the only input that gets a
             gradient.
         ema_pred: the EMA model's predictions for the same x_t, t and captions.
-        target, positives, mask: as of `guide`.
-        pos_scale: γ⁺ ≥ 0, of the matching captions' guidance.
-        neg_scale: γ⁻ ≥ 0, of the other captions'; 0 drops the negative term.
-        temperature: T of the implicit reward.
-        reward_weight: A(t) of each image, (B,) or a scalar; None for 1.
+        target, positives, mask: as of `guide`, and so are all settings.
 
     >>> pred = torch.zeros(2, 3, 4, requires_grad=True)
     >>> ema_pred, target = torch.zeros(2, 3, 4), torch.ones(2, 4)
@@ -378,6 +441,8 @@ def agsm_loss(
         target,
         positives,
         mask,
+        guidance_scale=guidance_scale,
+        frozen_teacher=frozen_teacher,
         pos_scale=pos_scale,
         neg_scale=neg_scale,
         temperature=temperature,
@@ -529,6 +594,12 @@ def _guided_targets(
 ) -> Tensor:
     scale = guidance.new_full(positive.shape, -neg_scale).masked_fill(positive, pos_scale)
     return torch.addcmul(target.unsqueeze(1), guidance, _expand(scale, guidance), out=out)
+
+
+def _weights_among(rewards: Tensor, chosen: Tensor) -> Tensor:
+    """Plackett–Luce weights among the chosen candidates; 0 in rows with none."""
+    weights = rewards.masked_fill(~chosen, -torch.inf).softmax(-1)
+    return torch.where(chosen, weights, torch.zeros_like(weights))
 
 
 def _in_float32(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,7 +1,9 @@
 """`AGSMLoss` and `SoftREPALoss`: modules that remember their settings; formulas: functional.py."""
 
+import warnings
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -14,42 +16,50 @@ class AGSMLoss(nn.Module):
 
     >>> import torch
     >>> from agsm_loss import AGSMLoss
-    >>> pred = torch.zeros(2, 3, 4, 8, 8, requires_grad=True)  # (B, K, *D), column 0 matches
-    >>> ema_pred, target = torch.zeros(2, 3, 4, 8, 8), torch.ones(2, 4, 8, 8)
-    >>> loss = AGSMLoss(neg_scale=0.1)(pred, ema_pred, target)
-    >>> loss.item()  # equal predictions guide nowhere: plain score matching, once a term
-    2.0
+    >>> pred = torch.zeros(2, 2, 4, 8, 8, requires_grad=True)  # (B, K, *D), column 0 matches
+    >>> target = torch.ones(2, 4, 8, 8)
+    >>> AGSMLoss(guidance_scale=3)(pred, pred.detach(), target).item()  # nothing to move away from
+    1.0
+
+    Give `guidance_scale`, or the published form.
 
     Args:
-        pos_scale: γ⁺ ≥ 0, how far the matching caption's target is moved along its guidance.
-        neg_scale: γ⁻ ≥ 0, how far the other captions' targets are moved against theirs. Choose it
-            by what is trained:
-            0 for a LoRA or the denoiser's own weights;
-            0.1 (SD3) or 1 (SD1.5, SDXL), as published, for soft tokens on a frozen denoiser.
-            The reason: 0 drops the negative term, and any γ⁻ above it brings the whole of it. The
-            other captions are then trained towards this image, γ⁻Δ short of it. That is for ψ⁻
-            alone; weights that all captions share would learn this image for wrong captions.
+        guidance_scale: s ≥ 1, the classifier-free guidance scale to train in. The matching
+            caption's target is τ + (1 − 1/s)(p̂_y − p̄), p̄ being the weighted mean of the other
+            captions' predictions, and the trained model comes to rest where a sampler with scale s
+            would have been. 1 is plain denoising. The other captions are not trained.
+        frozen_teacher: with `guidance_scale`, for a teacher that never follows the student (the
+            base model): the target is then τ + (s − 1)(p̂_y − p̄).
+        pos_scale: γ⁺ ≥ 0 of the published form: the target is τ + γ⁺Δ_y, whose strength
+            γ⁺(1 − w_y) falls as the model gets sure. 1 where only `neg_scale` is given. Keep it
+            ≤ 1, and γ⁻ too: there the closed loop is bounded for every K (`functional`).
+        neg_scale: γ⁻ ≥ 0 of the published form, how far the other captions' targets are moved
+            against theirs; 0 by default. Published: 0.1 (SD3), 1 (SD1.5, SDXL), for soft tokens on
+            a frozen denoiser. Any value above 0 trains the other captions towards this image, γ⁻Δ
+            short of it. That is for ψ⁻ alone: a LoRA or the denoiser's own weights, which all
+            captions share, would learn this image for wrong captions.
         temperature: T of the Plackett–Luce weights: a number (published: 0.1), a tensor () or
-            (B,), or an `AdaptiveTemperature`, for errors whose gaps are far from 0.1.
+            (B,), or an `AdaptiveTemperature`, for errors whose gaps are far from 0.1. With
+            `guidance_scale` and one competitor it changes nothing.
         reward_weight: A(t), a function of the timesteps (B,) to (B,); None for 1. With it, the
             weights of ε-, v- and x_0-prediction models can be made to agree. The calls then take
             `timesteps`.
 
-    Keep γ⁺ ≤ 1 and γ⁻ ≤ 1: there the closed loop of student and EMA is bounded for every K
-    (`agsm_loss.functional`).
+    Other names of the same loss, and what each one's value and gradient are, stand in
+    `agsm_loss.functional`.
     """
 
     def __init__(
         self,
         *,
-        pos_scale: float | int = 1.0,
-        neg_scale: float | int,
+        guidance_scale: float | int | None = None,
+        frozen_teacher: bool = False,
+        pos_scale: float | int | None = None,
+        neg_scale: float | int | None = None,
         temperature: AF.Temperature = 0.1,
         reward_weight: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        _checks.check_scale("pos_scale", pos_scale)
-        _checks.check_scale("neg_scale", neg_scale)
         if not callable(temperature):
             _checks.check_temperature("temperature", temperature)
         if reward_weight is not None and not callable(reward_weight):
@@ -57,8 +67,10 @@ class AGSMLoss(nn.Module):
                 "reward_weight: expected a function of the timesteps or None, got "
                 f"{type(reward_weight).__name__}. `agsm_loss.functional` takes a tensor (B,)."
             )
-        self.pos_scale = pos_scale
-        self.neg_scale = neg_scale
+        pos, self.neg_scale = AF.scales(guidance_scale, frozen_teacher, pos_scale, neg_scale)
+        self.pos_scale = pos if guidance_scale is None else None
+        self.guidance_scale = guidance_scale
+        self.frozen_teacher = frozen_teacher
         self.temperature = temperature
         self.reward_weight = reward_weight
 
@@ -90,6 +102,12 @@ class AGSMLoss(nn.Module):
     ) -> AF.AGSMTerms:
         """Every named term and diagnostic; `.loss` is what `forward` returns."""
         _checks.check_predictions(pred, ema_pred, target)
+        if torch.is_grad_enabled() and not pred.requires_grad:
+            warnings.warn(
+                "pred: expected the student's predictions with their graph, got a tensor without "
+                "gradient: the loss trains nothing. Leave out .detach() and torch.no_grad().",
+                stacklevel=3,
+            )
         guidance = self.guide(ema_pred, target, positives, mask, timesteps=timesteps)
         return AF.agsm_terms(pred, guidance)
 
@@ -108,6 +126,8 @@ class AGSMLoss(nn.Module):
             target,
             positives,
             mask,
+            guidance_scale=self.guidance_scale,
+            frozen_teacher=self.frozen_teacher,
             pos_scale=self.pos_scale,
             neg_scale=self.neg_scale,
             temperature=self.temperature,
@@ -130,7 +150,11 @@ class AGSMLoss(nn.Module):
         return self.reward_weight(timesteps)
 
     def extra_repr(self) -> str:
-        shown = f"pos_scale={self.pos_scale}, neg_scale={self.neg_scale}"
+        if self.guidance_scale is None:
+            shown = f"pos_scale={self.pos_scale}, neg_scale={self.neg_scale}"
+        else:
+            shown = f"guidance_scale={self.guidance_scale}"
+            shown += ", frozen_teacher=True" if self.frozen_teacher else ""
         if not isinstance(self.temperature, nn.Module):
             shown += f", temperature={self.temperature}"
         return shown

@@ -1,18 +1,20 @@
 """`AGSMRegularizer`: AGSM as one line in somebody's training step.
 
-    loss = loss + agsm(noisy_latents, timesteps, target, prompt_embeds, captions).loss
+    loss = loss + agsm(noisy, timesteps, target, prompt_embeds, captions, null=empty).loss
     loss.backward(); optimizer.step(); agsm.update_ema()
 
-It chooses the candidates, runs the EMA model on all of them without gradient, turns its
-predictions into weights and guided targets, and runs the student on the matching caption (or takes
-the host's own prediction) with ψ⁺ and on the others with ψ⁻. The targets being constants, the
-loss is a sum over (image, caption) cells, so the cells can be run a few at a time with the same
-gradient, and over a random subset of the negatives with the same gradient on average (`Passes`).
+It chooses the candidates, runs the teacher (the student itself, or an EMA of it) on them without
+gradient, turns its predictions into weights and guided targets, and runs the student on the
+matching caption (or takes the host's own prediction) with ψ⁺ and, where γ⁻ > 0, on the others with
+ψ⁻. The targets being constants, the loss is a sum over (image, caption) cells, so the cells can be
+run a few at a time with the same gradient, and over a random subset of the negatives with the same
+gradient on average (`Passes`).
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -31,10 +33,20 @@ from agsm_loss._engines import (
     spared_by_negatives,
     without_gradient,
 )
-from agsm_loss._passes import Cells, NoisedBatch, checked, split_alike
+from agsm_loss._passes import Cells, NoisedBatch, checked, split_alike, with_rows_of
 from agsm_loss._random import draws
 from agsm_loss._storage import Place, several_ranks
-from agsm_loss.candidates import Candidates, InBatch, Rule
+from agsm_loss.candidates import (
+    EMPTY,
+    Candidates,
+    Grid,
+    Hard,
+    InBatch,
+    Mixed,
+    Rule,
+    own_alone,
+    with_null,
+)
 from agsm_loss.ema import EMA
 from agsm_loss.loss import AGSMLoss
 from agsm_loss.schedule import Schedule, as_schedule
@@ -103,13 +115,15 @@ class AGSMRegularizer:
 
     >>> import torch
     >>> from torch import nn
-    >>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+    >>> from agsm_loss import AGSMLoss, AGSMRegularizer
     >>> layer = nn.Linear(4 + 3, 4)
     >>> def denoiser(noisy, timesteps, text, bank):
     ...     return layer(torch.cat([noisy, text], dim=1))
-    >>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0))
+    >>> agsm = AGSMRegularizer(denoiser, loss=AGSMLoss(guidance_scale=3))
     >>> noisy, target, text = torch.randn(2, 4), torch.randn(2, 4), torch.randn(2, 3)
-    >>> loss, metrics = agsm(noisy, torch.tensor([10, 900]), target, text, ["a dog", "a cat"])
+    >>> captions, empty = ["a dog", "a cat"], torch.zeros(1, 3)
+    >>> timesteps = torch.tensor([10, 900])
+    >>> loss, metrics = agsm(noisy, timesteps, target, text, captions, null=empty)
     >>> loss.backward()  # then optimizer.step() and
     >>> agsm.update_ema()
     >>> metrics["agsm/chance_weight"]
@@ -117,12 +131,16 @@ class AGSMRegularizer:
 
     Args:
         denoiser: the student (`Denoiser`); it must run the parameters that `ema` follows.
-        ema: `EMA` of the trainable parameters (tokens, adapters, or all of them).
+        ema: the teacher, an `EMA` of the trainable parameters (tokens, adapters, or all of them).
+            None: the student is its own teacher, by its detached predictions. That saves the EMA's
+            memory and its pass over the matching captions. γ⁻ > 0 needs an EMA.
         loss: an `AGSMLoss`.
         weight: λ, a number or a function of the optimizer step (`agsm_loss.schedule`). At a step
             where it is 0 nothing is run and the returned loss is a constant 0.
-        candidates: the rule by which captions compete: `InBatch`, `Hard`, `Mixed` or `Grid` of
-            `agsm_loss.candidates`, or your own `Rule`.
+        candidates: the rule by which other captions compete, besides the empty one: `InBatch`,
+            `Hard`, `Mixed` or `Grid` of `agsm_loss.candidates`, or your own `Rule`. None: the empty
+            caption alone, which each call gets as `null`; in the published form without `null`,
+            `InBatch(3)`, as published.
         negatives_train: the parameters that the negatives' gradient reaches, where γ⁻ > 0. None
             for those of the `SoftTokens` in the denoiser. Weights that all captions share would
             learn this image for wrong captions (`AGSMLoss`). Where others are trained too, the
@@ -139,32 +157,40 @@ class AGSMRegularizer:
     differ: all make as many passes as the one with most, and extra passes have weight 0.
 
     Raises:
-        ValueError: γ⁻ > 0, and no parameter for the negatives to train.
+        TypeError: an `ema`, `loss` or `candidates` of another kind.
+        ValueError: γ⁻ > 0, and no EMA or no parameter for the negatives to train; an EMA of
+            parameters that the denoiser does not have; an EMA with decay 1, which never follows
+            the student, and a loss that is not for a `frozen_teacher`, or the reverse.
     """
 
     def __init__(
         self,
         denoiser: Denoiser,
-        ema: EMA,
-        loss: AGSMLoss,
+        ema: EMA | None = None,
+        loss: AGSMLoss | None = None,
         *,
         weight: float | Schedule = 1.0,
-        candidates: Rule = InBatch(3),  # noqa: B008 (it is frozen)
+        candidates: Rule | None = None,
         negatives_train: Iterable[nn.Parameter] | None = None,
         passes: Passes = Passes(),
         seed: int | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.ema = ema
-        self.loss = loss
+        self.loss = _checked_parts(ema, loss, candidates)
         self.weight = as_schedule(weight)
         self.candidates = candidates
         self.passes = passes
         self.seed = torch.initial_seed() if seed is None else seed
-        if isinstance(denoiser, nn.Module):
-            ema._look_in(denoiser)
-        self._spared = spared_by_negatives(denoiser, ema, loss.neg_scale, negatives_train)
+        self._spared: list[Place] = []
+        if ema is not None:
+            neg_scale = self.loss.neg_scale
+            self._spared = spared_by_negatives(denoiser, ema, neg_scale, negatives_train)
+            if isinstance(denoiser, nn.Module):
+                ema._look_in(denoiser)
         self.step = self.calls = 0
+        self._versions: int | None = None
+        self._warned: set[str] = set()
 
     def __call__(
         self,
@@ -177,6 +203,7 @@ class AGSMRegularizer:
         hard_negatives: Sequence[Sequence[Hashable]] | None = None,
         image_ids: Sequence[Hashable] | Tensor | None = None,
         image_conditioning: Mapping[str, Any] | None = None,
+        null: Any = None,
         pred: Float[Tensor, "B *D"] | None = None,
     ) -> StepOutput:
         """λ·L and metrics for one batch of B images.
@@ -189,17 +216,21 @@ class AGSMRegularizer:
                 tensors, with one row a caption of the pool: the batch's own captions, then the
                 hard negatives, image by image (`caption_pool`).
             captions: text or id of each image's caption, to tell equal ones; or `Candidates`, where
-                you have chosen who competes already.
+                you have chosen who competes already. A dropped caption, "", has no competitors.
             hard_negatives: each image's edited captions, for `Hard` and `Mixed`.
             image_ids: rows with the same id show the same image, and their captions don't compete.
             image_conditioning: what belongs to the image and not to the caption (SDXL's time ids,
                 a ControlNet's input): tensors with B rows, passed on by keyword.
+            null: the encoded empty caption, which competes with each image's own: the structure of
+                `conditioning`, with one row, or one an image. What your sampler takes for the
+                unconditional pass of guidance is right; SDXL's is zeros.
             pred: the host's own prediction for (x_t, t, own caption), made with ψ⁺; the matching
                 captions are then not run again, and the returned loss reaches the host's graph.
 
         Raises:
-            ValueError, TypeError: as in `agsm_loss.functional.guide` and `agsm_loss.candidates`,
-                and for conditioning whose rows are not the pool's.
+            ValueError, TypeError: as in `agsm_loss.functional.guide` and `agsm_loss.candidates`;
+                for conditioning whose rows are not the pool's, or whose leaves are no tensors; for
+                a `pred` without gradient; where neither `null` nor a rule says who competes.
         """
         weight = float(self.weight(self.step))
         _checks.check_scale("weight", weight)
@@ -212,7 +243,19 @@ class AGSMRegularizer:
         self.calls += 1
         generator = draws(self.seed, self.calls)
         _check_images(noisy, target, pred)
-        candidates = self._choose(captions, hard_negatives, image_ids, generator)
+        self._check_updated()
+        candidates = self._choose(captions, hard_negatives, image_ids, generator, null is not None)
+        empty = [] if isinstance(captions, Candidates | Tensor) else [c == EMPTY for c in captions]
+        if 2 * sum(empty) > len(noisy):
+            self._warn(
+                "empty",
+                f"captions: expected most of them to say something, got {sum(empty)} empty ones of "
+                f"{len(empty)}: nothing competes with those, which is plain denoising. Drop "
+                "captions for the host's own loss only.",
+            )
+        if null is not None:
+            conditioning = with_rows_of(null, conditioning, candidates.pool_size, len(noisy))
+            candidates = with_null(candidates, empty)
         batch, num_candidates = candidates.index.shape
         if batch != noisy.shape[0]:
             raise ValueError(
@@ -225,6 +268,13 @@ class AGSMRegularizer:
         positive = torch.arange(num_candidates) == candidates.positives.unsqueeze(1)
         coefficients = self._coefficients(positive, candidates.mask, generator)
         own = Cells(torch.arange(batch), candidates.positives)
+        taught = candidates.mask
+        if self.ema is None:
+            if pred is None and backward is None and self.passes.chunk_size is None:
+                pred = self.denoiser(*inputs.of(own), **inputs.image(own))
+                checked(pred, noisy, own)
+            if pred is not None:
+                taught = taught & ~positive
         todo = coefficients > 0
         if pred is not None:
             todo = todo & ~positive
@@ -234,11 +284,12 @@ class AGSMRegularizer:
         if ema_chunk_size is None and chunk_size is not None:
             ema_chunk_size = 4 * chunk_size
         ema_passes, *passes = split_alike(
-            [(candidates.mask, ema_chunk_size), *((kind, chunk_size) for kind in kinds)],
+            [(taught, ema_chunk_size), *((kind, chunk_size) for kind in kinds)],
             own.split(1)[0],
             target.device,
         )
-        guidance = self._guide(inputs, target, ema_passes)
+        own_pred = pred if self.ema is None else None
+        guidance = self._guide(inputs, target, ema_passes, own, own_pred)
         errors = target.new_zeros(batch, num_candidates, dtype=guidance.targets.dtype)
         if pred is not None:
             errors = _weighted_errors(pred, guidance, own, coefficients, errors)
@@ -267,8 +318,10 @@ class AGSMRegularizer:
         return StepOutput(terms.loss * weight, _metrics(terms, weight))
 
     def update_ema(self) -> None:
-        """After each `optimizer.step()`: moves the EMA and the schedule's step."""
-        self.ema.update()
+        """After each `optimizer.step()`: moves the EMA, if there is one, and the schedule."""
+        if self.ema is not None:
+            self.ema.update()
+        self._versions = None
         self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -281,12 +334,20 @@ class AGSMRegularizer:
             "step": self.step,
             "calls": self.calls,
             "seed": self.seed,
-            "ema": self.ema.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
             "loss": self.loss.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ema.load_state_dict(state["ema"])
+        if (self.ema is None) != (state["ema"] is None):
+            saved, here = ("no EMA", "one") if state["ema"] is None else ("an EMA", "none")
+            raise ValueError(
+                f"state: expected the teacher that it was saved with ({saved}), got {here}. Make "
+                "the regularizer as it was made then."
+            )
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self._versions = None
         self.loss.load_state_dict(state["loss"])
         if not (several_ranks() and dist.get_rank()):
             self.seed = int(state["seed"])
@@ -298,9 +359,24 @@ class AGSMRegularizer:
         hard_negatives: Sequence[Sequence[Hashable]] | None,
         image_ids: Sequence[Hashable] | Tensor | None,
         generator: torch.Generator,
+        has_null: bool,
     ) -> Candidates:
         if not isinstance(captions, Candidates):
-            return self.candidates(
+            rule = self.candidates
+            if rule is None and not has_null and self.loss.guidance_scale is None:
+                rule = InBatch(3)
+            if rule is None:
+                if not has_null:
+                    raise ValueError(
+                        "null: expected the encoded empty caption, one row in the structure of "
+                        "conditioning, got None: no caption would compete. Pass "
+                        'null=encode(""), or let captions of the batch compete: '
+                        "AGSMRegularizer(..., candidates=InBatch(3))."
+                    )
+                return own_alone(captions, hard_negatives)
+            if has_null and isinstance(rule, InBatch | Hard | Mixed | Grid):
+                rule = replace(rule, allow_empty=True)  # the empty caption competes anyway
+            return rule(
                 captions, hard_negatives=hard_negatives, image_ids=image_ids, generator=generator
             )
         for name, given in (("hard_negatives", hard_negatives), ("image_ids", image_ids)):
@@ -310,25 +386,70 @@ class AGSMRegularizer:
                 )
         return captions
 
-    def _guide(self, inputs: NoisedBatch, target: Tensor, passes: list[Cells]) -> AF.Guidance:
-        """The EMA pass over every candidate, and what follows from it."""
+    def _guide(
+        self,
+        inputs: NoisedBatch,
+        target: Tensor,
+        passes: list[Cells],
+        own: Cells,
+        own_pred: Tensor | None,
+    ) -> AF.Guidance:
+        """The teacher's passes, and what follows from them.
+
+        own_pred: the student's prediction of the `own` cells, where it is its own teacher.
+        """
         candidates = inputs.candidates
         # Masked places are never read, so they may hold anything.
-        ema_pred = torch.zeros(
+        teacher_pred = torch.zeros(
             (*candidates.index.shape, *target.shape[1:]),
             dtype=torch.promote_types(target.dtype, torch.float32),
             device=target.device,
         )
-        with torch.no_grad(), self.ema.applied():
+        if own_pred is not None:
+            teacher_pred[own.rows, own.columns] = own_pred.detach().to(teacher_pred)
+        with torch.no_grad(), self._teacher():
             for cells in passes:
                 values = self.denoiser(*inputs.of(cells), **inputs.image(cells))
                 checked(values, inputs.noisy, cells)
                 if cells.counts:
-                    ema_pred[cells.rows, cells.columns] = values.to(ema_pred)
+                    teacher_pred[cells.rows, cells.columns] = values.to(teacher_pred)
         timesteps = None if self.loss.reward_weight is None else inputs.timesteps
         return self.loss.guide(
-            ema_pred, target, candidates.positives, candidates.mask, timesteps=timesteps
+            teacher_pred, target, candidates.positives, candidates.mask, timesteps=timesteps
         )
+
+    @contextmanager
+    def _teacher(self) -> Iterator[None]:
+        """The denoiser is the teacher inside."""
+        if self.ema is not None:
+            with self.ema.applied():
+                yield
+            return
+        try:
+            yield
+        finally:
+            # Weights that autocast has cast without gradient would serve a pass that needs one.
+            torch.clear_autocast_cache()
+
+    def _check_updated(self) -> None:
+        """Warns where the weights have moved since the last call, and the EMA has not."""
+        if self.ema is None:
+            return
+        versions = sum(one._version for one in self.ema.parameters)
+        if self._versions is None:
+            self._versions = versions
+        elif versions != self._versions:
+            self._warn(
+                "update_ema",
+                "update_ema(): expected a call after each optimizer.step(), got none since the "
+                "weights were changed: the EMA does not follow them.",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Once."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=3)
 
     def _coefficients(self, positive: Tensor, valid: Tensor, generator: torch.Generator) -> Tensor:
         """c_ij of the loss, with this step's draw of the negatives; on the CPU."""
@@ -370,7 +491,40 @@ class AGSMRegularizer:
         if not again or not torch.is_grad_enabled():
             return run()
         # The cells' rows are taken inside, so as not to be kept.
-        return run_again(run, inputs.noisy, self.ema)
+        return run_again(run, inputs.noisy, self.denoiser)
+
+
+def _checked_parts(ema: Any, loss: Any, candidates: Any) -> AGSMLoss:
+    """The loss, if all three are of their kind and go together."""
+    if ema is not None and not isinstance(ema, EMA):
+        raise TypeError(
+            f"ema: expected an agsm_loss.EMA or None, got {type(ema).__name__}. Name the others: "
+            "AGSMRegularizer(denoiser, loss=AGSMLoss(guidance_scale=3))."
+        )
+    if not isinstance(loss, AGSMLoss):
+        got = "None" if loss is None else type(loss).__name__
+        raise TypeError(
+            f"loss: expected an AGSMLoss, got {got}. Pass loss=AGSMLoss(guidance_scale=3)."
+        )
+    if candidates is not None and not isinstance(candidates, Rule):
+        raise TypeError(
+            f"candidates: expected None (the empty caption alone) or a rule, such as InBatch(3) of "
+            f"agsm_loss, got {candidates!r}."
+        )
+    if loss.neg_scale > 0 and ema is None:
+        raise ValueError(
+            f"ema: expected an EMA with neg_scale={loss.neg_scale}, got None. Pass "
+            "EMA(denoiser.tokens.parameters()), or take AGSMLoss(guidance_scale=3)."
+        )
+    frozen = ema is not None and ema.decay == 1
+    if loss.guidance_scale is not None and frozen != loss.frozen_teacher:
+        decay = None if ema is None else ema.decay
+        raise ValueError(
+            f"ema: expected {'decay 1' if loss.frozen_teacher else 'a decay below 1'} with "
+            f"AGSMLoss(guidance_scale=..., frozen_teacher={loss.frozen_teacher}), got {decay}. A "
+            "teacher that never follows the student needs another target for the same scale."
+        )
+    return loss
 
 
 def _check_images(noisy: Tensor, target: Tensor, pred: Tensor | None) -> None:
@@ -382,6 +536,11 @@ def _check_images(noisy: Tensor, target: Tensor, pred: Tensor | None) -> None:
                 f"{name}: expected the shape of noisy {tuple(noisy.shape)}, got "
                 f"{tuple(tensor.shape)}."
             )
+    if pred is not None and torch.is_grad_enabled() and not pred.requires_grad:
+        raise ValueError(
+            "pred: expected the host's prediction with its graph, got a tensor without gradient: "
+            "AGSM would train nothing. Leave out .detach() and torch.no_grad(), or pred."
+        )
 
 
 def _weighted_errors(

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from strategies import SEEDS
 
 from agsm_loss import Grid, Hard, InBatch, Mixed, caption_pool
+from agsm_loss.candidates import own_alone, with_null
 
 BATCHES = st.lists(
     st.tuples(st.sampled_from(["", *"abcdef"]), st.integers(0, 4)), min_size=1, max_size=9
@@ -96,35 +97,28 @@ def test_a_dropped_caption_stands_alone():
 def test_null_adds_the_empty_caption_to_what_would_compete_without_it(rows, num_negatives, seed):
     captions, image_ids = zip(*rows, strict=True)
     hard = [[f"{c}+", ""][: i % 3] for i, c in enumerate(captions)]
-
-    def choose(null):
-        return Mixed(num_negatives, allow_empty=True, null=null)(
-            captions,
-            hard_negatives=hard,
-            image_ids=image_ids,
-            generator=torch.Generator().manual_seed(seed),
-        )
-
-    plain, more = choose(False), choose(True)
-    pool = caption_pool(captions, hard, null=True)
-    assert more.pool_size == len(pool) == plain.pool_size + 1 and pool[-1] == ""
+    plain = Mixed(num_negatives, allow_empty=True)(
+        captions,
+        hard_negatives=hard,
+        image_ids=image_ids,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    more = with_null(plain, [c == "" for c in captions])
+    assert more.pool_size == plain.pool_size + len(captions)
     assert torch.equal(more.index[:, :-1], plain.index)
     assert torch.equal(more.mask[:, :-1], plain.mask)
     # it competes once, for the images that have a caption
     assert more.mask[:, -1].tolist() == [bool(c) for c in captions]
     for i, caption in enumerate(captions):
-        assert more.index[i, -1] == (len(pool) - 1 if caption else i)
+        assert more.index[i, -1] == (plain.pool_size + i if caption else i)
 
 
 def test_the_empty_caption_can_compete_alone():
     """Also where all captions of the batch are the same."""
-    for rule, hard in ((InBatch(0, null=True), None), (Hard(null=True), [[], []])):
-        candidates = rule(["a", "a"], hard_negatives=hard)
-        assert candidates.index.tolist() == [[0, 2], [1, 2]] and candidates.mask.all()
+    candidates = with_null(own_alone(["a", "a"]))
+    assert candidates.index.tolist() == [[0, 2], [1, 3]] and candidates.mask.all()
     with pytest.raises(ValueError, match="expected at least 1, got 0"):
         InBatch(0)
-    with pytest.raises(ValueError, match="no image of this batch"):
-        InBatch(0, null=True)(["", ""])
 
 
 def test_ids_serve_as_captions():
@@ -188,6 +182,6 @@ def test_the_rules_are_mixtures(rows, num_negatives, seed):
 def test_rules_are_values():
     """So that one can be a default, be compared and be printed."""
     assert InBatch(3) == InBatch() != InBatch(2)
-    assert repr(Mixed(2)) == "Mixed(num_negatives=2, allow_empty=False, null=False)"
+    assert repr(Mixed(2)) == "Mixed(num_negatives=2, allow_empty=False)"
     with pytest.raises(AttributeError):
         InBatch().num_negatives = 5

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
 from agsm_loss import functional as AF
 
 FLAT = 1e9  # a temperature at which every caption has the same weight
@@ -76,16 +76,15 @@ def test_a_model_trained_with_the_regularizer_predicts_what_guidance_would_sampl
     agsm = AGSMRegularizer(
         model,
         EMA(model, decay=0.9),
-        AGSMLoss(neg_scale=0, temperature=FLAT),
-        candidates=InBatch(0, null=True),
+        AGSMLoss(pos_scale=1, temperature=FLAT),
         seed=0,
     )
     captions, total = ["a dog", "a cat"] * 32, torch.zeros(2, 2)
-    conditioning = torch.eye(3)[[0, 1] * 32 + [2]]
+    conditioning, empty = torch.eye(3)[[0, 1] * 32], torch.eye(3)[[2]]
     for step in range(1500):
         target = means.repeat(32, 1) + torch.randn(64, 2)
         model.zero_grad()
-        agsm(target, torch.zeros(64), target, conditioning, captions).loss.backward()
+        agsm(target, torch.zeros(64), target, conditioning, captions, null=empty).loss.backward()
         with torch.no_grad():
             model.rows -= 0.1 * model.rows.grad
         agsm.update_ema()

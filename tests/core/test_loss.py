@@ -71,12 +71,19 @@ def test_the_function_passes_every_setting_on():
         assert plain != AF.agsm_loss(pred, ema_pred, target, **settings), name
 
 
-def test_the_negative_scale_is_chosen():
-    """There is no default that is right for a LoRA and for soft tokens."""
+def test_a_scale_is_chosen():
+    """The guidance scale, or the published form's."""
     problem = batch()
     for call in (AGSMLoss, partial(AF.agsm_loss, *problem), partial(AF.guide, *problem[1:])):
-        with pytest.raises(TypeError, match="neg_scale"):
-            call()
+        for settings, words in (
+            ({}, "expected the scale that you would sample with"),
+            ({"guidance_scale": 2, "pos_scale": 1}, "expected no pos_scale"),
+            ({"guidance_scale": 2, "neg_scale": 0.1}, "expected no pos_scale"),
+            ({"guidance_scale": 0.5}, "finite number ≥ 1"),
+            ({"frozen_teacher": True, "pos_scale": 1}, "expected a guidance_scale with it"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                call(**settings)
 
 
 def test_the_loss_is_its_parts():
