@@ -20,6 +20,9 @@ class Batch:
 
 
 class Numbers(torch.utils.data.Dataset):
+    def __init__(self, fingerprint=""):
+        self.fingerprint = fingerprint
+
     def __getitem__(self, index):
         pixels = torch.randn(4, 3, generator=draws("numbers", index))
         return Batch(pixels, [index, index + 100], [f"caption {index}", "another"])
@@ -50,8 +53,8 @@ class Counter:
 class Trained:
     """What a `loop.Run` trains; its scores tell the step."""
 
-    def __init__(self, module, optimizer):
-        self.module, self.optimizer = module, optimizer
+    def __init__(self, module, optimizer, fingerprint):
+        self.module, self.optimizer, self.fingerprint = module, optimizer, fingerprint
 
     def validate(self, step):
         return {"at": step}
@@ -60,12 +63,13 @@ class Trained:
         return "three weights", {}
 
 
-def run(options, *, loss=None, at=None, after=None, scaler=None):
+def run(options, *, loss=None, at=None, after=None, scaler=None, data="", model=""):
     """Trains the model; returns it and how often the EMA was updated.
 
     loss: batch, index, the model -> the loss, in place of the mean square of its output.
     at: micro-step -> called before it.
     after: (step, counter, model, optimizer), called after each optimizer step.
+    data: the batches, or their fingerprint. model: the fingerprint of it.
     """
     with loop.Run(options) as running:
         running.accelerator.scaler = scaler
@@ -73,7 +77,7 @@ def run(options, *, loss=None, at=None, after=None, scaler=None):
         optimizer = torch.optim.AdamW(
             [p for p in bare.parameters() if p.requires_grad], lr=1e-3, weight_decay=1e-2
         )
-        model, optimizer = running.accelerator.prepare(bare, optimizer)
+        module, optimizer = running.accelerator.prepare(bare, optimizer)
         counter = Counter()
 
         def update_ema():
@@ -82,10 +86,11 @@ def run(options, *, loss=None, at=None, after=None, scaler=None):
                 after(counter.steps, counter, bare, optimizer)
 
         counter.update_ema = update_ema
-        for index, batch in running.steps(Trained(model, optimizer), Numbers(), counter):
+        batches = Numbers(data) if isinstance(data, str) else data
+        for index, batch in running.steps(Trained(module, optimizer, model), batches, counter):
             if at is not None:
                 at(index)
-            value = loss(batch, index, model) if loss else model(batch.pixels).square().mean()
+            value = loss(batch, index, module) if loss else module(batch.pixels).square().mean()
             running.backward(value, {"index": torch.tensor(float(index))})
     return bare, counter
 

@@ -4,7 +4,11 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
+import torch
+import yaml
 from datasets import Dataset
+from diffusers import StableDiffusionPipeline
 
 import diagnose
 import generate
@@ -140,7 +144,8 @@ def test_errors_of_users_are_one_line_and_tracebacks_are_asked_for(
     debug, tmp_path, capsys, monkeypatch
 ):
     flags = ["--tokens", str(tmp_path / "gone"), "--output_dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["generate.py", *flags, *["--debug"] * debug])
+    monkeypatch.setattr(sys, "argv", ["generate.py", *flags])
+    monkeypatch.setenv("AGSM_DEBUG", "1" if debug else "0")
 
     def main():
         generate.main()
@@ -149,15 +154,37 @@ def test_errors_of_users_are_one_line_and_tracebacks_are_asked_for(
         cli.command(main)
     lines = capsys.readouterr().err.splitlines()
     assert debug or (len(lines) == 1 and ": error: tokens: no such" in lines[0])
+    assert debug or lines[0].endswith("(AGSM_DEBUG=1 shows the traceback)")
 
 
-@pytest.mark.parametrize("kind", [TypeError, FileNotFoundError, ImportError, ZeroDivisionError])
-def test_errors_of_others_keep_their_traceback(kind):
+@pytest.mark.parametrize(
+    "main",
+    [
+        lambda: safetensors.torch.load(b"not one"),
+        lambda: torch.ones(2) @ torch.ones(3),
+        lambda: StableDiffusionPipeline.from_pretrained("no/such/folder"),
+        lambda: yaml.safe_load("a: b: c"),
+    ],
+)
+def test_errors_of_libraries_are_one_line(main, capsys):
+    with pytest.raises(SystemExit):
+        cli.command(main)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ": error: " in line and line.endswith("(AGSM_DEBUG=1 shows the traceback)")
+
+
+@pytest.mark.parametrize("kind", [TypeError, KeyError, NotImplementedError, ZeroDivisionError])
+def test_bugs_keep_their_traceback(kind):
     def main():
-        raise kind  # in a test: it is no code of this repository
+        raise kind
 
     with pytest.raises(kind):
         cli.command(main)
+
+
+def test_an_error_of_a_process_that_prepares_batches_is_one_line():
+    text = "Caught OSError.\nOriginal Traceback (most recent call last):\n  at\nOSError: no"
+    assert cli.one_line(OSError(text)) == "OSError: no"
 
 
 def test_a_ctrl_c_says_what_is_left(capsys):

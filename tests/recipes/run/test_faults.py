@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 from loop_runs import entries, killed_at, options, resumed, run, same
 
-from run import checkpoints
+from run import checkpoints, log
 from run.stop import Stop
 
 
@@ -103,6 +104,108 @@ def test_a_step_that_fp16s_scaler_skips_is_no_fault(tmp_path):
     tiny = torch.amp.GradScaler("cpu", init_scale=2.0**-21)
     with pytest.raises(FloatingPointError, match="gradient's norm"):
         run(options(tmp_path / "stuck"), loss=broken_at(2), scaler=tiny)
+
+
+class Malicious:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, made):
+        self.made = made
+
+    def __reduce__(self):
+        return Path.touch, (self.made,)
+
+
+@pytest.mark.parametrize("file", ["others.bin", "optimizer.bin", "random_states_0.pkl"])
+def test_a_checkpoint_of_a_stranger_runs_no_code(file, tmp_path):
+    chosen, folder = cut_run(tmp_path), tmp_path / "checkpoints" / "checkpoint_4"
+    torch.save(Malicious(tmp_path / "made"), folder / file)
+    marker = json.loads((folder / "complete").read_text())
+    marker["sha256"][file] = checkpoints.digest_of(folder / file)
+    (folder / "complete").write_text(json.dumps(marker))
+    with pytest.raises(ValueError, match=r"checkpoint_4: expected numbers alone, got getattr"):
+        run(resumed(chosen))
+    assert not (tmp_path / "made").exists()
+
+
+def test_data_and_model_are_those_that_the_run_began_with(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(options(tmp_path), at=killed_at(5), data="rows", model="weights")
+    chosen = resumed(options(tmp_path))
+    with pytest.raises(ValueError, match=r"data: expected that .*: other rows.*--output_dir"):
+        run(chosen, data="more rows", model="weights")
+    with pytest.raises(ValueError, match=r"model: expected that .*: its weights differ"):
+        run(chosen, data="rows", model="others")
+    run(chosen, data="rows", model="weights")
+
+
+def test_a_fingerprint_is_of_contents():
+    one, other = torch.arange(40.0).reshape(4, 10), torch.arange(40.0).reshape(4, 10)
+    known = checkpoints.fingerprint_of({"a": one}, {"shift": 3.0})
+    assert checkpoints.fingerprint_of({"a": other}, {"shift": 3.0}) == known
+    assert checkpoints.fingerprint_of({"a": other}, {"shift": 1.0}) != known
+    assert checkpoints.fingerprint_of({"a": other.reshape(10, 4)}, {"shift": 3.0}) != known
+    assert checkpoints.fingerprint_of({"a": other + 1e-3}, {"shift": 3.0}) != known
+
+
+def test_a_run_that_has_done_more_than_is_asked_for_says_so(tmp_path, capsys):
+    run(options(tmp_path))
+    with pytest.raises(ValueError, match=r"max_train_steps: expected at least 6, .* got 3"):
+        run(resumed(options(tmp_path), max_train_steps=3))
+    run(resumed(options(tmp_path)))  # what was killed before it saved its result
+    assert "steps      all 6 are done" in capsys.readouterr().out
+
+
+def test_a_longer_run_tells_that_its_rate_rises_again(tmp_path, caplog):
+    few = {"lr_decay_steps": 3, "logging_steps": 1}
+    run(options(tmp_path, **few))
+    assert not caplog.text
+    run(resumed(options(tmp_path, **few), max_train_steps=9))
+    assert "next step's learning rate is 0.001, and was to be 0." in caplog.text
+    rates = [1000 * line["lr"] for line in entries(tmp_path)[1:]]
+    falls = [1, 2 / 3, 1 / 3]
+    assert rates == pytest.approx([1, 1, 1, *falls, *falls])
+
+
+def test_a_log_that_was_shortened_is_noticed(tmp_path, caplog):
+    chosen = cut_run(tmp_path)
+    (tmp_path / "log.jsonl").write_text("")
+    run(resumed(chosen))
+    assert "log.jsonl: expected the 3 lines that it had, got 0" in caplog.text
+
+
+def test_where_no_checkpoint_was_written_to_its_end_they_are_kept_and_told_of(tmp_path, caplog):
+    chosen = cut_run(tmp_path)
+    for number in (2, 4):
+        (tmp_path / "checkpoints" / f"checkpoint_{number}" / "complete").unlink()
+    run(resumed(chosen))
+    assert "checkpoint_4 has no file complete" in caplog.text and "anew, at step 1" in caplog.text
+    assert {"damaged_checkpoint_2", "damaged_checkpoint_4"} < set(saved(tmp_path))
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path, monkeypatch):
+    def full(step, *_):
+        def write(*_):
+            raise OSError(28, "No space left on device")
+
+        if step == 6:
+            monkeypatch.setattr(checkpoints, "save_file", write)
+
+    whole = tmp_path / "whole"
+    with pytest.raises(OSError, match=r"checkpoint_6: could not be .* No space.*checkpoint_4\."):
+        run(options(whole), after=full)
+    assert saved(whole) == ["checkpoint_4"]
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"log.jsonl: could not be written: No space .* Make room"):
+        log.append_line(tmp_path / "log" / "log.jsonl", {"step": 1})
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_an_occupied_output_folder_is_named(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir: expected a folder .*file is a file.*--out"):
+        run(options(tmp_path / name))
 
 
 def cut_run(folder, **changes):

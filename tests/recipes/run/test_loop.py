@@ -1,5 +1,10 @@
 """The loop: rate, accumulation, checkpoints of trainable parameters, resume, what stops it."""
 
+import multiprocessing
+import os
+import signal
+import time
+
 import pytest
 import torch
 from loop_runs import OPTIONS, Model, Numbers, entries, killed_at, options, resumed, run, same
@@ -93,10 +98,30 @@ def test_rate_rises_holds_and_falls():
     assert rates[90] == 0.5 and rates[100] == 0.0
 
 
-def test_batches_can_be_prepared_by_workers(tmp_path):
-    alone, _ = run(options(tmp_path / "a", max_train_steps=2))
-    helped, _ = run(options(tmp_path / "b", max_train_steps=2, dataloader_num_workers=1))
-    assert torch.equal(alone.layer.weight, helped.layer.weight)
+class Killed(Numbers):
+    """One of two processes kills itself at batch 4; the other is busy then, and deaf to SIGTERM."""
+
+    def __getitem__(self, index):
+        if index == 4:
+            time.sleep(0.5)  # the batch before is delivered
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 5:
+            time.sleep(600)
+        return super().__getitem__(index)
+
+
+def test_workers_prepare_batches_and_the_run_ends_when_one_is_killed(tmp_path):
+    alone, _ = run(options(tmp_path / "a", max_train_steps=4))
+    helped = []
+
+    def after(step, counter, model, _):
+        helped[:] = [model.layer.weight.detach().clone()]
+
+    chosen = options(tmp_path / "b", dataloader_num_workers=2)
+    with pytest.raises(RuntimeError, match=r"dataloader_num_workers: .* code -9.*checkpoint_4\."):
+        run(chosen, data=Killed(), after=after)
+    assert torch.equal(alone.layer.weight, helped[0])
+    assert not multiprocessing.active_children()
 
 
 def test_a_tracker_gets_nested_scores_by_name():
