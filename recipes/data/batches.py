@@ -14,23 +14,23 @@ Ties (label_0 of 0.5) are dropped, as published.
 
 from __future__ import annotations
 
-import io
 import logging
-import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.hard_negatives import edited
-from data.tables import check_columns
+from data.pictures import read_picture
+from data.prompts import texts_of
+from data.tables import as_images, check_columns, fingerprint
 
 LOGGER = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def to_model(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Item:
-    """A row of a batch: its number, its images (3, H, W), and its text's cell.
+    """A row of a batch: its number, its images (3, H, W), and its texts.
 
     image_id: the number of the batch's first row with the same image files; its own where the
     images are not files.
@@ -63,15 +63,15 @@ class Item:
     row: int
     image_id: int
     images: list[Tensor]
-    text: Any
+    texts: list[str]
 
 
 class Rows:
     """A table's rows in an order that the seed gives, with their images read and fitted.
 
     A row with an image that cannot be read, or without a text, is replaced by the next one, and
-    counted in `unreadable`; the log tells of the 1st, 10th, 100th… Images are turned as their EXIF
-    says, resized to cover `size` pixels a side, and cropped in the middle.
+    counted in `unreadable`; the log tells of the 1st, 10th, 100th… Images are read by
+    `data.pictures`, resized to cover `size` pixels a side, and cropped in the middle.
     """
 
     def __init__(
@@ -86,9 +86,9 @@ class Rows:
         rank: int = 0,
         processes: int = 1,
     ) -> None:
-        check_columns(table, [*images, text])
+        check_columns(table, images, text)
         if len(table) == 0:
-            raise ValueError("data: expected at least one row, got none")
+            raise ValueError("data: expected at least one row, got none.")
         self.table = table.select_columns([*images, text])  # others may be heavy, or damaged
         self.images, self.text = tuple(images), text
         self.batch_size, self.seed, self.size = batch_size, seed, size
@@ -102,21 +102,23 @@ class Rows:
         first: dict[Any, int] = {}
         found = []
         for place in range(self.batch_size):
-            row, images, cells = self._readable(self._row(start + place))
+            item, cells = self._readable(self._row(start + place))
             files = tuple(_file(cells[name]) for name in self.images)
-            image_id = row if None in files else first.setdefault(files, row)
-            found.append(Item(row, image_id, images, cells[self.text]))
+            if None not in files:
+                item = replace(item, image_id=first.setdefault(files, item.row))
+            found.append(item)
         return found
 
-    def _readable(self, row: int) -> tuple[int, list[Tensor], Any]:
+    def _readable(self, row: int) -> tuple[Item, Mapping[str, Any]]:
+        """The row, or the next one that can be read, and its cells."""
         for _ in range(len(self.table)):
             if row not in self.unreadable:
                 cells = self.table[row]
                 try:
+                    texts = texts_of(cells[self.text])
                     images = [self._load(cells[name]) for name in self.images]
-                    _check_text(cells[self.text])
-                    return row, images, cells
-                except UNREADABLE as error:
+                    return Item(row, row, images, texts), cells
+                except ValueError as error:
                     self._leave_out(row, error)
             row = (row + 1) % len(self.table)
         raise ValueError(
@@ -128,9 +130,8 @@ class Rows:
         number = len(self.unreadable)
         if number == 10 ** (len(str(number)) - 1):
             LOGGER.warning(
-                "data: row %d cannot be read (%s: %s); the next one stands for it. So far %d of "
-                "%d rows.",
-                row, type(error).__name__, error, number, len(self.table),
+                "data: row %d cannot be read (%s); the next one stands for it. So far %d of %d "
+                "rows.", row, error, number, len(self.table),
             )  # fmt: skip
 
     def _row(self, place: int) -> int:
@@ -144,7 +145,7 @@ class Rows:
         return int(self._orders[epoch][inside])
 
     def _load(self, cell: Any) -> Tensor:
-        """`UNREADABLE` if damaged."""
+        """ValueError if damaged."""
         return torch.from_numpy(to_model(read_image(cell, self.size)[None]))[0]
 
 
@@ -158,33 +159,16 @@ def _file(cell: Any) -> str | None:
 def read_image(cell: Any, size: int) -> npt.NDArray[np.uint8]:
     """(size, size, 3) from a path, bytes, or a cell of `datasets.Image(decode=False)`.
 
-    Turned as its EXIF says, resized to cover the size, and cropped in the middle.
+    Read by `data.pictures`, resized to cover the size, and cropped in the middle.
 
     Raises:
-        OSError, ValueError, ...: of `UNREADABLE`, where it is damaged.
+        ValueError: it cannot be read.
     """
     if isinstance(cell, Mapping):
         cell = cell["bytes"] or cell["path"]
-    try:
-        with Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell) as file:
-            upright = _in_eight_bits(ImageOps.exif_transpose(file), file.format).convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from error
-    return np.asarray(ImageOps.fit(upright, (size, size)))
-
-
-def _in_eight_bits(image: Any, kind: str) -> Any:
-    """Grey images of 16 bits or floats scaled to 0..255, where PIL would clip; others as is."""
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image
-    values, top = np.asarray(image), 1.0 if image.mode == "F" else 65535.0
-    known = image.mode != "I" or kind in ("PNG", "PPM")  # formats with at most 16 bits
-    if not known or not 0 <= values.min() <= values.max() <= top:
-        raise ValueError(
-            f"expected floats from 0 to 1, or integers of 8 or 16 bits, got mode {image.mode} with "
-            f"values from {values.min()} to {values.max()}, whose white is not known"
-        )
-    return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
+    if not cell:
+        raise ValueError("expected an image, got none")
+    return np.asarray(ImageOps.fit(read_picture(cell), (size, size)))
 
 
 class TableBatches(Dataset[Batch]):
@@ -200,11 +184,15 @@ class TableBatches(Dataset[Batch]):
         text: str = "caption",
         **rows: Any,
     ) -> None:
-        if image in table.column_names and len(table):
-            # Undecoded, so that a damaged file is an error of its own row.
-            table = table.cast_column(image, datasets.Image(decode=False))
+        check_columns(table, [image], text)
+        table = as_images(table, [image])
         self.rows = Rows(table, [image], text, batch_size, **rows)
         self.hard = hard
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`tables.fingerprint` of what is trained on."""
+        return fingerprint(self.rows.table)
 
     def about(self) -> str:
         """For a run's summary."""
@@ -213,7 +201,7 @@ class TableBatches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng([self.rows.seed, index, self.rows.rank, 4])
         found = self.rows.batch(index)
-        captions = [one_text(item.text, rng) for item in found]
+        captions = [one_text(item.texts, rng) for item in found]
         return Batch(
             torch.stack([item.images[0] for item in found]),
             captions,
@@ -222,19 +210,9 @@ class TableBatches(Dataset[Batch]):
         )
 
 
-# What PIL raises for damaged images of one format or another; and for no image, or no text, at all.
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, struct.error)
-
-
-def _check_text(cell: Any) -> None:
-    texts = [cell] if isinstance(cell, str) else cell
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"expected a text, or several, got {cell!r}")
-
-
-def one_text(cell: str | Sequence[str], rng: np.random.Generator) -> str:
-    """A caption's cell: itself, or one of several."""
-    return cell if isinstance(cell, str) else cell[int(rng.integers(len(cell)))]
+def one_text(texts: Sequence[str], rng: np.random.Generator) -> str:
+    """One of a caption's texts (`texts_of`)."""
+    return texts[int(rng.integers(len(texts)))]
 
 
 PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0", "image_w", "image_l")
@@ -264,7 +242,7 @@ class TablePairs(Dataset[PairBatch]):
     ) -> None:
         names = set(table.column_names)
         if names >= {"jpg_0", "jpg_1", "label_0"}:
-            images, labels = ["jpg_0", "jpg_1"], np.asarray(table["label_0"], dtype=float)
+            images, labels = ["jpg_0", "jpg_1"], _labels(table["label_0"])
             decided = np.flatnonzero((labels == 0) | (labels == 1))
             self.ties = len(labels) - len(decided)
             table = table.select(decided)
@@ -276,11 +254,14 @@ class TablePairs(Dataset[PairBatch]):
                 "data: expected columns jpg_0, jpg_1 and label_0, or image_w and image_l, got "
                 f"{sorted(names)}."
             )
-        for name in images:
-            if isinstance(table.features[name], datasets.Image) and len(table):
-                table = table.cast_column(name, datasets.Image(decode=False))
-        self.rows = Rows(table, images, text, batch_size, **rows)
+        check_columns(table, images, text)
+        self.rows = Rows(as_images(table, images), images, text, batch_size, **rows)
         self.hard = hard
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`tables.fingerprint` of what is trained on, and of who won."""
+        return fingerprint(self.rows.table, self.first_wins)
 
     def about(self) -> str:
         """For a run's summary."""
@@ -295,7 +276,7 @@ class TablePairs(Dataset[PairBatch]):
             one.images if self.first_wins is None or self.first_wins[one.row] else one.images[::-1]
             for one in found
         ]
-        captions = [one_text(one.text, rng) for one in found]
+        captions = [one_text(one.texts, rng) for one in found]
         return PairBatch(
             torch.stack([images[0] for images in ordered]),
             torch.stack([images[1] for images in ordered]),
@@ -303,3 +284,13 @@ class TablePairs(Dataset[PairBatch]):
             [one.row for one in found],
             [edited(text, self.hard, rng) for text in captions],
         )
+
+
+def _labels(column: Any) -> npt.NDArray[np.float64]:
+    try:
+        return np.asarray(column, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "data: expected numbers in label_0, 1 where jpg_0 won and 0 where jpg_1 did, got "
+            f"others ({error})."
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from data.batches import PAIR_COLUMNS, Batch, PairBatch, TableBatches, TablePairs, one_text
-from data.prompts import read_prompts
+from data.prompts import read_prompts, texts_of
 from data.sources import world
 from data.tables import check_columns, open_table
 from run.options import option
@@ -106,22 +107,34 @@ class Task:
     def _texts(self) -> Any:
         """The captions' column, with no images read."""
         table = open_table(self.data, self.split, columns=(), text=self.text)
-        check_columns(table, [self.text])
+        check_columns(table, (), self.text)
         return table[self.text]
 
     def captions(self) -> Captions:
-        """The data's captions; of a row with several, always the same one."""
-        texts = self._texts()
-        return Captions(len(texts), lambda row: one_text(texts[row], np.random.default_rng(row)))
+        """The data's captions; of a row with several, always the same one.
+
+        A row without a text is replaced by the next one.
+        """
+        column = self._texts()
+
+        def caption(row: int) -> str:
+            for place in range(row, row + len(column)):
+                with suppress(ValueError):
+                    texts = texts_of(column[place % len(column)])
+                    return one_text(texts, np.random.default_rng(row))
+            raise ValueError(f"data: none of the {len(column)} rows of {self.data} has a text.")
+
+        return Captions(len(column), caption)
 
     def one_caption(self) -> str | None:
-        """The caption that all rows have; None where there are several."""
+        """The caption that all rows have; None where there are several, or none."""
         found: set[str] = set()
         for cell in self._texts():
-            found.update([cell] if isinstance(cell, str) else cell or ())
+            with suppress(ValueError):
+                found.update(texts_of(cell))
             if len(found) > 1:
                 return None
-        return next(iter(found), "")
+        return next(iter(found), None)
 
     def validation(self) -> list[dict[str, Any]]:
         """A row with a prompt each; none where nothing is validated."""

@@ -6,6 +6,7 @@
 
 Both run stock pipelines; the second calls the text-to-image one with a scheduler that goes from the
 image to noise, then with the one that comes back. Images are (N, H, W, 3) uint8, one batch.
+`sampled` is num_inference_steps and guidance_scale.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -31,8 +32,9 @@ from torch import Tensor
 
 from agsm_loss._random import draws
 from agsm_loss.integrations.noise import prediction_type
-from data.batches import UNREADABLE, read_image, to_model
-from data.tables import open_table
+from data.batches import read_image, to_model
+from data.prompts import normal
+from data.tables import as_images, open_table
 from model.families import guidance
 from model.pipeline import TextToImage
 from model.sampling import images_per_call, sample
@@ -57,30 +59,27 @@ def read_changes(data: str, *, size: int, number: int) -> Changes:
         ValueError: a column or all rows missing, an image that cannot be read, a text that is none.
     """
     table = open_table(data, "train", columns=COLUMNS, text="caption")
-    missing = sorted(set(COLUMNS) - set(table.column_names))
-    if missing or len(table) == 0:
+    if not set(COLUMNS) <= set(table.column_names):
         raise ValueError(
             f"data: expected rows with the columns {list(COLUMNS)}, got {len(table)} rows with "
             f"{table.column_names}."
         )
-    if isinstance(table.features["image"], datasets.Image):
-        table = table.cast_column("image", datasets.Image(decode=False))
+    rows = list(as_images(table, ["image"]).select(range(min(number, len(table)))))
     images = []
-    rows = list(table.select(range(min(number, len(table)))))
     for index, row in enumerate(rows):
+        told = {name: row[name] for name in COLUMNS[1:]}
+        empty = [n for n, text in told.items() if not isinstance(text, str) or not normal(text)]
+        if empty:
+            raise ValueError(f"data: row {index}: expected texts, got none as {empty}.")
         try:
             images.append(read_image(row["image"], size))
-        except UNREADABLE as error:
+        except ValueError as error:
             raise ValueError(
                 f"data: the image of row {index} cannot be read: {error}. Paths are taken from "
                 "the folder that the command runs in."
             ) from error
-        empty = [name for name in COLUMNS[1:] if not isinstance(row[name], str) or not row[name]]
-        if empty:
-            raise ValueError(f"data: row {index}: expected texts, got none as {empty}.")
-    return Changes(
-        np.stack(images), [row["caption"] for row in rows], [row["new_caption"] for row in rows]
-    )
+    texts = ([normal(row[name]) for row in rows] for name in COLUMNS[1:])
+    return Changes(np.stack(images), *texts)
 
 
 class FlowInverseScheduler(FlowMatchEulerDiscreteScheduler):
@@ -90,31 +89,37 @@ class FlowInverseScheduler(FlowMatchEulerDiscreteScheduler):
     asks it at that level too.
     """
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: list[float] | None = None,
-        mu: float | None = None,
-        timesteps: list[float] | None = None,
-    ) -> None:
-        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+    @wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)  # pipelines ask which arguments it has
+    def set_timesteps(self, *args: Any, **settings: Any) -> None:
+        super().set_timesteps(*args, **settings)
         self.sigmas = self.sigmas.flip(0)
         self.timesteps = self.timesteps.flip(0)
 
 
 def there_and_back(scheduler: Any) -> tuple[Any, Any]:
-    """The schedulers from images to noise and from noise to images, over the same noise levels."""
-    if prediction_type(scheduler) == "flow":
-        config = scheduler.config
+    """The schedulers from images to noise and from noise to images, over the same noise levels.
+
+    Raises:
+        ValueError: no noise leads to an image, as the noisiest level has nothing of it.
+    """
+    config, kind = scheduler.config, prediction_type(scheduler)
+    if kind == "flow":
+        same = {"stochastic_sampling": False}
         if "flow_shift" in config:  # a DPM-Solver, which knows it by this name
             config = {"shift": config.flow_shift}
-        there: Any = FlowInverseScheduler.from_config(config)
-        return there, FlowMatchEulerDiscreteScheduler.from_config(config)
-    # "trailing" begins at the noisiest level; a clipped x_0 could not be inverted.
-    same = {"timestep_spacing": "trailing", "clip_sample": False}
-    there = DDIMInverseScheduler.from_config(scheduler.config, **same)
-    return there, DDIMScheduler.from_config(scheduler.config, **same)
+        flows = FlowInverseScheduler, FlowMatchEulerDiscreteScheduler
+        return flows[0].from_config(config, **same), flows[1].from_config(config, **same)
+    if config.get("rescale_betas_zero_snr"):
+        raise ValueError(
+            f"method: inversion needs some of the image at the noisiest level, and the model's "
+            f"{type(scheduler).__name__} has rescale_betas_zero_snr. Take --method img2img."
+        )
+    # "trailing" begins at the noisiest level. A clipped x_0 could not be inverted, and a model that
+    # predicts x_0 says nothing of a clean image's noise.
+    same = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}
+    same |= {"set_alpha_to_one": False} if kind == "sample" else {}
+    there = DDIMInverseScheduler.from_config(config, **same)
+    return there, DDIMScheduler.from_config(config, **same)
 
 
 def image_to_image(model: TextToImage) -> Any:
@@ -145,28 +150,21 @@ def change(
     strength: float | None,
     seed: int,
     batch_size: int = 0,
-    num_inference_steps: int,
-    guidance_scale: float,
+    **sampled: Any,
 ) -> Images:
     """All images changed, a batch a call: by `img2img`, or with a strength of None by `inversion`.
 
     Image i's noise is `draws((seed, i))`. batch_size 0: as `images_per_call`.
     """
     found, size = [], batch_size or images_per_call(pipe)
-    sampled: dict[str, Any] = {
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-    }
     for start in range(0, len(changes.prompts), size):
         part = slice(start, start + size)
         images, prompts = changes.images[part], changes.prompts[part]
         if strength is None:
             found.append(inversion(model, images, changes.captions[part], prompts, **sampled))
         else:
-            seeds = [(seed, start + i) for i in range(len(prompts))]
-            found.append(
-                img2img(model, pipe, images, prompts, strength=strength, seeds=seeds, **sampled)
-            )
+            sampled["seeds"] = [(seed, start + i) for i in range(len(prompts))]
+            found.append(img2img(model, pipe, images, prompts, strength=strength, **sampled))
     return np.concatenate(found)
 
 
@@ -177,22 +175,21 @@ def img2img(
     prompts: Sequence[str],
     *,
     strength: float,
-    seeds: Sequence[Any],
-    num_inference_steps: int,
-    guidance_scale: float,
+    **sampled: Any,
 ) -> Images:
     """SDEdit (arXiv 2108.01073): noise on the images, then the last steps of sampling.
 
     pipe: of `image_to_image`. strength: the share of the steps that is taken, in (0, 1].
-    seeds: image i's noise is `draws(seeds[i])`.
+    sampled: also seeds; image i's noise is `draws(seeds[i])`.
 
     Raises:
         ValueError: a strength outside (0, 1], or so small that no step is left.
     """
-    if not 0 < strength <= 1 or int(strength * num_inference_steps) == 0:
+    steps = sampled["num_inference_steps"]
+    if not 0 < strength <= 1 or int(strength * steps) == 0:
         raise ValueError(
-            f"strength: expected a share in (0, 1] that leaves at least one of "
-            f"{num_inference_steps} steps, got {strength:g}."
+            f"strength: expected a share in (0, 1] that leaves at least one of {steps} steps, got "
+            f"{strength:g}."
         )
     given: Any = encode(model, images)
     if given.shape[1] != pipe.image_processor.config.vae_latent_channels:
@@ -202,15 +199,8 @@ def img2img(
                 f"{model.denoiser.dtype}: it knows no latents of {given.shape[1]} channels."
             )
         given = [Image.fromarray(image) for image in images]
-    return sample(
-        pipe,
-        prompts,
-        seeds=seeds,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        batch_size=len(prompts),
-        arguments={**_arguments(model, pipe, images), "image": given, "strength": strength},
-    )
+    arguments = {**_arguments(model, pipe, images), "image": given, "strength": strength}
+    return sample(pipe, prompts, batch_size=len(prompts), arguments=arguments, **sampled)
 
 
 def inversion(
@@ -218,39 +208,30 @@ def inversion(
     images: Images,
     captions: Sequence[str],
     prompts: Sequence[str],
-    *,
-    num_inference_steps: int,
-    guidance_scale: float,
+    **sampled: Any,
 ) -> Images:
     """DDIM inversion (arXiv 2010.02502), or a flow's Euler steps backwards; then sampling.
 
     captions: of the images; the way to noise is taken under them without guidance, the way back
     under `prompts` with it.
     """
-    latents = encode(model, images)
-    if hasattr(model.pipe, "_pack_latents"):  # Flux, Qwen-Image
-        latents = model.pipe._pack_latents(latents, *latents.shape)
-    arguments = _arguments(model, model.pipe, images)
-    there, back = there_and_back(model.pipe.scheduler)
-    with _scheduler(model.pipe, there):
-        noise = model.pipe(
+    pipe, latents = model.pipe, encode(model, images)
+    if hasattr(pipe, "_pack_latents"):  # Flux, Qwen-Image
+        latents = pipe._pack_latents(latents, *latents.shape)
+    arguments = _arguments(model, pipe, images)
+    there, back = there_and_back(pipe.scheduler)
+    with _scheduler(pipe, there):
+        arguments["latents"] = pipe(
             list(captions),
             latents=latents.to(model.denoiser.dtype),
-            num_inference_steps=num_inference_steps,
-            **guidance(model.pipe, 1.0, len(captions)),
+            num_inference_steps=sampled["num_inference_steps"],
+            **guidance(pipe, 1.0, len(captions)),
             output_type="latent",
             **arguments,
         ).images
-    with _scheduler(model.pipe, back):
-        return sample(
-            model.pipe,
-            prompts,
-            seeds=range(len(prompts)),  # nothing is drawn
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            batch_size=len(prompts),
-            arguments={**arguments, "latents": noise},
-        )
+    with _scheduler(pipe, back):
+        settings = {"seeds": range(len(prompts)), "batch_size": len(prompts)}  # nothing is drawn
+        return sample(pipe, prompts, arguments=arguments, **settings, **sampled)
 
 
 def _arguments(model: TextToImage, pipe: Any, images: Images) -> dict[str, Any]:

@@ -139,7 +139,10 @@ def broken_png():
     ("column", "cell"),
     [
         ("caption", None),
+        ("caption", " \n"),
+        ("caption", "\ufeff"),
         ("caption", []),
+        ("caption", ["", " "]),
         ("image", None),
         ("image", {"bytes": png("red")["bytes"][:40], "path": None}),
         ("image", {"bytes": b"II*\x00" + b"\xff" * 40, "path": None}),
@@ -174,7 +177,7 @@ def test_pictures_are_turned_as_their_exif_says():
     buffer = io.BytesIO()
     picture.transpose(Image.Transpose.ROTATE_90).save(buffer, format="PNG", exif=exif)
     table = Dataset.from_list(
-        [{"image": {"bytes": buffer.getvalue(), "path": None}, "caption": ""}]
+        [{"image": {"bytes": buffer.getvalue(), "path": None}, "caption": "a"}]
     )
     red, _, blue = TableBatches(table, 1, 0, seed=0, size=8)[0].pixels[0]
     assert (red[:, 4:] > 0).all() and (blue[:, :4] > 0).all() and (red[:, :4] < 0).all()

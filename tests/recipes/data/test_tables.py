@@ -1,0 +1,261 @@
+"""Tables from files and folders: no row vanishes without a word, errors name the file."""
+
+import io
+import json
+import tarfile
+
+import pandas as pd
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from data.batches import TableBatches, TablePairs
+from data.tables import check_columns, fingerprint, open_table
+from data.task import Task
+
+
+def pictures(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", (8, 8), "red").save(folder / name)
+    return folder
+
+
+def with_metadata(folder, *names):
+    pictures(folder, *names)
+    lines = [f"{name},a picture {name}" for name in names]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,caption", *lines]))
+
+
+def captions(source, **more):
+    return sorted(str(text) for text in open_table(str(source), "train", **more)["caption"])
+
+
+def test_a_folder_has_all_of_its_rows_whatever_the_names(tmp_path, caplog):
+    for name in ("cat", "dog", "train"):
+        with_metadata(tmp_path / "classes" / name, "0.jpg", "1.jpg")
+    with_metadata(tmp_path / "photos", "a.jpg", "red_train.jpg", "test_tube.jpg")
+    assert len(open_table(str(tmp_path / "classes"), "train")) == 6
+    assert len(open_table(str(tmp_path / "photos"), "train")) == 3
+    assert not caplog.text
+    with pytest.raises(ValueError, match=r"split: expected one of .*photos \(train\), got 'test'"):
+        open_table(str(tmp_path / "photos"), "test")
+
+
+def test_folders_that_are_all_splits_are_splits(tmp_path, caplog):
+    with_metadata(tmp_path / "train", "0.jpg", "1.jpg")
+    with_metadata(tmp_path / "val" / "deep", "2.jpg")
+    assert captions(tmp_path) == ["a picture 0.jpg", "a picture 1.jpg"]
+    assert "1 files of splits other than train are not read" in caplog.text
+    assert len(open_table(str(tmp_path), "validation")) == 1
+    with pytest.raises(ValueError, match=r"\(train, validation\), got 'test'"):
+        open_table(str(tmp_path), "test")
+
+
+def test_texts_beside_pictures_are_captions(tmp_path, caplog):
+    pictures(tmp_path / "10_dog", "a.jpg", "b.png", "c.jpg", "d.jpg")
+    for name, text in (("a.txt", "\ufeffa\u0308 dog\r\n"), ("b.caption", "b"), ("d.txt", " ")):
+        (tmp_path / "10_dog" / name).write_text(text, encoding="utf-8")
+    with_metadata(tmp_path / "more", "e.jpg")
+    (tmp_path / "more" / "e.txt").write_text("not this")
+    batch = Task(str(tmp_path), size=8).images(4, 0)[0]
+    assert set(batch.captions) == {"\xe4 dog", "b", "a picture e.jpg"}
+    assert "1 pictures without a caption are not read" in caplog.text
+    with pytest.raises(ValueError, match=r"metadata.csv .* or a .txt beside.* got 1 pictures"):
+        open_table(str(pictures(tmp_path / "bare", "a.jpg")), "train")
+
+
+def test_metadata_of_several_kinds_and_of_pairs_are_read(tmp_path):
+    pictures(tmp_path, "a.jpg", "b.jpg")
+    row = {"image_w_file_name": "a.jpg", "image_l_file_name": "b.jpg", "caption": "a"}
+    (tmp_path / "metadata.JSONL").write_text("\ufeff" + json.dumps(row), encoding="utf-8")
+    assert Task(str(tmp_path), size=8).pairs(1, 0)[0].captions == ["a"]
+    (tmp_path / "metadata.JSONL").unlink()
+    pd.DataFrame({"file_name": ["a.jpg"], "caption": ["b"]}).to_parquet(
+        tmp_path / "metadata.parquet"
+    )
+    assert Task(str(tmp_path), size=8).images(1, 0)[0].captions == ["b"]
+    (tmp_path / "metadata.csv").write_text("file,caption\na.jpg,a\n")
+    with pytest.raises(ValueError, match=r"metadata.csv, line 2: expected a column file_name"):
+        open_table(str(tmp_path), "train")
+
+
+def test_shards_are_read_and_pictures_beside_them_told(tmp_path, caplog):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        frame = pd.DataFrame({"image": [b"x"], "caption": [name]})
+        frame.to_parquet(tmp_path / "data" / f"{name}.parquet")
+    pictures(tmp_path / "assets", "preview.png")
+    assert [text[:11] for text in captions(tmp_path)] == ["train-00000", "train-00001"]
+    assert "1 pictures and tables of another kind are not read" in caplog.text
+    assert "1 files of splits other than train are not read" in caplog.text
+    frame.to_parquet(tmp_path / "data" / "test_tube.parquet")  # now names say nothing
+    assert len(open_table(str(tmp_path), "train")) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.CSV", "\ufeffimage,caption\r\ni.png,7\r\n"),
+        ("a.tsv", "image\tcaption\ni.png\t7\n"),
+        ("a.jsonl", '\ufeff{"image": "i.png", "caption": "7"}\n'),
+        ("a.JSON", '[{"image": "i.png", "caption": "7"}]'),
+        ("[x]::y/a.csv", "image,caption\ni.png,7\n"),
+        ("[x]::y/a.jsonl", '{"image": "i.png", "caption": ["7", "", null]}\n'),
+    ],
+)
+def test_tables_of_texts_are_read(name, content, tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures(tmp_path, "i.png"))
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert Task(name, size=8).images(1, 0)[0].captions == ["7"]
+
+
+def test_rows_with_one_caption_and_with_several_may_be_mixed(tmp_path):
+    rows = [{"image": "a", "caption": "one"}, {"image": "b", "caption": ["two", None], "x": 1}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"image": "c"}])))
+    table = open_table(str(tmp_path / "a.jsonl"), "train")
+    assert table[:]["caption"] == [["one"], ["two", None], [None]]
+    assert table.column_names == ["image", "caption", "x"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.csv", "image,caption\ni.png,a, b\n", "a.csv, line 2: expected 2 fields.*got 3"),
+        ("a.csv", "image,caption\ni.png,café\n".encode("cp1252"), "a.csv: expected UTF-8"),
+        ("a.csv", "image,caption\n", "at least one row in .*a.csv"),
+        ("a.csv", "", "a.csv: expected a header"),
+        ("a.jsonl", "", "at least one row in .*a.jsonl"),
+        ("a.jsonl", '{"image": "i", "caption": 7}', "a.jsonl, line 1: expected a text, got '7'"),
+        ("a.jsonl", '{"image": "i", "caption": {"en": "a"}}', "line 1: expected a text, got"),
+        ("a.jsonl", '{"image": "i", "caption": "\\ud800"}', "line 1: expected a text, got"),
+        ("a.json", '["a"]', "a.json, row 1: expected a row of names"),
+        ("a.json", '{"images": null, "annotations": 3}', "a.json: expected COCO's captions"),
+        ("a.json", '{"images": [{"id": 1}], "annotations": []}', r"a.json.*'file_name'"),
+        ("a.parquet", b"", "a.parquet cannot be read: .*Write it again"),
+        ("a.parquet", b"PAR1" * 9, "a.parquet cannot be read: .*Write it again"),
+        ("a.tar", b"junk" * 300, "a.tar cannot be read: .*Write it again"),
+        ("b::c.parquet", b"", "b::c.parquet: expected a path without ::.*Rename"),
+    ],
+)
+def test_what_cannot_be_read_is_named_in_one_line(name, content, told, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=told) as error:
+        open_table(str(tmp_path / name), "train")
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_parquets_and_those_with_brackets(tmp_path):
+    file = tmp_path / "[1]*.parquet"
+    pd.DataFrame({"image": [b"x" * 999] * 9, "caption": ["a"] * 9}).to_parquet(file)
+    assert len(open_table(str(file), "train")) == 9
+    whole = file.read_bytes()
+    (tmp_path / "2.parquet").write_bytes(b"PAR1" + b"\xff" * 80 + whole[84:])
+    with pytest.raises(ValueError, match=r"2.parquet cannot be read: .*Write it again"):
+        open_table(str(tmp_path / "2.parquet"), "train")
+
+
+def test_columns_of_other_kinds_are_refused():
+    for cell in ({"en": "a", "de": "b"}, 7, [3], [{"en": "a"}]):
+        table = Dataset.from_list([{"image": b"", "caption": cell}])
+        with pytest.raises(ValueError, match=r"expected texts in the column caption.*got"):
+            check_columns(table, ["image"], "caption")
+    with pytest.raises(ValueError, match="expected images in the column image"):
+        TableBatches(Dataset.from_list([{"image": 7, "caption": "a"}]), 1, 0, seed=0, size=8)
+    rows = [{"jpg_0": b"", "jpg_1": b"", "label_0": "first", "caption": "a"}]
+    with pytest.raises(ValueError, match="expected numbers in label_0"):
+        TablePairs(Dataset.from_list(rows), 1, 0, seed=0, size=8)
+
+
+def coco(folder, images, annotations):
+    file = folder / "captions_train2017.json"
+    file.write_text(json.dumps({"images": images, "annotations": annotations}))
+    return file
+
+
+def test_coco_with_holes(tmp_path, caplog):
+    """Its first image is missing, a caption is null, an image has none."""
+    pictures(tmp_path, "2.png")
+    shown = [{"id": i, "file_name": f"{i}.png"} for i in (1, 2, 3)]
+    told = [{"image_id": i, "caption": text} for i, text in ((1, "a"), (2, None), (2, " b\n"))]
+    task = Task(str(coco(tmp_path, shown, told)), size=8)
+    assert task.images(2, 0)[0].captions == ["b", "b"]
+    assert "1 images without a caption are not read" in caplog.text
+
+
+def tar_of(file, number=3):
+    with tarfile.open(file, "w") as tar:
+        for name in (f"{i}.{ending}" for i in range(number) for ending in ("JPG", "txt")):
+            member = tarfile.TarInfo(name)
+            member.size = 600
+            tar.addfile(member, io.BytesIO(b"\xef\xbb\xbf" + b"x" * 597))
+    return file.read_bytes()
+
+
+def test_a_tar_that_is_cut_is_an_error(tmp_path):
+    whole = tar_of(tmp_path / "a.tar")
+    size = 1536  # of a member
+    read = {"columns": ["jpg"], "text": "txt"}
+    assert len(open_table(str(tmp_path / "a.tar"), "train", **read)) == 3
+    for cut in (2 * size + 100, 4 * size, 2 * size - 200, 4 * size + 300, 6 * size):
+        (tmp_path / "c.tar").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"c.tar cannot be read: .*Write it again"):
+            open_table(str(tmp_path / "c.tar"), "train", **read)
+    (tmp_path / "c.tar").write_bytes(whole * 2)
+    with pytest.raises(ValueError, match="files behind it"):
+        open_table(str(tmp_path / "c.tar"), "train", **read)
+    texts = open_table(str(tmp_path / "a.tar"), "train", **read)["txt"]
+    assert set(texts) == {"x" * 597}
+
+
+def test_prompts_are_the_captions_that_there_are(tmp_path):
+    rows = [{"image": b"", "caption": text} for text in ("", "a\n", " ", ["x"][0])]
+    Dataset.from_list(rows).to_parquet(tmp_path / "t.parquet")
+    assert list(Task(str(tmp_path / "t.parquet")).captions()) == ["a", "a", "x", "x"]
+    Dataset.from_list(rows[:1]).to_parquet(tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match=r"none of the 1 rows of .*e.parquet has a text"):
+        list(Task(str(tmp_path / "e.parquet")).captions())
+    assert Task(str(tmp_path / "e.parquet")).one_caption() is None
+
+
+def test_empty_captions_are_not_drawn():
+    cells = [["", "a dog"], ["", " "], [" a cat", None]]
+    table = Dataset.from_list([{"image": png("red"), "caption": cell} for cell in cells])
+    batches = TableBatches(table, 3, 0, seed=0, size=8)
+    assert {text for i in range(9) for text in batches[i].captions} == {"a dog", "a cat"}
+    assert batches.rows.unreadable == {1}
+
+
+def png(colour, size=8):
+    file = io.BytesIO()
+    Image.new("RGB", (size, size), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_the_fingerprint_is_of_the_rows_in_their_order():
+    rows = [{"image": png("red", 8 + i), "caption": f"a/{i}", "x": i} for i in range(3)]
+
+    def of(rows):
+        return TableBatches(Dataset.from_list(rows), 1, 0, seed=0, size=8).fingerprint
+
+    same = [{**row, "x": 0} for row in rows]  # not read
+    assert of(rows) == of(same)
+    others = [rows[::-1], rows[:2], [*rows, rows[0]], [{**rows[0], "caption": "b/0"}, *rows[1:]],
+              [{**rows[0], "image": png("red", 99)}, *rows[1:]]]  # fmt: skip
+    assert len({of(rows), *map(of, others)}) == 6
+    files = [{**row, "image": f"one/{i}.png"} for i, row in enumerate(rows)]
+    moved = [{**row, "image": f"two/{i}.png"} for i, row in enumerate(rows)]
+    named = [{**row, "image": f"one/x{i}.png"} for i, row in enumerate(rows)]
+    assert of(files) == of(moved) != of(named)
+    parts = Dataset.from_list(rows), Dataset.from_list(rows[:0])
+    assert fingerprint(parts[0]) != fingerprint(parts[1])
+
+
+def test_the_fingerprint_of_pairs_knows_who_won():
+    def of(labels):
+        rows = [{"jpg_0": png("red"), "jpg_1": png("red"), "label_0": one, "caption": "a"}
+                for one in labels]  # fmt: skip
+        return TablePairs(Dataset.from_list(rows), 1, 0, seed=0, size=8).fingerprint
+
+    assert of([1, 0]) == of([1, 0]) and len({of([1, 0]), of([0, 1]), of([1, 0.5])}) == 3
