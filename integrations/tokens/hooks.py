@@ -22,6 +22,9 @@ shape. Before block l, the hook gives the block [text, T_l] and keeps the rest; 
 T_l's outputs and puts the rest behind the text again. All of it is tensor arithmetic on a block's
 own arguments, so every replay, and torch.compile, sees the same.
 
+Hooks are methods and partial functions, never closures: a copy of the model then has hooks of its
+own, with its own tokens, and can be pickled.
+
 To support another architecture, subclass `Backbone` and pass an instance as
 `attach_soft_tokens(model, tokens, backbone=...)`.
 """
@@ -29,6 +32,7 @@ To support another architecture, subclass `Backbone` and pass an instance as
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -181,27 +185,26 @@ class JointBackbone(Backbone):
         return {}
 
     def register(self, model: nn.Module, attachment: Any) -> list[RemovableHandle]:
-        def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            tokens = attachment.take_tokens()
-            return None if tokens is None else carry(output, tokens)
-
-        handles = [getattr(model, self.entry).register_forward_hook(enter)]
+        handles = [getattr(model, self.entry).register_forward_hook(partial(_enter, attachment))]
         blocks, tokens = self.blocks(model), attachment.tokens
         for layer, block in enumerate(blocks[: tokens.num_layers]):
             hook = _JointBlockHook(self, block, tokens.num_layers - layer, tokens.num_tokens)
             handles.append(block.register_forward_pre_hook(hook.before, with_kwargs=True))
             handles.append(block.register_forward_hook(hook.after))
         for block in blocks[tokens.num_layers :] if self.sees_tokens else ():
-            names = parameter_names(block)
-
-            def trim(
-                block: nn.Module, args: Any, kwargs: Any, names: Sequence[str] = names
-            ) -> Call:
-                call = Arguments(names, args, kwargs)
-                return call.replaced(**self.fitted(call, call[self.text].shape[1], 0))
-
+            trim = partial(self._trim, parameter_names(block))
             handles.append(block.register_forward_pre_hook(trim, with_kwargs=True))
         return handles
+
+    def _trim(self, names: Sequence[str], block: nn.Module, args: Any, kwargs: Any) -> Call:
+        call = Arguments(names, args, kwargs)
+        return call.replaced(**self.fitted(call, call[self.text].shape[1], 0))
+
+
+def _enter(attachment: Any, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    """Behind the entry of the text stream: the call's tokens join it."""
+    tokens = attachment.take_tokens()
+    return None if tokens is None else carry(output, tokens)
 
 
 class _JointBlockHook:
@@ -246,40 +249,33 @@ class CrossBackbone(Backbone):
     """Name of the text's attention bias (N, 1, S), 0 where it may be attended."""
 
     def register(self, model: nn.Module, attachment: Any) -> list[RemovableHandle]:
-        def enter(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            tokens = attachment.take_tokens()
-            return None if tokens is None else carry(output, tokens)
-
-        handles = [getattr(model, self.entry).register_forward_hook(enter)]
+        handles = [getattr(model, self.entry).register_forward_hook(partial(_enter, attachment))]
+        tokens = attachment.tokens
         for layer, block in enumerate(self.blocks(model)):
-            names, select = parameter_names(block), self.selector(layer, attachment.tokens)
-
-            def before(
-                block: nn.Module, args: Any, kwargs: Any, names: Any = names, select: Any = select
-            ) -> Call | None:
-                call = Arguments(names, args, kwargs)
-                stream = call[self.text]
-                if not carries(stream):
-                    return None
-                stream, added = select(stream)
-                return call.replaced(
-                    **{self.text: stream, self.mask: extended_bias(call[self.mask], added)}
-                )
-
+            of = parameter_names(block), layer, tokens.num_layers, tokens.num_tokens
+            before = partial(self._before, *of)
             handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
         return handles
 
-    def selector(self, layer: int, tokens: Any) -> Any:
-        """From a carrying stream to (what block `layer` gets (N, S', d), how many were added)."""
-        num_layers, n = tokens.num_layers, tokens.num_tokens
-
-        def select(stream: Tensor) -> tuple[Tensor, int]:
-            text, carried = uncarry(stream, num_layers, n)
-            if layer >= num_layers:
-                return text, 0
-            return torch.cat([text, carried[:, layer * n : (layer + 1) * n]], dim=1), n
-
-        return select
+    def _before(
+        self,
+        names: Sequence[str],
+        layer: int,
+        num_layers: int,
+        n: int,
+        block: nn.Module,
+        args: Any,
+        kwargs: Any,
+    ) -> Call | None:
+        """What block `layer` gets: the text, and its own n tokens where it has some."""
+        call = Arguments(names, args, kwargs)
+        stream = call[self.text]
+        if not carries(stream):
+            return None
+        text, carried = uncarry(stream, num_layers, n)
+        own = carried[:, layer * n : (layer + 1) * n]
+        mask = extended_bias(call[self.mask], own.shape[1])
+        return call.replaced(**{self.text: torch.cat([text, own], dim=1), self.mask: mask})
 
 
 def patches(latents: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ torch.Size([2, 2, 4, 24])
 torch.Size([2, 4, 4, 4])
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,18 +78,19 @@ class QwenImageBackbone(JointBackbone):
         return unpatched(out[0], noisy)
 
     def register(self, model: nn.Module, attachment: Any) -> list[RemovableHandle]:
-        names = parameter_names(model)
-
-        def lengthen(model: nn.Module, args: Any, kwargs: Any) -> Call | None:
-            """The model compares the mask with the text, which carries all the tokens by then."""
-            call, tokens = Arguments(names, args, kwargs), attachment.pending
-            if tokens is None or call[MASK] is None:
-                return None
-            carried = tokens.shape[1] * tokens.shape[2]
-            return call.replaced(**{MASK: _fit_mask(call[MASK], call[MASK].shape[1], carried)})
-
+        lengthen = partial(self._lengthen, attachment, parameter_names(model))
         handle = model.register_forward_pre_hook(lengthen, with_kwargs=True)
         return [handle, *super().register(model, attachment)]
+
+    def _lengthen(
+        self, attachment: Any, names: Sequence[str], model: nn.Module, args: Any, kwargs: Any
+    ) -> Call | None:
+        """The model compares the mask with the text, which carries all the tokens by then."""
+        call, tokens = Arguments(names, args, kwargs), attachment.pending
+        if tokens is None or call[MASK] is None:
+            return None
+        carried = tokens.shape[1] * tokens.shape[2]
+        return call.replaced(**{MASK: _fit_mask(call[MASK], call[MASK].shape[1], carried)})
 
     def fitted(self, call: Arguments, length: int, num_tokens: int) -> dict[str, Any]:
         image, text = call["image_rotary_emb"]

@@ -20,6 +20,8 @@ torch.Size([2, 2, 4, 16])
 torch.Size([2, 4, 8, 8])
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,18 +49,17 @@ class SD3Backbone(JointBackbone):
         return Names(("prompt_embeds", "pooled_prompt_embeds"))
 
     def register(self, model: nn.Module, attachment: Any) -> list[RemovableHandle]:
-        names, layers = parameter_names(model), attachment.tokens.num_layers
-
-        def check(model: nn.Module, args: Any, kwargs: Any) -> None:
-            skipped = Arguments(names, args, kwargs)["skip_layers"] or ()
-            if attachment.pending is not None and any(layer < layers for layer in skipped):
-                raise ValueError(
-                    f"skip_layers: expected none of the first {layers} blocks, which have soft "
-                    f"tokens, got {list(skipped)}. Skip later ones, or use tokens of fewer layers."
-                )
-
+        check = partial(self._check, attachment, parameter_names(model))
         handle = model.register_forward_pre_hook(check, with_kwargs=True)
         return [handle, *super().register(model, attachment)]
+
+    def _check(self, attachment: Any, names: Sequence[str], model: Any, args: Any, kw: Any) -> None:
+        skipped, layers = Arguments(names, args, kw)["skip_layers"], attachment.tokens.num_layers
+        if attachment.pending is not None and any(layer < layers for layer in skipped or ()):
+            raise ValueError(
+                f"skip_layers: expected none of the first {layers} blocks, which have soft "
+                f"tokens, got {list(skipped)}. Skip later ones, or use tokens of fewer layers."
+            )
 
     def denoise(
         self,

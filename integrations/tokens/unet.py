@@ -22,6 +22,7 @@ The hooks are on the outer blocks, which get the text by keyword.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,38 +97,38 @@ class UNetBackbone(Backbone):
         return out[0]
 
     def register(self, model: nn.Module, attachment: Any) -> list[RemovableHandle]:
-        names = parameter_names(model)
-        n = attachment.tokens.num_tokens
-
-        def enter(model: nn.Module, args: Any, kwargs: Any) -> Call | None:
-            call, tokens = Arguments(names, args, kwargs), attachment.take_tokens()
-            if tokens is None:
-                return None
-            return call.replaced(**{self.text: carry(call[self.text], tokens.unsqueeze(1))})
-
+        enter = partial(self._enter, attachment, parameter_names(model))
         handles = [model.register_forward_pre_hook(enter, with_kwargs=True)]
         for place, block in self._placed(model):
-            chosen = place in self.places
-
-            def before(
-                block: nn.Module, args: Any, kwargs: Any, chosen: bool = chosen
-            ) -> Call | None:
-                stream, rest = kwargs.get(self.text), []
-                if isinstance(stream, tuple):  # an IP-Adapter adds image embeddings behind the text
-                    stream, *rest = stream
-                if not carries(stream):
-                    return None
-                text, tokens = uncarry(stream, 1, n)
-                changed = dict(kwargs)
-                if chosen:
-                    text = torch.cat([text[:, :1], tokens, text[:, 1:]], dim=1)
-                    bias = extended_bias(kwargs.get("encoder_attention_mask"), n, position=1)
-                    changed["encoder_attention_mask"] = bias
-                changed[self.text] = (text, *rest) if rest else text
-                return args, changed
-
+            before = partial(self._before, place in self.places, attachment.tokens.num_tokens)
             handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
         return handles
+
+    def _enter(
+        self, attachment: Any, names: Sequence[str], model: nn.Module, args: Any, kwargs: Any
+    ) -> Call | None:
+        call, tokens = Arguments(names, args, kwargs), attachment.take_tokens()
+        if tokens is None:
+            return None
+        return call.replaced(**{self.text: carry(call[self.text], tokens.unsqueeze(1))})
+
+    def _before(
+        self, chosen: bool, n: int, block: nn.Module, args: Any, kwargs: Any
+    ) -> Call | None:
+        """What a block gets: the text, with its n tokens in it where the block is chosen."""
+        stream, rest = kwargs.get(self.text), []
+        if isinstance(stream, tuple):  # an IP-Adapter adds image embeddings behind the text
+            stream, *rest = stream
+        if not carries(stream):
+            return None
+        text, tokens = uncarry(stream, 1, n)
+        changed = dict(kwargs)
+        if chosen:
+            text = torch.cat([text[:, :1], tokens, text[:, 1:]], dim=1)
+            bias = extended_bias(kwargs.get("encoder_attention_mask"), n, position=1)
+            changed["encoder_attention_mask"] = bias
+        changed[self.text] = (text, *rest) if rest else text
+        return args, changed
 
     def _placed(self, model: Any) -> list[tuple[str, nn.Module]]:
         blocks = [("down", block) for block in model.down_blocks]

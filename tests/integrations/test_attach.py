@@ -1,11 +1,16 @@
 """Attach, choose banks, detach: what changes, what doesn't, what is refused."""
 
+import copy
+import io
+
 import pytest
 import torch
 from integrations_tiny import NAMES, TEXT, tiny
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from agsm_loss import Bank, SoftTokens
+from agsm_loss.integrations.denoisers import TokenDenoiser
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens, unwrap
 from agsm_loss.integrations.tokens.unet import bos_embedding
 
@@ -85,6 +90,56 @@ def test_a_function_of_the_batch_size():
     attached.bank = lambda batch: [1] * (batch // 2) + [0] * (batch // 2)
     assert torch.equal(made.model(**x)[0], expected)
     attached.detach()
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_has_the_tokens_and_its_own(name, copied):
+    made = tiny(name)
+    tokens, x = tokens_for(made), made.inputs()
+    bare = made.model(**x)[0]
+    attached = attach_soft_tokens(made.model, tokens)
+    with attached.using(Bank.NEGATIVE):
+        expected, copy_ = made.model(**x)[0], copied(made.model)
+    assert torch.equal(copy_(**x)[0], expected)
+    other = copy_._agsm_attached
+    assert other.model is copy_ and other.tokens is not tokens
+    other.bank = Bank.POSITIVE
+    with torch.no_grad():
+        tokens.tokens.normal_()  # the original's, alone
+    assert not torch.allclose(made.model(**x)[0], copy_(**x)[0])
+    attached.detach()
+    assert torch.equal(made.model(**x)[0], bare) and not torch.allclose(copy_(**x)[0], bare)
+    other.detach()
+    assert torch.equal(copy_(**x)[0], bare)
+
+
+def test_an_averaged_model_has_averaged_tokens():
+    made = tiny("sd3")
+    denoiser = TokenDenoiser(made.model, tokens=tokens_for(made))
+    average = AveragedModel(denoiser)
+    noisy, times = torch.randn(2, 4, 8, 8).double(), torch.tensor([10.0, 900.0]).double()
+    x = made.inputs()
+    text = {"prompt_embeds": x["encoder_hidden_states"],
+            "pooled_prompt_embeds": x["pooled_projections"]}  # fmt: skip
+    given = noisy, times, text, Bank.NEGATIVE
+    assert torch.equal(average(*given), denoiser(*given))
+    average.update_parameters(denoiser)
+    with torch.no_grad():
+        denoiser.tokens.tokens.add_(1.0)
+        before = denoiser.tokens.tokens.clone()
+        average.update_parameters(denoiser)
+        expected = average.module.tokens.tokens
+        torch.testing.assert_close(expected, before - 0.5)
+        denoiser.tokens.tokens.copy_(expected)
+    assert torch.equal(average(*given), denoiser(*given))
 
 
 def test_return_dict_is_kept_also_when_samples_are_split():
