@@ -328,7 +328,7 @@ def _rows_of_table(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for where, row in rows_of(file):
         if not isinstance(row, Mapping):
             raise ValueError(f"data: {where}: expected a row of names and values, got {row!r:.80}.")
-        if {"images", "annotations"} <= set(row):
+        if file.suffix.lower() == ".json" and {"images", "annotations"} <= set(row):
             yield from _rows_of_coco(file, row)
         else:
             yield where, row
