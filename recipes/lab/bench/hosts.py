@@ -17,10 +17,7 @@ reward are not timed.
 """
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -44,7 +41,7 @@ from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
 from agsm_loss.integrations.hosts.inpo import InPO
 from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_latents, sample_sde
 from agsm_loss.integrations.hosts.spo import SPO, StatePairs
-from lab.bench.loss import resident_mib, timed
+from lab.bench.measure import growth, in_turns, peak, ratio
 
 BATCH = 8
 MODELS = Path(__file__).parents[1] / "models"
@@ -198,16 +195,6 @@ def variants_of(host: str) -> list[str]:
     return [name for name in VARIANTS if host != "SPO" or "again" not in name]
 
 
-def child(host: str, variant: str) -> None:
-    """Peak growth in MiB of two steps, in this fresh process."""
-    run = make(host, variant)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
-    before = resident_mib("VmRSS")
-    for _ in range(2):
-        run()
-    print(resident_mib("VmHWM") - before)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -216,7 +203,7 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, metavar=("HOST", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(*args.child)
+        print(growth(make(*args.child), 2))
         return
     print(f"{torch.get_num_threads()} threads, {args.rounds} rounds in turns; (quartiles)")
     for host in HOSTS:
@@ -224,21 +211,11 @@ def main() -> None:
         steps = {name: make(host, name) for name in names}
         for run in steps.values():
             run()
-        times: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(args.rounds):
-            for name in names:
-                times[name].append(timed(steps[name]))
+        times = in_turns(steps, args.rounds)
         del steps
-        memory = {}
+        memory = {name: peak("hosts", "--child", host, name) for name in names}
         for name in names:
-            command = [sys.executable, "-m", "recipes.lab.bench.hosts", "--child", host, name]
-            # Freed blocks go back to the system at once: the peak is the tensors', not a reserve.
-            settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-            memory[name] = float(subprocess.check_output(command, env=settings))
-        for name in names:
-            ratios = [a / b for a, b in zip(times[name], times["alone"], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            told = f"{middle:.2f} ({low:.2f}-{high:.2f})" if name != "alone" else "1"
+            told = ratio(times[name], times["alone"]) if name != "alone" else "1"
             print(
                 f"{host:12} {name:24} {statistics.median(times[name]):6.2f} s  time {told:18} "
                 f"peak +{memory[name]:5.0f} MiB, {memory[name] / memory['alone']:.2f}",

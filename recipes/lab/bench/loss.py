@@ -8,19 +8,14 @@ a fresh process grows by over the inputs.
 """
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from agsm_loss import AGSMLoss
+from lab.bench.measure import growth, in_turns, peak
 
 SHAPE = (4, 4, 16, 128, 128)
 
@@ -63,28 +58,6 @@ def step(method: str, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return loss.detach()
 
 
-def child(method: str) -> None:
-    """Peak growth in MiB over the inputs, in this fresh process (Linux)."""
-    step(method, inputs((1, 4, 2, 2, 2)))  # loads the kernels
-    batch = inputs(SHAPE)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
-    before = resident_mib("VmRSS")
-    step(method, batch)
-    print(resident_mib("VmHWM") - before)
-
-
-def resident_mib(entry: str) -> float:
-    rows = Path("/proc/self/status").read_text().splitlines()
-    return next(int(row.split()[1]) for row in rows if row.startswith(entry)) / 1024
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Seconds of a call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -93,29 +66,21 @@ def main() -> None:
     parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.child)
+        step(args.child, inputs((1, 4, 2, 2, 2)))  # loads the kernels
+        print(growth(partial(step, args.child, inputs(SHAPE)), 1))
         return
     batch = inputs(SHAPE)
     losses = {name: step(name, batch).item() for name in METHODS}
-    times: dict[str, list[float]] = {name: [] for name in METHODS}
-    for _ in range(args.rounds):
-        for name in METHODS:
-            times[name].append(timed(partial(step, name, batch)))
-    memory = {}
-    for name in METHODS:
-        command = [sys.executable, "-m", "recipes.lab.bench.loss", "--child", name]
-        # Freed blocks go back to the system at once, so that the peak is the tensors', not the
-        # allocator's reserve.
-        settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        memory[name] = float(subprocess.check_output(command, env=settings))
+    times = in_turns({name: partial(step, name, batch) for name in METHODS}, args.rounds)
+    memory = {name: peak("loss", "--child", name) for name in METHODS}
     for name in METHODS:
         spread = statistics.quantiles(times[name], n=4)
         print(
             f"{name:10} loss {losses[name]:.6f}  time {1e3 * spread[1]:.1f} ms "
             f"(quartiles {1e3 * spread[0]:.1f}-{1e3 * spread[2]:.1f})  peak +{memory[name]:.0f} MiB"
         )
-    ratio = statistics.median(times["AGSMLoss"]) / statistics.median(times["plain"])
-    print(f"AGSMLoss / plain: time {ratio:.2f}, memory {memory['AGSMLoss'] / memory['plain']:.2f}")
+    faster = statistics.median(times["AGSMLoss"]) / statistics.median(times["plain"])
+    print(f"AGSMLoss / plain: time {faster:.2f}, memory {memory['AGSMLoss'] / memory['plain']:.2f}")
 
 
 if __name__ == "__main__":

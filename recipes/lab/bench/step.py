@@ -31,10 +31,7 @@ import argparse
 import copy
 import gc
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -50,7 +47,8 @@ from torch.utils._pytree import tree_map
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank, Candidates, InBatch, Passes
 from agsm_loss.integrations.denoisers import TokenDenoiser
-from lab.bench.loss import plain, resident_mib
+from lab.bench.loss import plain
+from lab.bench.measure import growth, in_turns, peak, ratio
 from memory import OPTIONS, configs, inputs_of
 from memory import make as on_meta
 
@@ -188,45 +186,21 @@ def published(
     return plain(pred, ema_pred, target)
 
 
-def timed(run: Callable[[], object], device: str) -> float:
-    """Seconds: of the processor on the CPU, by the clock on a GPU."""
-    if device == "cpu":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
+def gpu_clock() -> float:
+    """Seconds, when the GPU has done all that it was given."""
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
 def child(model: str, arrangement: str, num_candidates: int, settings: dict[str, Any]) -> float:
     """Peak growth in MiB of two steps, in this fresh process."""
     make(model, arrangement, 2, batch=2, **settings)()  # loads the kernels
-    run = make(model, arrangement, num_candidates, **settings)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
-    before = resident_mib("VmRSS")
-    for _ in range(2):
-        run()
-    return resident_mib("VmHWM") - before
+    return growth(make(model, arrangement, num_candidates, **settings), 2)
 
 
 def peak_on_cpu(model: str, arrangement: str, num_candidates: int, options: list[str]) -> float:
     """Of two steps, from `child`."""
-    command = [
-        sys.executable,
-        "-m",
-        "recipes.lab.bench.step",
-        *options,
-        "--child",
-        model,
-        arrangement,
-    ]
-    # Freed blocks go back to the system at once: the peak is the tensors', not a reserve.
-    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    printed = subprocess.check_output([*command, str(num_candidates)], env=settings)
-    return float(printed.split()[-1])
+    return peak("step", *options, "--child", model, arrangement, str(num_candidates))
 
 
 def peak_on_gpu(run: Callable[[], object]) -> float:
@@ -262,14 +236,11 @@ def compare(model: str, num_candidates: int, args: argparse.Namespace) -> None:
             steps[name], memory[name] = ready(name)
         gc.collect()  # what did not fit
         torch.cuda.empty_cache()
-    times: dict[str, list[float]] = {name: [math.nan] * args.rounds for name in NAMES}
-    for turn in range(args.rounds):
-        for name, run in steps.items():
-            times[name][turn] = timed(run, args.device)
+    clock = time.process_time if args.device == "cpu" else gpu_clock
+    failed = {name: [math.nan] * args.rounds for name in NAMES}
+    times = failed | in_turns(steps, args.rounds, clock)
     for name in NAMES:
-        ratios = [a / b for a, b in zip(times[name], times[PUBLISHED], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        told = f"{middle:.2f} ({low:.2f}-{high:.2f})" if name != PUBLISHED else "1"
+        told = ratio(times[name], times[PUBLISHED]) if name != PUBLISHED else "1"
         print(
             f"{model:7} K = {num_candidates:2} {name:15} "
             f"{1e3 * statistics.median(times[name]):6.0f} ms  time {told:18} "

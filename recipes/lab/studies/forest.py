@@ -2,7 +2,8 @@
 
     python -m recipes.lab.studies.forest
 
-It reads the differences in results/*/report.md and draws results/forest.png.
+It reads the differences in results/*/report.md and draws results/forest.png, a row for each of
+forest.yaml's.
 """
 
 from __future__ import annotations
@@ -12,53 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import yaml
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parents[1] / "results"
-GROUPS: dict[str, list[tuple[str, str, str]]] = {  # -> study, method and control
-    "Alone, sampled with guidance": [
-        ("study_epsilon", "AGSM", "the base"),
-        ("study_flow", "AGSM", "the base"),
-    ],
-    "Alone, sampled without guidance": [
-        ("study_cfg_free", "AGSM, empty", "denoising"),
-        ("study_cfg_free", "constant weights, empty", "denoising"),
-        ("study_cfg_free_flow", "AGSM, empty", "denoising"),
-        ("study_cfg_free_flow", "constant weights, empty", "denoising"),
-    ],
-    "Preference training": [
-        ("study_dpo_epsilon", "DPO + AGSM", "DPO"),
-        ("study_dpo_epsilon", "DPO + AGSM", "DPO + denoising"),
-        ("study_dpo", "DPO + AGSM", "DPO"),
-        ("study_inpo", "InPO + AGSM", "InPO"),
-        ("study_spo", "SPO + AGSM", "SPO"),
-    ],
-    "The reward ignores the prompt": [
-        ("study_ddpo", "DDPO + AGSM", "DDPO, lower learning rate"),
-        ("study_ddpo", "DDPO + AGSM", "DDPO + denoising"),
-        ("study_nft", "NFT + AGSM, equal weights", "NFT + denoising"),
-        ("study_nft_epsilon", "NFT + AGSM", "NFT + denoising"),
-        ("study_flow_grpo", "Flow-GRPO + AGSM, lambda 0.1", "Flow-GRPO + denoising, lambda 0.1"),
-    ],
-    "The reward is alignment": [
-        ("study_flow_grpo_detector", "Flow-GRPO + AGSM", "Flow-GRPO + denoising"),
-        ("study_nft_detector", "NFT + AGSM", "NFT + denoising"),
-        ("study_nft_detector_long", "NFT + AGSM", "NFT + denoising"),
-        ("study_nft_epsilon_detector", "NFT + AGSM", "NFT + denoising"),
-    ],
-    "The same, AGSM on the host's best samples (no data)": [
-        (
-            "study_flow_grpo_detector",
-            "Flow-GRPO + AGSM on its best samples",
-            "Flow-GRPO + denoising",
-        ),
-        ("study_nft_detector", "NFT + AGSM on its best samples", "NFT + denoising"),
-        ("study_nft_detector_long", "NFT + AGSM on its best samples", "NFT + denoising"),
-        ("study_nft_epsilon_detector", "NFT + AGSM on its best samples", "NFT + denoising"),
-    ],
-}
+GROUPS: dict[str, list[tuple[str, str, str]]] = yaml.safe_load(
+    Path(__file__).with_suffix(".yaml").read_text()
+)  # -> study, method and control
 SHORT = {"constant weights, empty": "Model-guidance", "AGSM, empty": "AGSM", "lambda": "λ"}
 
 
