@@ -25,12 +25,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from agsm_loss import AGSMRegularizer, Bank, Candidates, SoftREPALoss
+from agsm_loss import AGSMRegularizer, Bank, Candidates, Rule, SoftREPALoss
 from agsm_loss import functional as AF
 from agsm_loss.integrations.noise import add_noise, regression_target
 from data.batches import Batch
 from data.task import DataOptions, ImageOptions, PromptFileOptions, open_task
-from model.agsm import AGSMOptions, check_competitors, competitors, hard_per_image
+from model.agsm import AGSMOptions, Competitors, check_competitors
 from model.precompute import PrecomputeOptions, precompute
 from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
@@ -70,10 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = OPTIONS.parse(__doc__, arguments)
     with Run(options, sharding=True) as run:
         task = open_task(options, run.accelerator)
-        hard = 0
-        if options.objective != "denoising":
-            check_competitors(options, task)
-            hard = hard_per_image(options)
+        hard = 0 if options.objective == "denoising" else check_competitors(options, task)
         method = METHODS[options.objective]
         model = Session(options, run.accelerator, task, method=method).prepare(run.accelerator)
         objective = make_objective(options, model)
@@ -88,14 +85,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 class Inputs(NamedTuple):
-    """One noised batch of B images and P captions."""
+    """One noised batch of B images, its encoded captions, and what AGSM takes of them."""
 
     noisy: Tensor
     timesteps: Tensor
     target: Tensor
     conditioning: dict[str, Tensor]
     image: dict[str, Tensor]
-    candidates: Candidates
+    captions: dict[str, Any]
 
 
 Result = tuple[Tensor, Mapping[str, Tensor]]
@@ -113,8 +110,8 @@ class AGSM:
             inputs.timesteps,
             inputs.target,
             inputs.conditioning,
-            inputs.candidates,
             image_conditioning=inputs.image,
+            **inputs.captions,
         )
         return output.loss, output.metrics
 
@@ -129,14 +126,14 @@ class AGSM:
 
 
 class SoftREPA:
-    """SoftREPA's contrast over the same candidates; every caption uses the one bank."""
+    """SoftREPA's contrast over the captions that would compete; every one uses the one bank."""
 
-    def __init__(self, denoiser: nn.Module, loss: SoftREPALoss) -> None:
-        self.denoiser, self.loss = denoiser, loss
+    def __init__(self, denoiser: nn.Module, loss: SoftREPALoss, candidates: Rule) -> None:
+        self.denoiser, self.loss, self.rule = denoiser, loss, candidates
 
     def __call__(self, inputs: Inputs) -> Result:
-        candidates = inputs.candidates
-        pred = _every_candidate(self.denoiser, inputs)
+        candidates = self.rule(**inputs.captions)
+        pred = _every_candidate(self.denoiser, inputs, candidates)
         positives = candidates.positives.to(pred.device)
         mask = candidates.mask.to(pred.device)
         loss = self.loss(pred, inputs.target, positives, mask)
@@ -158,9 +155,9 @@ class Denoising:
 
     def __call__(self, inputs: Inputs) -> Result:
         batch = len(inputs.noisy)
-        own = {name: value[:batch] for name, value in inputs.conditioning.items()}
         bank = torch.full((batch,), int(Bank.POSITIVE))
-        pred = self.denoiser(inputs.noisy, inputs.timesteps, own, bank, **inputs.image)
+        given = inputs.noisy, inputs.timesteps, inputs.conditioning, bank
+        pred = self.denoiser(*given, **inputs.image)
         return AF.denoising_error(pred.unsqueeze(1), inputs.target).mean(), {}
 
     def update_ema(self) -> None: ...
@@ -171,11 +168,11 @@ class Denoising:
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def _every_candidate(denoiser: nn.Module, inputs: Inputs) -> Tensor:
+def _every_candidate(denoiser: nn.Module, inputs: Inputs, candidates: Candidates) -> Tensor:
     """(B, K, *D): one forward pass over all B·K pairs."""
-    batch, number = inputs.candidates.index.shape
+    batch, number = candidates.index.shape
     images = torch.arange(batch).repeat_interleave(number).to(inputs.noisy.device)
-    pool = inputs.candidates.index.flatten().to(inputs.noisy.device)
+    pool = candidates.index.flatten().to(inputs.noisy.device)
     pred = denoiser(
         inputs.noisy[images],
         inputs.timesteps[images],
@@ -208,25 +205,34 @@ def make_objective(options: Any, model: Session) -> Any:
                 f"banks: SoftREPA has one bank; expected shared, got {options.banks}. AGSM's "
                 "ablation with two banks is --objective agsm."
             )
-        return SoftREPA(model.denoiser, SoftREPALoss())
+        competitors = Competitors.read(options.candidates)
+        if competitors.null or competitors.rule is None:
+            raise ValueError(
+                f"candidates: SoftREPA contrasts captions; expected in_batch:N or hard:N, got "
+                f"{options.candidates}."
+            )
+        return SoftREPA(model.denoiser, SoftREPALoss(), competitors.rule)
     return Denoising(model.denoiser)
 
 
 def prepare(options: Any, model: Session, batch: Batch, generator: Generator) -> Inputs:
-    """Noises a batch and chooses who competes; the draws are the generator's alone."""
+    """Noises a batch and encodes its captions; the draws are the generator's alone."""
     pipeline = model.pipeline
     latents = pipeline.encode_images(batch.pixels, generator)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     timesteps = model.timesteps(len(latents), generator)
-    pool, candidates = competitors(options, batch, generator)
+    conditioning, captions = model.captions(batch, options.objective != "denoising")
+    if options.objective == "softrepa":
+        captions = {**captions, "generator": generator}
+        del captions["null"]
     scheduler = model.scheduler
     return Inputs(
         add_noise(scheduler, latents, noise, timesteps),
         timesteps,
         regression_target(scheduler, latents, noise, timesteps),
-        pipeline.encode_prompts(pool),
+        conditioning,
         pipeline.image_conditioning(batch.pixels),
-        candidates,
+        captions,
     )
 
 

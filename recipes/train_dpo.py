@@ -26,8 +26,6 @@ from model.agsm import (
     HostOptions,
     agsm_weight,
     check_competitors,
-    competitors,
-    hard_per_image,
     method,
 )
 from model.precompute import PrecomputeOptions, precompute
@@ -87,8 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     with Run(options, sharding=True) as run:
         task = open_task(options, run.accelerator)
-        if options.agsm_weight:
-            check_competitors(options, task)
+        hard = check_competitors(options, task) if options.agsm_weight else 0
         model = Session(options, run.accelerator, task, method=method(options))
         model.prepare(run.accelerator)
         agsm = None
@@ -101,18 +98,15 @@ def main(arguments: list[str] | None = None) -> None:
             beta=options.beta,
             agsm=agsm,
         )
-        batches = task.pairs(options.train_batch_size, hard_per_image(options) if agsm else 0)
+        batches = task.pairs(options.train_batch_size, hard)
         fill = precompute(options.precompute, model.pipeline, run.accelerator)
         for index, batch in run.steps(model, batches, step, fill=fill):
             draw = run.draws(index)
             winner, loser = model.pipeline.encode_images(batch.pixels, draw).chunk(2)
-            pool, candidates = batch.captions, None
-            if agsm is not None:  # by draws of its own: the host's are what they are without it
-                pool, candidates = competitors(options, batch, run.draws(index, "candidates"))
             noise = torch.randn(winner.shape, generator=draw).to(winner)
             timesteps = model.timesteps(len(winner), draw)
             image = model.pipeline.image_conditioning(batch.winner)
-            text = model.pipeline.encode_prompts(pool)
+            text, captions = model.captions(batch)
             with run.accelerator.autocast():
                 out = step(
                     winner,
@@ -120,8 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
                     text,
                     timesteps,
                     noise,
-                    captions=candidates,
                     image_conditioning=image,
+                    **captions,
                 )
             run.backward(out.loss, out.metrics)
         model.save()

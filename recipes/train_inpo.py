@@ -29,8 +29,6 @@ from model.agsm import (
     HostOptions,
     agsm_weight,
     check_competitors,
-    competitors,
-    hard_per_image,
     method,
 )
 from model.precompute import PrecomputeOptions, precompute
@@ -100,8 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     with Run(options, sharding=True) as run:
         task = open_task(options, run.accelerator)
-        if options.agsm_weight:
-            check_competitors(options, task)
+        hard = check_competitors(options, task) if options.agsm_weight else 0
         model = Session(options, run.accelerator, task, method=method(options))
         model.prepare(run.accelerator)
         agsm = None
@@ -116,17 +113,16 @@ def main(arguments: list[str] | None = None) -> None:
             beta=options.beta,
             agsm=agsm,
         )
-        batches = task.pairs(options.train_batch_size, hard_per_image(options) if agsm else 0)
+        batches = task.pairs(options.train_batch_size, hard)
         fill = precompute(options.precompute, model.pipeline, run.accelerator)
         for index, batch in run.steps(model, batches, step, fill=fill):
-            draw, own = run.draws(index), run.draws(index, "candidates")
+            draw = run.draws(index)
             winner, loser = model.pipeline.encode_images(batch.pixels, draw).chunk(2)
             image = model.pipeline.image_conditioning(batch.winner)
-            pool, in_agsm = batch.captions, {}
-            if agsm is not None:
-                pool, in_agsm["captions"] = competitors(options, batch, own)
-            text = model.pipeline.encode_prompts(pool)
+            text, in_agsm = model.captions(batch)
             if agsm is not None and options.agsm_noise == "gaussian":
+                # By draws of its own: the host's are what they are without AGSM.
+                own = run.draws(index, "agsm")
                 times = model.timesteps(len(winner), own)
                 noise = torch.randn(winner.shape, generator=own).to(winner)
                 in_agsm = {

@@ -50,7 +50,8 @@ class AGSMBatch(NamedTuple):
         timesteps: t of each image (B,), as the scheduler counts them.
         noise: ε of each image (B, *D), drawn from N(0, 1).
         conditioning: the encoded captions, one row each, then those of `hard_negatives`.
-        captions, hard_negatives, image_ids, image_conditioning: as `AGSMRegularizer` takes them.
+        captions, hard_negatives, image_ids, image_conditioning, null: as `AGSMRegularizer` takes
+            them.
     """
 
     latents: Tensor
@@ -61,6 +62,7 @@ class AGSMBatch(NamedTuple):
     hard_negatives: Sequence[Sequence[Hashable]] | None = None
     image_ids: Sequence[Hashable] | Tensor | None = None
     image_conditioning: Mapping[str, Any] | None = None
+    null: Any = None
 
 
 def agsm_on(batch: AGSMBatch, agsm: AGSMRegularizer, scheduler: Any) -> StepOutput:
@@ -83,6 +85,7 @@ def agsm_on(batch: AGSMBatch, agsm: AGSMRegularizer, scheduler: Any) -> StepOutp
         hard_negatives=batch.hard_negatives,
         image_ids=batch.image_ids,
         image_conditioning=batch.image_conditioning,
+        null=batch.null,
     )
 
 

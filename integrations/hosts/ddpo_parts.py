@@ -136,8 +136,11 @@ class BestSamples:
         """The batches are of the best of them, by their rewards (N,)."""
         self.rewards = rewards.detach().float().cpu()
 
-    def batch(self, number: int) -> AGSMBatch:
-        """The batch of micro-step `number`: some of the best, noised at uniform timesteps."""
+    def batch(self, number: int, null: Tensor | None = None) -> AGSMBatch:
+        """The batch of micro-step `number`: some of the best, noised at uniform timesteps.
+
+        null: the encoded empty caption (1, S, d), where it competes.
+        """
         generator = draws(self.seed, self.rank, number)
         rows = best_samples(self.rewards, self.share, self.batch_size, generator)
         latents = self.latents[rows.to(self.latents.device)]
@@ -149,4 +152,5 @@ class BestSamples:
             noise.to(latents),
             {"prompt_embeds": self.embeds[rows.to(self.embeds.device)]},
             [self.prompts[int(row)] for row in rows],
+            null=None if null is None else {"prompt_embeds": null},
         )

@@ -170,6 +170,7 @@ class DiffusionDPO(Host):
         captions: Sequence[Hashable] | Tensor | Candidates | None = None,
         hard_negatives: Sequence[Sequence[Hashable]] | None = None,
         image_ids: Sequence[Hashable] | Tensor | None = None,
+        null: Any = None,
         image_conditioning: Mapping[str, Any] | None = None,
     ) -> StepOutput:
         """One step on B pairs.
@@ -181,8 +182,8 @@ class DiffusionDPO(Host):
                 follow, image by image.
             timesteps: t (B,) of each pair, as the scheduler counts them.
             noise: ε (B, *D) of each pair.
-            captions, hard_negatives, image_ids: as `AGSMRegularizer` takes them; not read without
-                AGSM.
+            captions, hard_negatives, image_ids, null: as `AGSMRegularizer` takes them; not read
+                without AGSM.
             image_conditioning: what belongs to the image (SDXL's time ids): tensors with B rows.
 
         Returns:
@@ -201,6 +202,7 @@ class DiffusionDPO(Host):
             captions=captions,
             hard_negatives=hard_negatives,
             image_ids=image_ids,
+            null=null,
             image_conditioning=image_conditioning,
         )
 
@@ -222,7 +224,7 @@ class DiffusionDPO(Host):
             timesteps: t (B,).
             conditioning, image_conditioning: as in a call.
             agsm_batch: images for AGSM, with their own noise, in place of the winners.
-            agsm: captions, hard_negatives and image_ids of the winners.
+            agsm: captions, hard_negatives, image_ids and null of the winners.
         """
         batch = len(timesteps)
         doubled = torch.cat([timesteps, timesteps])

@@ -100,20 +100,17 @@ class AGSMTrainer:
         if options.agsm_warmup_steps:
             weight = linear_warmup(weight, options.agsm_warmup_steps)
         self._denoiser = AdapterDenoiser(self.adapter)
+        decay, number = options.agsm_ema_decay, options.agsm_num_negatives
         self.agsm = AGSMRegularizer(
             self._denoiser,
-            EMA(self._denoiser, decay=options.agsm_ema_decay),
+            None if decay is None else EMA(self._denoiser, decay=decay),
             AGSMLoss(
-                pos_scale=options.agsm_pos_scale,
-                neg_scale=0,
-                temperature=options.agsm_temperature,
+                guidance_scale=options.agsm_guidance_scale, temperature=options.agsm_temperature
             ),
             weight=weight,
-            candidates=InBatch(
-                options.agsm_num_negatives, allow_empty=True, null=options.agsm_null_caption
-            ),
+            candidates=InBatch(number) if number else None,
         )
-        self._null = self._encoded_null() if options.agsm_null_caption else {}
+        self._null = self._encoded_null()
         self._images: list[Any] = []
         self._metrics: dict[str, list[Tensor]] = defaultdict(list)
         self._load_agsm(resume_path)

@@ -42,11 +42,13 @@ class AGSMArguments:
         agsm_weight: λ; with 0 the trained weights are those of Flow-Factory's trainer, bit for bit.
         agsm_warmup_steps: first optimizer steps, in which λ rises from 0.
         agsm_batch: images of AGSM in a process and micro-step (a forward and backward pass).
-        agsm_num_negatives: prompts of other images that compete with an image's own.
-        agsm_null_caption: the empty caption competes too.
+        agsm_guidance_scale: s of `AGSMLoss`: the guidance to train in; 1 is plain denoising.
+        agsm_num_negatives: prompts of other images that compete with an image's own, besides the
+            empty caption.
         agsm_timestep_low: least noise of AGSM's images, as a share of the schedule in [0, 1).
-        agsm_pos_scale, agsm_temperature: γ⁺ and T of `AGSMLoss`; γ⁻ is 0, as weights are trained.
-        agsm_ema_decay: decay of AGSM's own EMA per optimizer step.
+        agsm_temperature: T of `AGSMLoss`, for the weights of several other captions.
+        agsm_ema_decay: decay per optimizer step of an EMA that is AGSM's teacher; None: the model
+            itself is.
 
     Raises:
         ValueError: a value that is out of range.
@@ -55,19 +57,19 @@ class AGSMArguments:
     agsm_weight: float = 1.0
     agsm_warmup_steps: int = 0
     agsm_batch: int = 8
-    agsm_num_negatives: int = 3
-    agsm_null_caption: bool = False
+    agsm_guidance_scale: float = 3.0
+    agsm_num_negatives: int = 0
     agsm_timestep_low: float = 0.0
-    agsm_pos_scale: float = 1.0
     agsm_temperature: float = 0.1
-    agsm_ema_decay: float = 0.9999
+    agsm_ema_decay: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # Flow-Factory's
         for name, at_least in (
             ("agsm_weight", 0),
             ("agsm_warmup_steps", 0),
-            ("agsm_num_negatives", 0 if self.agsm_null_caption else 1),
+            ("agsm_guidance_scale", 1),
+            ("agsm_num_negatives", 0),
             ("agsm_batch", 2 if self.agsm_num_negatives else 1),
         ):
             if getattr(self, name) < at_least:
@@ -153,7 +155,7 @@ def noised(
     names: Sequence[str],
     generator: torch.Generator,
     *,
-    null: Mapping[str, Tensor] | None = None,
+    null: Mapping[str, Tensor],
     low: float = 0.0,
     steps: int = 1000,
     device: torch.device | str = "cpu",
@@ -164,16 +166,14 @@ def noised(
         shown: the samples, each on any device; the last of `all_latents` (T, *D) is clean.
         names: of the samples' fields that encode the prompt.
         generator: of noise and timesteps, on the CPU.
-        null: the empty caption's fields, a row each; None where it does not compete.
+        null: the empty caption's fields, a row each.
         low: share of the schedule, from no noise on, whose timesteps are left out.
         steps: training timesteps of the scheduler.
         device: of the batch.
     """
     latents = torch.stack([one.all_latents[-1].to(device, torch.float32) for one in shown])
     text = {name: torch.stack([getattr(one, name).to(device) for one in shown]) for name in names}
-    for name, row in (null or {}).items():
-        text[name] = torch.cat([text[name], row.to(text[name])])
     noise = torch.randn(latents.shape, generator=generator).to(device)
     times = torch.rand(len(shown), generator=generator).to(device)
     times = (low + (1 - low) * times) * steps
-    return AGSMBatch(latents, times, noise, text, [one.prompt for one in shown])
+    return AGSMBatch(latents, times, noise, text, [one.prompt for one in shown], null=dict(null))

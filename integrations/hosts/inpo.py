@@ -167,6 +167,7 @@ class InPO(DiffusionDPO):
         captions: Sequence[Hashable] | Tensor | Candidates | None = None,
         hard_negatives: Sequence[Sequence[Hashable]] | None = None,
         image_ids: Sequence[Hashable] | Tensor | None = None,
+        null: Any = None,
         image_conditioning: Mapping[str, Any] | None = None,
         agsm_batch: AGSMBatch | None = None,
     ) -> StepOutput:
@@ -175,15 +176,17 @@ class InPO(DiffusionDPO):
         Args:
             winner, loser, conditioning, image_conditioning: as in `DiffusionDPO`.
             timestep: t of all pairs, a training timestep.
-            captions, hard_negatives, image_ids: for AGSM on the winners at their inverted noise.
+            captions, hard_negatives, image_ids, null: for AGSM on the winners, at their inverted
+                noise.
             agsm_batch: images for AGSM at Gaussian noise instead, e.g. the winners at timesteps of
                 their own. This costs one more prediction. Prefer it: sampling starts from Gaussian
                 noise, and a model trained with a large λ at inverted noise samples worse.
 
         Raises:
-            ValueError: captions, hard_negatives or image_ids with `agsm_batch`, which has its own.
+            ValueError: captions, hard_negatives, image_ids or null with `agsm_batch`, which has its
+                own.
         """
-        given = (captions, hard_negatives, image_ids)
+        given = (captions, hard_negatives, image_ids, null)
         if agsm_batch is not None and any(one is not None for one in given):
             raise ValueError(
                 "agsm_batch: expected it without captions, hard_negatives and image_ids, got both. "
@@ -213,6 +216,7 @@ class InPO(DiffusionDPO):
             captions=captions,
             hard_negatives=hard_negatives,
             image_ids=image_ids,
+            null=null,
             image_conditioning=image_conditioning,
             agsm_batch=agsm_batch,
         )

@@ -218,7 +218,11 @@ class AGSMDDPOTrainer(DDPOTrainer):
         number, self.micro_step = self.micro_step, self.micro_step + 1
         if self.agsm is None or number % self.every or not self.agsm.weight(self.agsm.step):
             return loss, kl, clipped
-        batch = self._own.batch(number) if self.batches is None else self.batches(number)
+        if self.batches is None:
+            null = self.neg_prompt_embed if self.agsm.candidates is None else None
+            batch = self._own.batch(number, null)
+        else:
+            batch = self.batches(number)
         with self.autocast():
             term = agsm_on(batch, self.agsm, self.sd_pipeline.scheduler)
         for name, value in term.metrics.items():

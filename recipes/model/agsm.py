@@ -2,85 +2,68 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
+from accelerate import PartialState
 
 from agsm_loss import (
     EMA,
     AdaptiveTemperature,
     AGSMLoss,
     AGSMRegularizer,
-    Candidates,
     InBatch,
     Mixed,
     Passes,
-    caption_pool,
+    Rule,
 )
 from agsm_loss.schedule import Schedule, as_schedule, linear_warmup
 from data.task import Task
 from run.options import option
 
-LOGGER = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class AGSMOptions:
-    """The loss. A negative is a caption that does not match the image."""
+    """The loss, and the captions that compete with an image's own."""
 
     _argument_group_name = "AGSM"
-    pos_scale: float = option(
-        1.0,
-        "gamma+: how far the matching caption's target is moved away from the others; 0 with "
-        "--neg_scale 0 is plain denoising.",
+    agsm_guidance_scale: float | None = option(
+        None,
+        "Guidance scale to train into a LoRA or the weights: sample it without guidance then. 1 is "
+        "plain denoising. Left out: 3, or the published form where soft tokens alone are trained.",
+        at_least=1,
+    )
+    candidates: str = option(
+        "",
+        "Captions that compete with an image's own: null (the empty one), in_batch:N (N of other "
+        "images), hard:N (N edits of its own), or several of them, as null,hard:1. Left out: null; "
+        "in_batch:3 where soft tokens alone are trained.",
+    )
+    temperature: str = option(
+        "0.1",
+        "Temperature of the weights of several such captions; larger makes them more equal. "
+        "entropy:0.7 adapts it, until the weights' entropy is 0.7 of its maximum.",
+    )
+    pos_scale: float | None = option(
+        None,
+        "The published form, in place of --agsm_guidance_scale: gamma+, how far the matching "
+        "caption's target is moved away from the others. Published: 1.",
         at_least=0,
     )
     neg_scale: float | None = option(
         None,
-        "gamma-: how far the negatives' targets are moved; 0: negatives are not trained. Left out: "
-        "0.1 where soft tokens alone are trained, 0 with a LoRA or --full.",
+        "The published form: gamma-, how far the other captions' targets are moved; 0: they are "
+        "not trained. Above 0 it trains soft tokens only. Left out: 0.1 where soft tokens alone "
+        "are trained, else 0.",
         at_least=0,
     )
-    negative_gradient: Literal["tokens", "all"] = option(
-        "tokens",
-        "What the negatives' gradient reaches where there is a LoRA or --full: the soft tokens "
-        "alone, or all that is trained.",
-    )
-    temperature: float = option(
-        0.1,
-        "Temperature of the captions' weights; larger makes them more equal. Not used with "
-        "--target_entropy.",
-        above=0,
-    )
-    target_entropy: float = option(
-        0.0,
-        "Adapt the temperature so that the weights' entropy is this share of its maximum (0.7 in "
-        "our studies); 0: use --temperature.",
-        at_least=0,
-        below=1,
-    )
-    ema_decay: float = option(
-        0.9999,
-        "Decay of the EMA per optimizer step (0.98 in our short runs).",
+    ema_decay: float | None = option(
+        None,
+        "Decay of the EMA that is the teacher. Left out: none, the model teaches itself; for soft "
+        "tokens alone by the run's length, at most 0.9999.",
         at_least=0,
         at_most=1,
-    )
-    candidates: Literal["in_batch", "hard", "mixed"] = option(
-        "in_batch",
-        "Where negatives (captions that do not match the image) come from: the batch's other "
-        "captions (in_batch), edits of the image's own caption (hard), or both (mixed: half are "
-        "edits, rounded up).",
-    )
-    num_negatives: int = option(
-        3, "Negatives per image; 0: the empty caption alone, with --null_caption.", at_least=0
-    )
-    null_caption: bool = option(
-        False,
-        "The empty caption competes too, besides --num_negatives: what classifier-free guidance "
-        "does in the sampler is trained in.",
     )
     chunk_size: int = option(
         0,
@@ -102,81 +85,130 @@ class HostOptions:
     )
 
 
+@dataclass(frozen=True)
+class Competitors:
+    """What `--candidates` says.
+
+    >>> Competitors.read("null,hard:2")
+    Competitors(null=True, in_batch=0, hard=2)
+    """
+
+    null: bool = False
+    in_batch: int = 0
+    hard: int = 0
+
+    @staticmethod
+    def read(text: str) -> Competitors:
+        """ValueError for what is neither null, in_batch:N nor hard:N."""
+        found = Competitors()
+        for part in text.split(","):
+            name, _, number = part.strip().partition(":")
+            if name == "null" and not number:
+                found = replace(found, null=True)
+            elif name in ("in_batch", "hard") and number.isdecimal() and int(number):
+                found = replace(found, **{name: int(number)})
+            else:
+                raise ValueError(
+                    "candidates: expected null, in_batch:N and hard:N, or some of them with commas "
+                    f"between, got {text!r}. Take null for classifier-free guidance."
+                )
+        return found
+
+    @property
+    def rule(self) -> Rule | None:
+        """Of the captions besides the empty one."""
+        if self.hard:
+            return Mixed(self.in_batch, allow_empty=True)
+        return InBatch(self.in_batch, allow_empty=True) if self.in_batch else None
+
+
 def method(options: Any) -> str:
     """A host's name, and AGSM's where it is in its step."""
     own = f" with AGSM (lambda {options.agsm_weight:g})" if options.agsm_weight else ""
     return f"{options.of.title}{own}"
 
 
-def hard_per_image(options: Any) -> int:
-    """How many of an image's negatives are edits of its own caption."""
-    number: int = options.num_negatives
-    return {"in_batch": 0, "hard": number, "mixed": -(-number // 2)}[options.candidates]
+def resolve_agsm(options: Any, steps: int) -> None:
+    """Fills in AGSM's options that were left out, by what is trained and for how many steps."""
+    tokens_alone = not (options.rank or options.full)
+    given = options.pos_scale, options.neg_scale
+    if options.agsm_guidance_scale is None and (given != (None, None) or tokens_alone):
+        options.pos_scale = 1.0 if options.pos_scale is None else options.pos_scale
+        if options.neg_scale is None:
+            options.neg_scale = 0.1 if tokens_alone and options.pos_scale else 0.0
+    elif given != (None, None):
+        raise ValueError(
+            f"agsm_guidance_scale: expected it without pos_scale and neg_scale, got "
+            f"{options.agsm_guidance_scale:g} with {given[0]} and {given[1]}: those are the "
+            "published form's. Leave out the one or the others."
+        )
+    else:
+        options.neg_scale = 0.0
+        if options.agsm_guidance_scale is None:
+            options.agsm_guidance_scale = 3.0
+    if options.neg_scale and not options.num_tokens:
+        raise ValueError(
+            f"neg_scale: expected 0 without soft tokens, got {options.neg_scale:g}: it would train "
+            "the LoRA or the denoiser towards this image for wrong captions. Leave it out, or take "
+            "--num_tokens 4."
+        )
+    if options.neg_scale and not tokens_alone and options.gradient_checkpointing:
+        raise ValueError(
+            "neg_scale: expected no --gradient_checkpointing with it and a LoRA or --full. Take "
+            "--chunk_size, or leave neg_scale out."
+        )
+    if not options.candidates:
+        published = tokens_alone and options.agsm_guidance_scale is None
+        options.candidates = "in_batch:3" if published else "null"
+    Competitors.read(options.candidates)
+    _temperature(options.temperature)
+    if options.ema_decay is None and (tokens_alone or options.neg_scale):
+        options.ema_decay = max(0.9, min(0.9999, 1 - 5 / steps))
 
 
 def make_agsm(
-    options: Any,
-    denoiser: Any,
-    batch_size: int,
-    weight: float | Callable[[int], float],
-    parameters: list[torch.nn.Parameter],
-    has_tokens: bool,
+    options: Any, denoiser: Any, batch_size: int, weight: float | Callable[[int], float]
 ) -> AGSMRegularizer:
-    """AGSM over the denoiser, with lambda = weight, on `batch_size` images a micro-step.
-
-    parameters: what is trained. has_tokens: whether soft tokens are among them.
-    """
-    if batch_size < 2 and options.candidates == "in_batch" and not options.null_caption:
+    """AGSM over the denoiser, with lambda = weight, on `batch_size` images a micro-step."""
+    competitors = Competitors.read(options.candidates)
+    if batch_size < 2 and not (competitors.null or competitors.hard):
         raise ValueError(
-            f"batch_size: expected 2 at least of AGSM's images, got {batch_size}: with "
-            "--candidates in_batch the other captions are the batch's, and there would be "
-            "none. Take larger batches and fewer of them (--gradient_accumulation_steps), "
-            "--candidates hard or mixed, or --null_caption."
+            f"batch_size: expected 2 at least of AGSM's images with --candidates "
+            f"{options.candidates}, got {batch_size}: the other captions are the batch's. Take "
+            "--candidates null, or larger batches and fewer of them "
+            "(--gradient_accumulation_steps)."
         )
-    temperature: Any = options.temperature
-    if options.target_entropy:
-        temperature = AdaptiveTemperature(options.target_entropy)
     loss = AGSMLoss(
-        pos_scale=options.pos_scale, neg_scale=options.neg_scale, temperature=temperature
+        guidance_scale=options.agsm_guidance_scale,
+        frozen_teacher=options.agsm_guidance_scale is not None and options.ema_decay == 1,
+        pos_scale=options.pos_scale,
+        neg_scale=options.neg_scale,
+        temperature=_temperature(options.temperature),
     )
     return AGSMRegularizer(
         denoiser,
-        EMA(denoiser, decay=options.ema_decay),
+        None if options.ema_decay is None else EMA(denoiser, decay=options.ema_decay),
         loss,
         weight=weight,
-        candidates=InBatch(options.num_negatives, allow_empty=True, null=options.null_caption),
-        negatives_train=_negatives_train(options, parameters, has_tokens),
+        candidates=competitors.rule,
         passes=Passes(options.chunk_size or None),
+        seed=options.seed + 100_003 * PartialState().process_index,
     )
 
 
-def _negatives_train(
-    options: Any, parameters: list[torch.nn.Parameter], has_tokens: bool
-) -> list[torch.nn.Parameter] | None:
-    """What the negatives' gradient reaches; None for the soft tokens."""
-    neg_scale = options.neg_scale
-    if not neg_scale or not (options.rank or options.full):
-        return None
-    if options.negative_gradient == "all":
-        LOGGER.warning(
-            "neg_scale: %g trains weights that all captions share towards this image for wrong "
-            "captions too; take --neg_scale 0, or soft tokens and --negative_gradient tokens.",
-            neg_scale,
-        )
-        return parameters
-    if not has_tokens:
-        raise ValueError(
-            f"neg_scale: expected 0 without soft tokens, got {neg_scale:g}: it would train the "
-            "LoRA or the denoiser towards this image for wrong captions. Take --num_tokens 4, "
-            "or --negative_gradient all to do so."
-        )
-    if options.gradient_checkpointing:
-        raise ValueError(
-            "negative_gradient: tokens: expected no --gradient_checkpointing with --neg_scale "
-            "above 0 and a LoRA or --full. Take --chunk_size, --neg_scale 0, or "
-            "--negative_gradient all."
-        )
-    return None
+def _temperature(text: str) -> Any:
+    kind, _, share = text.rpartition(":")
+    try:
+        if kind == "entropy":
+            return AdaptiveTemperature(float(share))
+        if not kind and float(share) > 0:
+            return float(share)
+    except ValueError:
+        pass
+    raise ValueError(
+        f"temperature: expected a number above 0, or entropy:SHARE with a share between 0 and 1, "
+        f"got {text!r}."
+    )
 
 
 def agsm_weight(options: Any) -> Schedule:
@@ -186,32 +218,30 @@ def agsm_weight(options: Any) -> Schedule:
     return linear_warmup(schedule, steps) if steps else schedule
 
 
-def check_competitors(options: Any, task: Task) -> None:
-    """ValueError where all images have the same caption, and no other ones compete."""
-    if options.candidates != "in_batch" or options.null_caption:
-        return
-    caption = task.one_caption()
-    if caption is not None:
-        raise ValueError(
-            f"data: expected captions that differ, got {caption[:60]!r} in every row of "
-            f"{task.data}: no caption competes with it, so this would be plain denoising. Take "
-            "--candidates hard, --null_caption, or --caption_column for another column."
-        )
+def check_competitors(options: Any, task: Task) -> int:
+    """How many edits of its own caption an image needs.
 
-
-def competitors(
-    options: Any, batch: Any, generator: torch.Generator
-) -> tuple[list[str], Candidates]:
-    """The captions that a batch's images are shown, and who competes for each.
-
-    batch: `data.batches.Batch` or `PairBatch`, with its edited captions.
+    Raises:
+        ValueError: all images have the same caption, and no other ones compete.
     """
-    in_batch = options.num_negatives - hard_per_image(options)
-    candidates = Mixed(in_batch, allow_empty=True, null=options.null_caption)(
-        batch.captions,
-        hard_negatives=batch.hard,
-        image_ids=batch.image_ids,
-        generator=generator,
-    )
-    pool = caption_pool(batch.captions, batch.hard, null=options.null_caption)
-    return [str(text) for text in pool], candidates
+    competitors = Competitors.read(options.candidates)
+    if not (competitors.null or competitors.hard):
+        caption = task.one_caption()
+        if caption is not None:
+            raise ValueError(
+                f"data: expected captions that differ, got {caption[:60]!r} in every row of "
+                f"{task.data}: no caption competes with it, so this would be plain denoising. Take "
+                "--candidates null, or --caption_column for another column."
+            )
+    return competitors.hard
+
+
+def summary_of(options: Any) -> str:
+    """AGSM's settings in words, as the options say and as they were derived."""
+    if options.agsm_guidance_scale is None:
+        form = f"gamma+ {options.pos_scale:g}, gamma- {options.neg_scale:g}"
+    else:
+        form = f"guidance scale {options.agsm_guidance_scale:g}"
+    teacher = "itself" if options.ema_decay is None else f"its EMA ({options.ema_decay:g})"
+    low = f", above {options.timestep_low:.0%} of the schedule" if options.timestep_low else ""
+    return f"{form} against {options.candidates}; teacher: {teacher}{low}"

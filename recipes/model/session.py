@@ -16,6 +16,7 @@ from accelerate import Accelerator, PartialState
 
 from data.pictures import sheet
 from data.task import Task
+from model.agsm import summary_of
 from model.card import Trained, write_cards
 from model.sampling import sample
 from model.trained import TrainedModel
@@ -33,8 +34,11 @@ class ValidationOptions:
         32, "Validation prompts per category (only for --data world).", at_least=1
     )
     validation_inference_steps: int = option(20, "Sampling steps per validation image.", at_least=1)
-    validation_guidance_scale: float = option(
-        3.0, "Classifier-free guidance scale of validation images; 1: no guidance.", at_least=0
+    validation_guidance_scale: float | None = option(
+        None,
+        "Classifier-free guidance scale of validation images; 1: no guidance. Left out: 3, or 1 "
+        "where --agsm_guidance_scale is trained in.",
+        at_least=0,
     )
 
 
@@ -68,16 +72,18 @@ class Session(TrainedModel):
             parts.append(f"{options.num_tokens} soft tokens{where}")
         parts += [f"a LoRA of rank {options.rank}"] if options.rank else []
         parts += ["all weights"] if options.full else []
-        gamma = f"; gamma- {options.neg_scale:g}" if self.has_agsm else ""
         precision = str(pipe.dtype).removeprefix("torch.")
         if options.mixed_precision != "no":
             precision += f", passes in {options.mixed_precision}"
-        return self.method, {
+        lines = {
             "model": f"{options.model} ({type(pipe).__name__})",
             "device": f"{self.pipeline.device}, {precision}",
-            "trains": f"{self.number:,} parameters: {' and '.join(parts)}{gamma}",
-            "validation": self._looked_at(),
+            "trains": f"{self.number:,} parameters: {' and '.join(parts)}; learning rate "
+            f"{options.learning_rate:g}",
         }
+        if self.has_agsm:
+            lines["AGSM"] = summary_of(options)
+        return self.method, {**lines, "validation": self._looked_at()}
 
     def _looked_at(self) -> str:
         options, prompts = self.options, len(self.task.validation())

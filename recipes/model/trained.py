@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,10 +25,10 @@ from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off
 from agsm_loss.integrations.noise import prediction_type
 from agsm_loss.integrations.tokens.attach import backbone_of
 from agsm_loss.integrations.tokens.unet import bos_embedding
-from data.batches import Batch
+from data.batches import Batch, PairBatch
 from data.sources import check_source, given_model
 from data.task import Task
-from model.agsm import competitors, make_agsm
+from model.agsm import Competitors, make_agsm, resolve_agsm
 from model.pipeline import TextToImage
 from run.checkpoints import digest_of, fingerprint_of
 from run.engines import blocks_of, is_sharded
@@ -50,7 +51,7 @@ class ModelOptions:
     merge_lora: str = option(
         "", "LoRA to merge into the denoiser before training: a folder or a hub id."
     )
-    num_tokens: int = option(4, "Soft tokens to train per layer; 0: none.", at_least=0)
+    num_tokens: int = option(0, "Soft tokens to train per layer; 0: none.", at_least=0)
     banks: Literal["dual", "shared", "positive_only"] = option(
         "dual",
         "Banks of soft tokens: one for matching captions and one for negatives (dual), one for "
@@ -63,15 +64,23 @@ class ModelOptions:
         "and SDXL.",
         at_least=1,
     )
-    rank: int = option(
-        0, "Rank of a LoRA to train on the denoiser's attention; 0: no LoRA.", at_least=0
+    rank: int | None = option(
+        None,
+        "Rank of a LoRA to train on the denoiser's attention; 0: no LoRA. Left out: 16, or 0 with "
+        "--full or --num_tokens.",
+        at_least=0,
     )
     full: bool = option(False, "Train all of the denoiser's weights.")
     gradient_checkpointing: bool = option(
         False,
         "Recompute the denoiser's activations in the backward pass: less memory, more time.",
     )
-    learning_rate: float = option(1e-3, "Peak learning rate of AdamW.", above=0)
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate of AdamW. Left out: 1e-4 for a LoRA, 1e-5 for --full, 1e-3 for soft "
+        "tokens alone.",
+        above=0,
+    )
     compile: bool = option(False, "Compile the denoiser with torch.compile.")
 
 
@@ -92,21 +101,33 @@ class TimestepOptions:
 
 
 def resolve(options: Any, of_world: str = "recipes/lab/models/flow") -> None:
-    """Chooses a `model` and a `neg_scale` that were left out, and checks options together.
+    """Fills in what was left out, by what is trained, and checks options together.
 
     of_world: the model for the embedded world's data.
 
     Raises:
-        ValueError: no model for other data, or nothing competes.
+        ValueError: no model for other data, nothing to train, or settings that exclude each other.
     """
     options.model = given_model(options.model, options.data, of_world)
-    if options.neg_scale is None:
-        options.neg_scale = 0.0 if options.rank or options.full else 0.1
-    if not (options.num_negatives or options.null_caption):
-        raise ValueError(
-            "num_negatives: expected at least 1 without --null_caption, got 0: nothing would "
-            "compete with the image's own caption."
-        )
+    if options.rank is None:
+        options.rank = 0 if options.full or options.num_tokens else 16
+    if options.full and options.rank:
+        raise ValueError("expected --full or --rank, got both")
+    if not (options.full or options.rank or options.num_tokens):
+        raise ValueError("nothing to train: expected --num_tokens, --rank or --full")
+    if options.learning_rate is None:
+        options.learning_rate = 1e-5 if options.full else 1e-4 if options.rank else 1e-3
+    steps = getattr(options, "max_train_steps", None)  # DDPO counts epochs
+    resolve_agsm(options, steps or max(1, options.num_epochs * options.train_num_inner_epochs))
+    if options.validation_guidance_scale is None:
+        trained_in = trains_guidance(options)
+        options.validation_guidance_scale = 1.0 if trained_in else 3.0
+
+
+def trains_guidance(options: Any) -> bool:
+    """Whether what is trained is to be sampled without guidance."""
+    used = getattr(options, "agsm_weight", options.objective == "agsm")
+    return bool(used) and (options.agsm_guidance_scale or 1.0) > 1
 
 
 class TrainedModel:
@@ -135,10 +156,6 @@ class TrainedModel:
 
     def __init__(self, options: Any, state: Accelerator | PartialState, task: Task) -> None:
         self.options, self.task, self.has_agsm = options, task, False
-        if options.full and options.rank:
-            raise ValueError("expected --full or --rank, got both")
-        if not (options.full or options.rank or options.num_tokens):
-            raise ValueError("nothing to train: expected --num_tokens, --rank or --full")
         check_source("merge_lora", options.merge_lora)
         dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         casts = state.distributed_type == DistributedType.DEEPSPEED  # all of the denoiser
@@ -197,14 +214,29 @@ class TrainedModel:
     ) -> AGSMRegularizer:
         """AGSM over the denoiser, with λ = weight, on so many images a micro-step."""
         self.has_agsm = True
-        return make_agsm(
-            self.options,
-            self.denoiser,
-            batch_size,
-            weight,
-            self.parameters,
-            self.tokens is not None,
-        )
+        return make_agsm(self.options, self.denoiser, batch_size, weight)
+
+    def captions(
+        self, batch: Batch | PairBatch, compete: bool | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """A batch's encoded captions, and what AGSM takes besides; nothing without it.
+
+        compete: whether captions do; left out: with AGSM.
+
+        The first is encoded row by row: the images' own captions, then their edits. The second is
+        the captions themselves, and the encoded empty caption where it competes.
+        """
+        encode = self.pipeline.encode_prompts
+        if not (self.has_agsm if compete is None else compete):
+            return encode(batch.captions), {}
+        competitors = Competitors.read(self.options.candidates)
+        hard = batch.hard if competitors.hard else None
+        return encode([*batch.captions, *chain.from_iterable(hard or ())]), {
+            "captions": batch.captions,
+            "hard_negatives": hard,
+            "image_ids": batch.image_ids,
+            "null": encode([""]) if competitors.null else None,
+        }
 
     def timesteps(self, number: int, generator: torch.Generator) -> Tensor:
         """(number,) as the options draw them."""
@@ -222,19 +254,29 @@ class TrainedModel:
         kept: the rows that are trained on (all of them by default); the other rows' captions still
         compete.
         """
-        pool, every = competitors(self.options, batch, generator)
+        conditioning, captions = self.captions(batch)
         kept = torch.arange(len(latents)) if kept is None else kept
-        candidates = Candidates(
-            every.index[kept], every.positives[kept], every.mask[kept], every.pool_size
-        )
+        rule = Competitors.read(self.options.candidates).rule
+        if rule is not None:
+            asked = {name: captions.pop(name) for name in ("hard_negatives", "image_ids")}
+            every = rule(captions["captions"], generator=generator, **asked)
+            captions["captions"] = Candidates(
+                every.index[kept], every.positives[kept], every.mask[kept], every.pool_size
+            )
+        elif len(kept) < len(latents):
+            rows = kept.to(latents.device)
+            conditioning = {name: value[rows] for name, value in conditioning.items()}
+            captions |= {
+                name: [captions[name][i] for i in kept] for name in ("captions", "image_ids")
+            }
         latents = latents[kept.to(latents.device)]
         return AGSMBatch(
             latents,
             self.timesteps(len(latents), generator),
             torch.randn(latents.shape, generator=generator).to(latents),
-            self.pipeline.encode_prompts(pool),
-            candidates,
+            conditioning,
             image_conditioning=self.pipeline.image_conditioning(batch.pixels[kept]),
+            **captions,
         )
 
 

@@ -37,7 +37,7 @@ from data.batches import Batch
 from data.pictures import sheet, to_uint8
 from data.prompts import read_prompts
 from data.task import Captions, Task
-from model.agsm import agsm_weight, check_competitors, hard_per_image
+from model.agsm import Competitors, agsm_weight, check_competitors
 from model.pipeline import TextToImage
 from model.trained import TrainedModel
 from rewards.rewards import Reward, load
@@ -351,18 +351,16 @@ def check_prompts(reward: Reward, options: Any, task: Task) -> None:
 
 def check_best(options: Any) -> None:
     """ValueError where the best samples should have edited captions: only a data set has them."""
-    if options.candidates != "in_batch":
+    if Competitors.read(options.candidates).hard:
         raise ValueError(
-            f"agsm_images: best has in-batch negatives only; expected candidates in_batch, got "
-            f"{options.candidates}. Take --agsm_images data, or --candidates in_batch."
+            f"agsm_images: best has no edited captions; expected candidates null or in_batch:N, "
+            f"got {options.candidates}. Take --agsm_images data, or --candidates null."
         )
 
 
 def on_policy_images(options: Any, task: Task, batch_size: int) -> Dataset[Batch]:
     """The data set's images, with edited captions where AGSM is on."""
-    if options.agsm_weight:
-        check_competitors(options, task)
-    hard = hard_per_image(options) if options.agsm_weight else 0
+    hard = check_competitors(options, task) if options.agsm_weight else 0
     return task.images(batch_size, hard, options.image_column)
 
 

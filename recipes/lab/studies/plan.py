@@ -20,7 +20,7 @@ from run.options import did_you_mean
 
 BASE = "base"
 RECIPE, AFTER = "recipe", "after"
-OF, SCALES = "of", "guidance_scales"
+OF, SCALES, STRENGTH = "of", "guidance_scales", "lora_scale"
 SETTINGS = "settings.json"
 
 
@@ -34,8 +34,9 @@ class Plan:
         that method trains no tokens, and is itself after none.
         The untrained base is always there, under the name "base".
     references: further pipelines (name -> folder) that are scored as they are, e.g. the ceiling.
-    sampled: name -> {of, guidance_scales}: the model of the base, a reference or a method (of),
-        sampled at other guidance scales. An entry of the base shows what guidance gains it.
+    sampled: name -> {of, guidance_scales, lora_scale}: the model of the base, a reference or a
+        method (of), sampled at other guidance scales, its LoRA at another strength (left out: 1).
+        An entry of the base shows what guidance gains it.
     panels: title -> a metric of log.jsonl, each drawn as a curve and told at the end of training.
     frontier: a metric of log.jsonl against which the validation's overall score is drawn and told.
     baselines: methods that the others are compared with, image by image, as with the base.
@@ -88,9 +89,10 @@ def read_plan(file: Path, output_dir: str | None = None) -> Plan:
     sampled = values.get("sampled", {})
     _check_names(file, [*models, *sampled])
     for name, options in sampled.items():
-        if not isinstance(options, dict) or set(options) != {OF, SCALES}:
+        if not isinstance(options, dict) or {*options} - {STRENGTH} != {OF, SCALES}:
             raise ValueError(
-                f"{file}: sampled: {name}: expected the keys {OF} and {SCALES}, got {options!r}"
+                f"{file}: sampled: {name}: expected the keys {OF}, {SCALES} and perhaps "
+                f"{STRENGTH}, got {options!r}"
             )
         if options[OF] not in models or not options[SCALES]:
             raise ValueError(
@@ -198,7 +200,7 @@ def settings_of(plan: Plan, method: str) -> dict[str, Any]:
     """What the result of a method's runs depends on besides the seed, as JSON gives it back."""
     if method in plan.sampled:
         of = settings_of(plan, plan.sampled[method][OF])
-        return {**of, SCALES: plan.scales(method)}
+        return {**of, **plan.sampled[method]}
     names = [one.name for one in fields(Plan) if one.name not in _NOT_OF_A_RUN]
     settings = {name: getattr(plan, name) for name in names}
     if method in plan.references:

@@ -23,6 +23,7 @@ from lab.studies.plan import (
     OF,
     RECIPE,
     SETTINGS,
+    STRENGTH,
     Plan,
     check_settings,
     folder_of,
@@ -51,7 +52,10 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         began = time.time()
         recipe_of(method, plan.methods[method]).main(flags(options))
         seconds = time.time() - began
-    model = _load(plan, plan.sampled.get(method, {}).get(OF, method), seed)
+    sampled = plan.sampled.get(method, {})
+    model = _load(plan, sampled.get(OF, method), seed)
+    if STRENGTH in sampled:
+        model.set_lora_scale(sampled[STRENGTH])
     scales = plan.scales(method)
 
     def score(fold: str, number: int, cfg: float, key: str) -> tuple[Any, Any]:
