@@ -5,8 +5,9 @@
 
 An entry is what an encoder gives for one text or one image: a latent's mean and standard deviation,
 not a draw, so that a run has the same numbers with and without. It is found by what is encoded (the
-text, or the pixels as the model sees them) and by all that encodes it. Where an encoder, its dtype,
-its tokenizer or a library's version is another, entries are made anew.
+text, or the pixels as the model sees them) and by all that encodes it. Where an encoder, its LoRA,
+its dtype, its tokenizer or a library's version is another, entries are made anew. Each has a hash,
+by which damage is noticed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +28,7 @@ import torch
 import transformers
 import xxhash
 from accelerate import Accelerator
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -59,26 +62,41 @@ class Store:
     """Rows of tensors by key, in memory-mapped safetensors files of one folder.
 
     A file has its name only once it is whole. Any number of processes may read and write the
-    folder. A damaged file is removed with a warning, and its rows are missing.
+    folder. A file with damage is put aside with a warning: later stores miss its rows, this one
+    those that are damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: set[str] = set()
-        self._rows: dict[str, tuple[Any, list[str]]] = {}  # key -> open file, names of tensors
+        self._files: dict[Path, Any] = {}
+        self._rows: dict[str, tuple[Path, list[str], str]] = {}  # key -> file, tensors, their hash
         self._unsaved: dict[str, Row] = {}
         self._bytes = 0
         folder.mkdir(parents=True, exist_ok=True)
         self._read_new_files()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._rows or key in self._unsaved
+        return self.find(key) is not None
 
     def __getitem__(self, key: str) -> Row:
+        row = self.find(key)
+        if row is None:
+            raise KeyError(key)
+        return row
+
+    def find(self, key: str) -> Row | None:
+        """The row as it was stored, or None."""
         if key in self._unsaved:
             return self._unsaved[key]
-        file, names = self._rows[key]
-        return {name: file.get_tensor(f"{key}.{name}") for name in names}
+        if key not in self._rows:
+            return None
+        path, names, digest = self._rows[key]
+        row = {name: self._files[path].get_tensor(f"{key}.{name}") for name in names}
+        if _hash_of(row) == digest:
+            return row
+        del self._rows[key]
+        self._put_aside(path, "an entry is not what was written")
+        return None
 
     def __setitem__(self, key: str, row: Row) -> None:
         self._unsaved[key] = {name: value.cpu().clone() for name, value in row.items()}
@@ -92,7 +110,9 @@ class Store:
             part = self.folder / f"{uuid.uuid4().hex}.part"
             rows = self._unsaved.items()
             save_file(
-                {f"{key}.{name}": value for key, row in rows for name, value in row.items()}, part
+                {f"{key}.{name}": value for key, row in rows for name, value in row.items()},
+                part,
+                {key: _hash_of(row) for key, row in rows},
             )
             part.rename(part.with_suffix(".safetensors"))
             self._unsaved, self._bytes = {}, 0
@@ -103,20 +123,35 @@ class Store:
             if time.time() - path.stat().st_mtime > 3600:
                 path.unlink(missing_ok=True)
         for path in sorted(self.folder.glob("*.safetensors")):
-            if path.name in self._files:
+            if path in self._files:
                 continue
-            self._files.add(path.name)
             try:
                 file: Any = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                LOGGER.warning("%s is damaged (%s): removed, to be made again.", path, error)
-                path.unlink(missing_ok=True)
+                self._put_aside(path, error)
                 continue
+            self._files[path] = file
+            tensors: dict[str, list[str]] = {}
             for full in file.keys():  # noqa: SIM118 (no mapping)
-                key, name = full.split(".", 1)
-                names = self._rows.setdefault(key, (file, []))
-                if names[0] is file:
-                    names[1].append(name)
+                key, _, name = full.partition(".")
+                tensors.setdefault(key, []).append(name)
+            for key, digest in (file.metadata() or {}).items():
+                self._rows.setdefault(key, (path, tensors.get(key, []), digest))
+
+    def _put_aside(self, path: Path, why: object) -> None:
+        aside = path.with_suffix(".damaged")  # not removed: others may have mapped it
+        if path.exists():
+            LOGGER.warning("%s is damaged (%s): now %s, to be made again.", path, why, aside.name)
+        with suppress(FileNotFoundError):  # another process did it
+            path.rename(aside)
+
+
+def _hash_of(row: Row) -> str:
+    digest = xxhash.xxh3_128()
+    for name, value in sorted(row.items()):
+        digest.update(f"{name}: {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
 
 
 class Cached:
@@ -132,23 +167,28 @@ class Cached:
         self._wanted: dict[str, Any] = {}
 
     def __call__(self, items: Iterable[Any]) -> list[Row]:
-        items = list(items)
-        made = self.made
-        self.want(items)
-        self.make(1)
-        if self.made > made:
+        by_key = [(self.key_of(item), item) for item in items]
+        rows = {key: self.store.find(key) for key, _ in by_key}
+        missing = {key: item for key, item in by_key if rows[key] is None}
+        self.found += len(rows.keys() - missing - self._seen)
+        self._seen.update(rows)
+        if missing:
+            self._wanted |= missing
+            self.make(1)
+            rows |= {key: self.store[key] for key in missing}
             self.store.save()
-        return [self.store[self.key_of(item)] for item in items]
+        return [rows[key] for key, _ in by_key]
 
     def want(self, items: Iterable[Any]) -> None:
-        """Notes the items that are missing, for `make`."""
+        """Notes the items that are missing, for `make`. What is there is read once, as a check."""
         for item in items:
             key = self.key_of(item)
             if key not in self._seen:
                 self._seen.add(key)
-                self.found += key in self.store
-            if key not in self.store:
-                self._wanted[key] = item
+                if key in self.store:
+                    self.found += 1
+                else:
+                    self._wanted[key] = item
 
     def make(self, least: int) -> None:
         """Encodes what is wanted, `ENCODED` at a time, while that is so many at least."""
@@ -182,7 +222,7 @@ def precompute(folder: str, model: TextToImage, accelerator: Accelerator) -> Fil
         try:
             for _, batch in tqdm(items, "Precomputing", number, disable=not shown, mininterval=2):
                 images.want(batch.pixels)
-                texts.want(caption_pool(batch.captions, batch.hard, null=True))
+                texts.want([*caption_pool(batch.captions, batch.hard), ""])
                 for one in (texts, images):
                     one.make(ENCODED)
             for one in (texts, images):
@@ -214,7 +254,7 @@ def image_identity(model: TextToImage) -> str:
 
 def _identity(model: TextToImage, parts: dict[str, Any], *others: Any) -> str:
     versions = [one.__version__ for one in (torch, diffusers, transformers)]
-    about = [versions, type(model.pipe).__name__, model.device.type, others]
+    about = ["hashed", versions, type(model.pipe).__name__, model.device.type, others]
     digest = xxhash.xxh3_128(repr(about).encode())
     for name, part in sorted(parts.items()):
         digest.update(f"{name}: {type(part).__name__}".encode())
@@ -222,9 +262,12 @@ def _identity(model: TextToImage, parts: dict[str, Any], *others: Any) -> str:
             config = part.config.to_dict() if hasattr(part.config, "to_dict") else part.config
             public = {key: value for key, value in config.items() if not key.startswith("_")}
             digest.update(json.dumps(public, sort_keys=True, default=str).encode())
-            for key, value in part.state_dict().items():
-                digest.update(f"{key}: {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(_bytes(value))
+            digest.update(_hash_of(part.state_dict()).encode())
+            for key, layer in part.named_modules():
+                if isinstance(layer, BaseTunerLayer):  # of a LoRA, whose strength is no tensor
+                    used = layer.active_adapters, layer.disable_adapters, layer.merged_adapters
+                    strength = getattr(layer, "scaling", None)
+                    digest.update(f"{key}: {strength} {used}".encode())
         elif part is not None:
             digest.update(_tokenizer(part).encode())
     return digest.hexdigest()
