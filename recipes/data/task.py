@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from data.batches import PAIR_COLUMNS, Batch, PairBatch, TableBatches, TablePairs, one_text
 from data.prompts import read_prompts, texts_of
 from data.sources import world
-from data.tables import check_columns, open_table
+from data.tables import check_columns, fingerprint, open_table
 from run.options import option
 
 
@@ -59,10 +60,19 @@ class PromptFileOptions:
 
 @dataclass(frozen=True)
 class Captions:
-    """`number` captions, each made when asked for: `captions[0]` to `captions[number - 1]`."""
+    """`number` captions, each made when asked for: `captions[0]` to `captions[number - 1]`.
+
+    table: that they are of, if any.
+    """
 
     number: int
     make: Callable[[int], str]
+    table: Any = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`tables.fingerprint` of the captions; "" where they are of no table."""
+        return "" if self.table is None else fingerprint(self.table)
 
     def __len__(self) -> int:
         return self.number
@@ -105,17 +115,18 @@ class Task:
         return TablePairs(table, batch_size, hard, text=self.text, **self._rows())
 
     def _texts(self) -> Any:
-        """The captions' column, with no images read."""
+        """The table of the captions alone, with no images read."""
         table = open_table(self.data, self.split, columns=(), text=self.text)
         check_columns(table, (), self.text)
-        return table[self.text]
+        return table.select_columns([self.text])
 
     def captions(self) -> Captions:
         """The data's captions; of a row with several, always the same one.
 
         A row without a text is replaced by the next one.
         """
-        column = self._texts()
+        table = self._texts()
+        column = table[self.text]
 
         def caption(row: int) -> str:
             for place in range(row, row + len(column)):
@@ -124,12 +135,12 @@ class Task:
                     return one_text(texts, np.random.default_rng(row))
             raise ValueError(f"data: none of the {len(column)} rows of {self.data} has a text.")
 
-        return Captions(len(column), caption)
+        return Captions(len(column), caption, table)
 
     def one_caption(self) -> str | None:
         """The caption that all rows have; None where there are several, or none."""
         found: set[str] = set()
-        for cell in self._texts():
+        for cell in self._texts()[self.text]:
             with suppress(ValueError):
                 found.update(texts_of(cell))
             if len(found) > 1:

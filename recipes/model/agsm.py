@@ -36,8 +36,8 @@ class AGSMOptions:
     )
     candidates: str = option(
         "",
-        "Captions that compete with an image's own: null (the empty one), in_batch:N (N of other "
-        "images), hard:N (N edits of its own), or several of them, as null,hard:1. Left out: null; "
+        'Captions that compete with an image\'s own: empty (the caption ""), in_batch:N (N of other '
+        "images), hard:N (N edits of its own), or several of them, as empty,hard:1. Left out: empty; "
         "in_batch:3 where soft tokens alone are trained.",
     )
     temperature: str = option(
@@ -89,28 +89,28 @@ class HostOptions:
 class Competitors:
     """What `--candidates` says.
 
-    >>> Competitors.read("null,hard:2")
-    Competitors(null=True, in_batch=0, hard=2)
+    >>> Competitors.read("empty,hard:2")
+    Competitors(empty=True, in_batch=0, hard=2)
     """
 
-    null: bool = False
+    empty: bool = False
     in_batch: int = 0
     hard: int = 0
 
     @staticmethod
     def read(text: str) -> Competitors:
-        """ValueError for what is neither null, in_batch:N nor hard:N."""
+        """ValueError for what is neither empty, in_batch:N nor hard:N."""
         found = Competitors()
         for part in text.split(","):
             name, _, number = part.strip().partition(":")
-            if name == "null" and not number:
-                found = replace(found, null=True)
+            if name == "empty" and not number:
+                found = replace(found, empty=True)
             elif name in ("in_batch", "hard") and number.isdecimal() and int(number):
                 found = replace(found, **{name: int(number)})
             else:
                 raise ValueError(
-                    "candidates: expected null, in_batch:N and hard:N, or some of them with commas "
-                    f"between, got {text!r}. Take null for classifier-free guidance."
+                    "candidates: expected empty, in_batch:N and hard:N, or some of them with commas "
+                    f"between, got {text!r}. Take empty for classifier-free guidance."
                 )
         return found
 
@@ -159,7 +159,7 @@ def resolve_agsm(options: Any, steps: int) -> None:
         )
     if not options.candidates:
         published = tokens_alone and options.agsm_guidance_scale is None
-        options.candidates = "in_batch:3" if published else "null"
+        options.candidates = "in_batch:3" if published else "empty"
     Competitors.read(options.candidates)
     _temperature(options.temperature)
     if options.ema_decay is None and (tokens_alone or options.neg_scale):
@@ -171,11 +171,11 @@ def make_agsm(
 ) -> AGSMRegularizer:
     """AGSM over the denoiser, with lambda = weight, on `batch_size` images a micro-step."""
     competitors = Competitors.read(options.candidates)
-    if batch_size < 2 and not (competitors.null or competitors.hard):
+    if batch_size < 2 and not (competitors.empty or competitors.hard):
         raise ValueError(
             f"batch_size: expected 2 at least of AGSM's images with --candidates "
             f"{options.candidates}, got {batch_size}: the other captions are the batch's. Take "
-            "--candidates null, or larger batches and fewer of them "
+            "--candidates empty, or larger batches and fewer of them "
             "(--gradient_accumulation_steps)."
         )
     loss = AGSMLoss(
@@ -225,13 +225,13 @@ def check_competitors(options: Any, task: Task) -> int:
         ValueError: all images have the same caption, and no other ones compete.
     """
     competitors = Competitors.read(options.candidates)
-    if not (competitors.null or competitors.hard):
+    if not (competitors.empty or competitors.hard):
         caption = task.one_caption()
         if caption is not None:
             raise ValueError(
                 f"data: expected captions that differ, got {caption[:60]!r} in every row of "
                 f"{task.data}: no caption competes with it, so this would be plain denoising. Take "
-                "--candidates null, or --caption_column for another column."
+                "--candidates empty, or --caption_column for another column."
             )
     return competitors.hard
 

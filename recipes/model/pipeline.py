@@ -24,14 +24,20 @@ from diffusers.training_utils import (
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from agsm_loss.integrations.noise import prediction_type
+from agsm_loss.integrations.prompts import (
+    Row,
+    encoded_rows,
+    family_of,
+    image_conditioning,
+    joined,
+    with_empty,
+)
 from agsm_loss.integrations.tokens.pipelines import Sampling, denoiser_of, load_soft_tokens
 from data.sources import loading
-from model.families import Row, family_of
+from model.families import call_of, image_side
 from model.latents import decode_latents, encode_image, hold_in_float32, scale_latents
-from model.sampling import image_side
 from run.log import say
 
 # Projections of the image stream and, in joint attention, of the text stream.
@@ -105,11 +111,11 @@ class TextToImage:
         cached_bytes: int = 2**30,
         guidance: float = 3.5,
     ) -> None:
-        self.family = family_of(pipe)
         self.pipe = pipe
+        family_of(pipe)
         self.guidance = guidance
         self.cached_bytes = cached_bytes
-        self.arguments = self.family.call(pipe)
+        self.arguments = call_of(pipe)
         self.text_rows: Encoder = self._text_rows
         self.image_rows: Encoder = self._image_rows
         self._cache: OrderedDict[str, Row] = OrderedDict()
@@ -168,8 +174,12 @@ class TextToImage:
         self.pipe.unload_lora_weights()
         self.denoiser.requires_grad_(False)
 
-    def load_extras(self, tokens: str, lora: str, sampling: Sampling = Sampling.BOTH) -> None:
+    def load_extras(
+        self, tokens: str, lora: str, sampling: Sampling = Sampling.BOTH, pipe: Any = None
+    ) -> None:
         """Soft tokens and a LoRA onto the denoiser, each from a folder or a hub id; "" for none.
+
+        pipe: the pipeline that is called, where it is another one around the same parts.
 
         Raises:
             ValueError: they cannot be loaded, or the LoRA changes nothing.
@@ -185,7 +195,7 @@ class TextToImage:
                 )
         if tokens:
             with loading("tokens", tokens) as name:
-                load_soft_tokens(self.pipe, name, sampling)
+                load_soft_tokens(pipe or self.pipe, name, sampling)
 
     def set_lora_scale(self, scale: float) -> None:
         """The strength of the LoRA of `load_extras`: 0 is the model without it."""
@@ -244,12 +254,7 @@ class TextToImage:
         The empty prompt is what the pipeline guides away from: zeros for SDXL, where its config
         has `force_zeros_for_empty_prompt`.
         """
-        encoded = self.encode_text(prompts)
-        if self.pipe.config.get("force_zeros_for_empty_prompt") and "" in prompts:
-            told = torch.tensor([text != "" for text in prompts], device=self.device)
-            for value in encoded.values():
-                value[~told] = 0
-        return encoded
+        return with_empty(self.pipe, prompts, self.encode_text(prompts))
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -263,27 +268,15 @@ class TextToImage:
             self._cache.move_to_end(text)
         while self._cached > self.cached_bytes:
             self._cached -= _bytes_of(self._cache.popitem(last=False)[1])
-        # Texts of different lengths are padded; their masks have zeros there.
-        padded = {n: pad_sequence([row[n] for row in rows], batch_first=True) for n in rows[0]}
-        return {name: value.to(self.device) for name, value in padded.items()}
+        return {name: value.to(self.device) for name, value in joined(rows).items()}
 
     @torch.no_grad()
     def _text_rows(self, prompts: Sequence[str]) -> list[Row]:
-        rows = []
         # In the encoders' own precision: a row is kept, whoever asks for it first.
         with self.loaded(), torch.autocast(self.device.type, enabled=False):
-            size = self.family.prompts_a_pass
-            for first in range(0, len(prompts), size):
-                group = list(prompts[first : first + size])
-                whole = group + group[-1:] * (size - len(group))
-                given = {"device": self.device, **self.arguments}
-                encoded = self.family.encode(self.pipe, whole, given)
-                # Clones, as a row would keep its whole batch.
-                rows += [
-                    {name: value[row].cpu().clone() for name, value in encoded.items()}
-                    for row in range(len(group))
-                ]
-        return rows
+            given = {"device": self.device, **self.arguments}
+            rows = encoded_rows(self.pipe, prompts, given)
+            return [{name: value.cpu() for name, value in row.items()} for row in rows]
 
     def encode_images(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w) in float32."""
@@ -311,7 +304,8 @@ class TextToImage:
 
     def image_conditioning(self, pixels: Tensor) -> dict[str, Tensor]:
         """SDXL's time ids (uncropped, at full size) and Flux's guidance, one row an image."""
-        given = self.family.image_conditioning(self.pipe, pixels, self.guidance)
+        number, _, height, width = pixels.shape
+        given = image_conditioning(self.pipe, number, height, width, guidance=self.guidance)
         return {name: value.to(self.device) for name, value in given.items()}
 
     def timesteps(

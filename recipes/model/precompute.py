@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from agsm_loss import caption_pool
-from model.families import ENCODED, Row
+from agsm_loss.integrations.prompts import ENCODED, Row
 from model.pipeline import Encoder, TextToImage
 from run.log import say
 from run.options import option

@@ -226,16 +226,21 @@ class TrainedModel:
         The first is encoded row by row: the images' own captions, then their edits. The second is
         the captions themselves, and the encoded empty caption where it competes.
         """
-        encode = self.pipeline.encode_prompts
         if not (self.has_agsm if compete is None else compete):
-            return encode(batch.captions), {}
+            return self.pipeline.encode_prompts(batch.captions), {}
         competitors = Competitors.read(self.options.candidates)
         hard = batch.hard if competitors.hard else None
-        return encode([*batch.captions, *chain.from_iterable(hard or ())]), {
+        # The empty caption with the others, so that all are as long.
+        encoded = self.pipeline.encode_prompts(
+            [*batch.captions, *chain.from_iterable(hard or ()), ""]
+        )
+        return {name: value[:-1] for name, value in encoded.items()}, {
             "captions": batch.captions,
             "hard_negatives": hard,
             "image_ids": batch.image_ids,
-            "null": encode([""]) if competitors.null else None,
+            "null": {name: value[-1:] for name, value in encoded.items()}
+            if competitors.empty
+            else None,
         }
 
     def timesteps(self, number: int, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,7 @@ from lab.world.model_card import write_card
 from lab.world.prompts import rows, scenes
 from lab.world.render import render
 from lab.world.score import summarize, verdicts
-from model.families import family_of
+from model.families import call_of
 from model.sampling import sample
 from run.log import lines_of, say_saved, say_scores, say_validating
 
@@ -83,17 +83,12 @@ def evaluate(model: Any, options: Any, step: int) -> dict[str, Any]:
             seeds=range(len(wanted)),
             num_inference_steps=options.validation_inference_steps,
             guidance_scale=options.validation_guidance_scale,
-            arguments=family_of(pipe).call(pipe),
+            arguments=call_of(pipe),
         )
     judged = verdicts(images, wanted)
     shown = [i for i in range(len(wanted)) if i % options.validation_per_category < 8]
     file = Path(options.output_dir) / "sheets" / f"{step:06d}.png"
-    sheet(
-        images[shown],
-        [wanted[i] for i in shown],
-        [judged[i] for i in shown],
-        file,
-    )
+    sheet(images[shown], [wanted[i] for i in shown], [judged[i] for i in shown], file)
     scores = summarize(judged)
     say_scores(step, scores, file)
     return scores

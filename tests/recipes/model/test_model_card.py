@@ -14,7 +14,6 @@ import train_dpo
 from lab.world.export import captioned
 from lab.world.prompts import rows
 from model import card as model_card
-from model.families import QwenImage
 from model.pipeline import TextToImage
 
 FEW = ["--max_train_steps", "1", "--train_batch_size", "3", "--validation_per_category", "1",
@@ -54,7 +53,7 @@ def near(one, other):
     [("qwen", {"true_cfg_scale": 3.0, "negative_prompt": " "}), ("sana", {"guidance_scale": 3.0})],
 )
 def test_guidance_has_the_pipelines_own_name(kind, given, tmp_path, monkeypatch):
-    monkeypatch.setattr(QwenImage, "call", lambda self, pipe: {"height": 16, "width": 16})
+    monkeypatch.setattr("model.pipeline.call_of", lambda pipe: {"height": 16, "width": 16})
     model, run = speaking_pipeline(kind, tmp_path / kind), tmp_path / "run"
     captioned(6, seed=0).to_parquet(tmp_path / "w.parquet")
     flags = ["--model", str(model), "--data", str(tmp_path / "w.parquet"), "--resolution", "32"]

@@ -1,0 +1,201 @@
+"""How a pipeline encodes captions for its denoiser, and the empty one, which it guides away from.
+
+    text = encode_prompts(pipe, captions)       # what `PlainDenoiser` and `TokenDenoiser` take
+    null = encode_prompts(pipe, [""])           # SDXL: zeros, as in its own guidance
+    image = image_conditioning(pipe, len(captions), height, width)  # SDXL's time ids, say
+    agsm(noisy, timesteps, target, text, captions, null=null, image_conditioning=image)
+
+Known: Stable Diffusion 1.x and 2.x, SDXL, SD3 and SD3.5, Flux.1, Qwen-Image, Sana, by the public
+`encode_prompt` of their pipelines.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+Row = dict[str, Tensor]
+"""What one item is encoded as."""
+
+# Prompts a pass of the text encoders, always: the last bits of a row depend on how many share its
+# pass, and in a resumed run, whose cache is empty, others would.
+ENCODED = 8
+
+
+def encode_prompts(pipe: Any, prompts: Sequence[str], **arguments: Any) -> Row:
+    """One row a prompt in every tensor, named as the denoisers take them.
+
+    Args:
+        pipe: a pipeline of a known family.
+        prompts: at least one. The empty prompt is what the pipeline guides away from: zeros for
+            SDXL, where its config has `force_zeros_for_empty_prompt`; " " for Qwen-Image.
+        arguments: of the pipeline's `encode_prompt`, e.g. max_sequence_length; others are left out.
+
+    Raises:
+        TypeError: a pipeline of another family, or one text in place of a list.
+    """
+    if isinstance(prompts, str):
+        raise TypeError("prompts: expected a list of texts, got one text. Wrap it: [text].")
+    with torch.no_grad():
+        rows = encoded_rows(pipe, prompts, arguments)
+        return with_empty(pipe, prompts, joined(rows))
+
+
+def image_conditioning(
+    pipe: Any, number: int, height: int, width: int, *, guidance: float = 3.5
+) -> Row:
+    """What the denoiser takes besides, a row for each of `number` images; {} for most.
+
+    SDXL: add_time_ids (N, 6), for uncropped images of height x width pixels. Flux.1-dev: guidance
+    (N,), its distilled guidance scale.
+
+    Raises:
+        TypeError: a pipeline of another family.
+    """
+    rows = family_of(pipe).image_rows(pipe, number, height, width, guidance)
+    return {name: value.to(pipe.device) for name, value in rows.items()}
+
+
+def encoded_rows(pipe: Any, prompts: Sequence[str], arguments: Mapping[str, Any]) -> list[Row]:
+    """Each prompt as the text encoders make it, in passes of one size."""
+    family, rows = family_of(pipe), []
+    size = family.prompts_a_pass
+    for first in range(0, len(prompts), size):
+        group = list(prompts[first : first + size])
+        whole = group + group[-1:] * (size - len(group))
+        encoded = family.encode(pipe, whole, arguments)
+        # Clones, as a row would keep its whole batch.
+        rows += [
+            {name: value[row].clone() for name, value in encoded.items()}
+            for row in range(len(group))
+        ]
+    return rows
+
+
+def joined(rows: Sequence[Row]) -> Row:
+    """The rows in one tensor a name; texts of different lengths are padded, masks by zeros."""
+    return {n: pad_sequence([row[n] for row in rows], batch_first=True) for n in rows[0]}
+
+
+def with_empty(pipe: Any, prompts: Sequence[str], encoded: Row) -> Row:
+    """Zeros at the empty prompts, in place, for pipelines that guide away from those."""
+    if pipe.config.get("force_zeros_for_empty_prompt"):
+        for value in encoded.values():
+            value[[i for i, text in enumerate(prompts) if text == ""]] = 0
+    return encoded
+
+
+class Family:
+    """Stable Diffusion, and what the others have in common with it.
+
+    outputs: which outputs of `encode_prompt` are which conditioning.
+    prompts_a_pass: of the text encoders.
+    """
+
+    outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0}
+    prompts_a_pass = ENCODED
+
+    def encode(self, pipe: Any, prompts: list[str], arguments: Mapping[str, Any]) -> Row:
+        """One row a prompt in every tensor. arguments: of `encode_prompt`; others are left out."""
+        known = inspect.signature(pipe.encode_prompt).parameters
+        wanted = {
+            "prompt": prompts,
+            "prompt_2": None,
+            "prompt_3": None,
+            "num_images_per_prompt": 1,
+            "do_classifier_free_guidance": False,
+            **arguments,
+        }
+        given = {name: value for name, value in wanted.items() if name in known}
+        encoded = pipe.encode_prompt(**given)
+        return {name: encoded[place] for name, place in self.outputs.items()}
+
+    def image_rows(self, pipe: Any, number: int, height: int, width: int, guidance: float) -> Row:
+        """As `image_conditioning`, on the CPU."""
+        return {}
+
+
+class SDXL(Family):
+    outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0, "pooled_prompt_embeds": 2}
+
+    def image_rows(self, pipe: Any, number: int, height: int, width: int, guidance: float) -> Row:
+        ids = torch.tensor([[height, width, 0, 0, height, width]])
+        return {"add_time_ids": ids.repeat(number, 1).float()}
+
+
+class SD3(Family):
+    outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0, "pooled_prompt_embeds": 2}
+
+
+class Flux(Family):
+    outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0, "pooled_prompt_embeds": 1}
+
+    def image_rows(self, pipe: Any, number: int, height: int, width: int, guidance: float) -> Row:
+        if not pipe.transformer.config.guidance_embeds:  # Flux.1-schnell
+            return {}
+        return {"guidance": torch.full((number,), guidance)}
+
+
+class QwenImage(Family):
+    """A row is as long as its text. Each is encoded alone: others would change its padding."""
+
+    outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0, "prompt_embeds_mask": 1}
+    prompts_a_pass = 1
+    EMPTY = " "
+    """What its authors guide away from."""
+
+    def encode(self, pipe: Any, prompts: list[str], arguments: Mapping[str, Any]) -> Row:
+        encoded = super().encode(pipe, [text or self.EMPTY for text in prompts], arguments)
+        if encoded["prompt_embeds_mask"] is None:  # diffusers leaves out one that masks nothing
+            embeds = encoded["prompt_embeds"]
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            encoded["prompt_embeds_mask"] = mask
+        return encoded
+
+
+class Sana(Family):
+    """Prompts follow an instruction to the text encoder, but for the empty one."""
+
+    outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0, "prompt_attention_mask": 1}
+
+    def encode(self, pipe: Any, prompts: list[str], arguments: Mapping[str, Any]) -> Row:
+        known = inspect.signature(pipe.__call__).parameters
+        names = ("clean_caption", "max_sequence_length", "complex_human_instruction")
+        given = {**{name: known[name].default for name in names}, **arguments}
+        encoded = super().encode(pipe, prompts, given)
+        if "" in prompts:
+            empty = torch.tensor([text == "" for text in prompts])
+            bare = super().encode(pipe, prompts, {**given, "complex_human_instruction": None})
+            for name, value in encoded.items():
+                value[empty] = bare[name][empty]
+        return encoded
+
+
+_FAMILIES: dict[str, Family] = {
+    "StableDiffusionPipeline": Family(),
+    "StableDiffusionXLPipeline": SDXL(),
+    "StableDiffusion3Pipeline": SD3(),
+    "FluxPipeline": Flux(),
+    "QwenImagePipeline": QwenImage(),
+    "SanaPipeline": Sana(),
+}
+
+
+def family_of(pipe: Any) -> Family:
+    """The pipeline's family.
+
+    Raises:
+        TypeError: none of the known ones.
+    """
+    names = [kind.__name__ for kind in type(pipe).__mro__]
+    found = next((_FAMILIES[name] for name in names if name in _FAMILIES), None)
+    if found is None:
+        raise TypeError(
+            f"pipe: expected one of {sorted(_FAMILIES)}, got {type(pipe).__name__}. For "
+            "another pipeline encode the captions as it does; the denoiser may be any callable "
+            "(`agsm_loss.Denoiser`)."
+        )
+    return found
