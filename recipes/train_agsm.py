@@ -206,7 +206,7 @@ def make_objective(options: Any, model: Session) -> Any:
                 "ablation with two banks is --objective agsm."
             )
         competitors = Competitors.read(options.candidates)
-        if competitors.null or competitors.rule is None:
+        if competitors.empty or competitors.rule is None:
             raise ValueError(
                 f"candidates: SoftREPA contrasts captions; expected in_batch:N or hard:N, got "
                 f"{options.candidates}."

@@ -31,9 +31,10 @@ class DataOptions:
     )
     split: str = option("train", "Split of the data set to train on (not for --data world).")
     caption_column: str = option("caption", "Column of the captions (not for --data world).")
-    resolution: int = option(
-        512,
-        "Side in pixels to which images are resized and cropped (not for --data world).",
+    resolution: int | None = option(
+        None,
+        "Side in pixels to which images are resized and cropped; left out: the model's own (not "
+        "for --data world).",
         at_least=1,
     )
 
@@ -83,18 +84,19 @@ class Captions:
         return self.make(row)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Task:
     """A table of captioned images or preference pairs, and prompts to look at.
 
-    data, split: of `open_table`. text: the column of the captions. size: pixels a side.
-    prompts: a file of validation prompts, or "" for none; their images are shown, not scored.
+    data, split: of `open_table`. text: the column of the captions. size: pixels a side; 0 until
+    the model's own is known. prompts: a file of validation prompts, or "" for none; their images
+    are shown, not scored.
     """
 
     data: str
     split: str = "train"
     text: str = "caption"
-    size: int = 512
+    size: int = 0
     seed: int = 0
     rank: int = 0
     processes: int = 1
@@ -183,7 +185,7 @@ def open_task(options: Any, processes: Any) -> Task:
         "data": options.data,
         "split": options.split,
         "text": options.caption_column,
-        "size": options.resolution,
+        "size": options.resolution or 0,
         "seed": options.seed,
         "rank": processes.process_index,
         "processes": processes.num_processes,

@@ -36,9 +36,9 @@ class AGSMOptions:
     )
     candidates: str = option(
         "",
-        'Captions that compete with an image\'s own: empty (the caption ""), in_batch:N (N of other '
-        "images), hard:N (N edits of its own), or several of them, as empty,hard:1. Left out: empty; "
-        "in_batch:3 where soft tokens alone are trained.",
+        "Captions that compete with an image's own: empty (no words), in_batch:N (N of other "
+        "images), hard:N (N edits of its own), or several of them, as empty,hard:1. Left out: "
+        "empty; in_batch:3 where soft tokens alone are trained.",
     )
     temperature: str = option(
         "0.1",
@@ -109,8 +109,8 @@ class Competitors:
                 found = replace(found, **{name: int(number)})
             else:
                 raise ValueError(
-                    "candidates: expected empty, in_batch:N and hard:N, or some of them with commas "
-                    f"between, got {text!r}. Take empty for classifier-free guidance."
+                    "candidates: expected empty, in_batch:N and hard:N, or some of them with "
+                    f"commas between, got {text!r}. Take empty for classifier-free guidance."
                 )
         return found
 

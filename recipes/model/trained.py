@@ -29,6 +29,7 @@ from data.batches import Batch, PairBatch
 from data.sources import check_source, given_model
 from data.task import Task
 from model.agsm import Competitors, make_agsm, resolve_agsm
+from model.families import image_side
 from model.pipeline import TextToImage
 from run.checkpoints import digest_of, fingerprint_of
 from run.engines import blocks_of, is_sharded
@@ -126,8 +127,8 @@ def resolve(options: Any, of_world: str = "recipes/lab/models/flow") -> None:
 
 def trains_guidance(options: Any) -> bool:
     """Whether what is trained is to be sampled without guidance."""
-    used = getattr(options, "agsm_weight", options.objective == "agsm")
-    return bool(used) and (options.agsm_guidance_scale or 1.0) > 1
+    uses = options.agsm_weight if "agsm_weight" in options else options.objective == "agsm"
+    return bool(uses) and (options.agsm_guidance_scale or 1.0) > 1
 
 
 class TrainedModel:
@@ -161,6 +162,9 @@ class TrainedModel:
         casts = state.distributed_type == DistributedType.DEEPSPEED  # all of the denoiser
         held = torch.float32 if options.full and not casts else dtype[options.mixed_precision]
         self.pipeline = model = TextToImage.load(options.model, held, state.device)
+        task.size = task.size or image_side(model.pipe)
+        if options.data != "world":
+            model.check_side(task.size)
         prediction_type(model.pipe.scheduler)  # one whose noise is not known is refused at once
         if is_sharded(state):  # FSDP2 takes no channels_last
             model.denoiser.to(memory_format=torch.contiguous_format)

@@ -23,7 +23,7 @@ ON_SHEET = 8
 """Images a category on a validation sheet."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class World(Task):
     """The world's training scenes; its validation prompts are scored where there are no others.
 
