@@ -70,6 +70,8 @@ class AttachedTokens:
         tokens: the `SoftTokens`; they are not among the denoiser's parameters.
         backbone: the `Backbone` of its architecture.
         pending: tokens of the call that is entering the denoiser (N, L, n, d); for backbones.
+        text: that call's text (N, S, d), where `bank` is a function: N alone does not say which
+            branches of guidance a call holds.
     """
 
     def __init__(self, model: nn.Module, tokens: SoftTokens, backbone: Backbone) -> None:
@@ -78,12 +80,13 @@ class AttachedTokens:
         self.backbone = backbone
         self.bank = Bank.POSITIVE
         self.pending: Tensor | None = None
+        self.text: Tensor | None = None
         self._off_part: tuple[list[int], list[int], Any] | None = None
         self._names = parameter_names(model)
         # The model-level hooks find this object through the model: torch.compile guards what is
         # read from a module's attributes, but not what a hook holds, and would keep the first bank.
         model.__dict__[_ATTRIBUTE] = self
-        self._handles = [
+        self._handles: list[Any] = [
             model.register_forward_pre_hook(_before, with_kwargs=True),
             *backbone.register(model, self),
             model.register_forward_hook(_after),
@@ -137,7 +140,10 @@ class AttachedTokens:
         self.pending = self._off_part = None
         call = Arguments(self._names, args, kwargs)
         batch = call[self._names[0]].shape[0]
-        banks = self._banks if not callable(self._bank) else _as_list(self._bank(batch))
+        banks = self._banks
+        if callable(self._bank):
+            self.text = call[self.backbone.text]
+            banks, self.text = _as_list(self._bank(batch)), None
         if isinstance(banks, list) and len(banks) != batch:
             raise ValueError(
                 f"bank: expected one for each of the call's {batch} samples, got {len(banks)}."

@@ -33,15 +33,16 @@ False
 
 The tokens are attached to the denoiser, so the img2img, inpaint and ControlNet variants that share
 it use them too, whether they were made before or after (`from_pipe`). A choice that differs by
-branch asks one pipeline whether it is guided: give `load_soft_tokens` or `set_sampling` the one
-that you call.
+branch knows the branches by the texts that one pipeline encodes: give `load_soft_tokens` or
+`set_sampling` the one that you call. Calls on other texts are refused.
 """
 
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from agsm_loss import Bank, SoftTokens
 from agsm_loss.integrations.tokens.attach import AttachedTokens, attach_soft_tokens, move_to
@@ -95,13 +96,15 @@ def set_sampling(pipe: Any, attached: AttachedTokens, sampling: Sampling) -> Non
         sampling: the choice.
     """
     _check_branches(pipe, sampling)
+    if isinstance(attached.bank, _Branches):
+        attached.bank.remove()
     if sampling is Sampling.BOTH:
         attached.bank = Bank.POSITIVE
     elif sampling is Sampling.OFF:
         attached.bank = Bank.OFF
     else:
         bare = sampling is Sampling.CONDITIONAL_ONLY
-        attached.bank = _Branches(pipe, Bank.OFF if bare else Bank.NEGATIVE)
+        attached.bank = _Branches(pipe, attached, Bank.OFF if bare else Bank.NEGATIVE)
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
@@ -117,22 +120,80 @@ def denoiser_of(pipe: Any) -> nn.Module:
 
 
 class _Branches:
-    """Banks of the doubled batch [unconditional, conditional] that guided pipelines run."""
+    """Banks by each row's text: the pipeline's prompt, or what it guides away from.
 
-    def __init__(self, pipe: Any, unconditional: Bank) -> None:
+    Pipelines call their denoiser with both, in either order, with more of one (perturbed branches),
+    or with one alone (skip-layer guidance).
+    """
+
+    def __init__(self, pipe: Any, attached: AttachedTokens, unconditional: Bank) -> None:
         self.pipe = pipe
+        self.attached = attached
         self.unconditional = int(unconditional)
+        self.prompts: Tensor | None = None
+        self.negative: Tensor | None = None
+        self.found: list[tuple[Any, list[int]]] = []
+        pipe.encode_prompt = self.encode_prompt
+        attached._handles.append(self)
 
+    def remove(self) -> None:
+        """The pipeline is as it was; `AttachedTokens.detach` calls it too."""
+        self.pipe.__dict__.pop("encode_prompt", None)
+        self.attached._handles = [one for one in self.attached._handles if one is not self]
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's; every one returns the prompts' embeddings, then the negative ones."""
+        encoded = type(self.pipe).encode_prompt(self.pipe, *args, **kwargs)
+        texts = [one for one in encoded if isinstance(one, Tensor) and one.ndim == 3]
+        self.prompts, self.negative = (*texts, None)[:2]
+        self.found = []
+        return encoded
+
+    @torch.compiler.disable
     def __call__(self, batch: int) -> list[int]:
         if getattr(self.pipe, "do_perturbed_attention_guidance", False):
             raise ValueError(
                 "sampling: perturbed-attention guidance has a third branch; only Sampling.BOTH "
                 "and Sampling.OFF are defined for it."
             )
-        if not self.pipe.do_classifier_free_guidance:
-            return [int(Bank.POSITIVE)] * batch
-        half = batch // 2
-        return [self.unconditional] * half + [int(Bank.POSITIVE)] * half
+        text = self.attached.text
+        for seen, banks in self.found:  # a pipeline's steps share their texts
+            if seen is text:
+                return banks
+        banks = self._banks(text)
+        self.found.append((text, banks))
+        return banks
+
+    def _banks(self, text: Any) -> list[int]:
+        prompts, negative = self.prompts, self.negative
+        if prompts is None or not isinstance(text, Tensor):
+            raise self._unknown()
+        if negative is None or not self.pipe.do_classifier_free_guidance:
+            negative = prompts[:0]
+        halves = [self.unconditional] * len(negative) + [int(Bank.POSITIVE)] * len(prompts)
+        if torch.equal(text, torch.cat([negative, prompts]).to(text)):
+            return halves
+        given, without = (_rows_among(text, known) for known in (prompts, negative))
+        if any(one == other for one, other in zip(given, without, strict=True)):
+            raise self._unknown()
+        return [int(Bank.POSITIVE) if one else self.unconditional for one in given]
+
+    def _unknown(self) -> ValueError:
+        return ValueError(
+            f"sampling: expected texts of the prompts of this {type(self.pipe).__name__}, and "
+            "prompts that are not the negative ones, got other texts, so that nobody knows which "
+            "branch each is. Give set_sampling the pipeline that you call, or call the denoiser "
+            "with attached.using(bank)."
+        )
+
+
+def _rows_among(text: Tensor, known: Tensor) -> list[bool]:
+    """Whether each row (S, d) of a text (N, S, d) is one of the known ones (M, S, d)."""
+    if text.shape[1:] != known.shape[1:] or not len(known):
+        return [False] * len(text)
+    same = [(text == row).flatten(1).all(1) for row in known.to(text)]
+    found: list[bool] = torch.stack(same).any(0).tolist()
+    return found
 
 
 def _check_branches(pipe: Any, sampling: Sampling) -> None:
@@ -140,9 +201,10 @@ def _check_branches(pipe: Any, sampling: Sampling) -> None:
         raise TypeError(f"sampling: expected a Sampling, got {sampling!r}.")
     uniform = sampling in (Sampling.BOTH, Sampling.OFF)
     # Asked of the class: on a pipeline that has not run yet the property itself fails.
-    if not uniform and not hasattr(type(pipe), "do_classifier_free_guidance"):
+    known = ("do_classifier_free_guidance", "encode_prompt")
+    if not uniform and not all(hasattr(type(pipe), name) for name in known):
         raise ValueError(
             f"sampling: {type(pipe).__name__} calls its denoiser separately for each branch of "
-            "guidance, and the calls look alike. Use Sampling.BOTH, or write the loop with "
-            "attached.using(bank) around each call."
+            "guidance, and the calls look alike; or it has no encode_prompt. Use Sampling.BOTH, or "
+            "write the loop with attached.using(bank) around each call."
         )

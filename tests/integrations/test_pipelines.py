@@ -1,5 +1,6 @@
 """Stock pipelines from a saved folder: the tokens of each branch, against a loop by hand."""
 
+import copy
 import json
 
 import numpy as np
@@ -73,6 +74,10 @@ def tokens_of(pipe):
     return make_soft_tokens(denoiser_of(pipe), num_tokens=2, std=1.0)
 
 
+def one_layer_of(pipe):
+    return make_soft_tokens(denoiser_of(pipe), num_tokens=2, num_layers=1, std=1.0)
+
+
 def by_hand(pipe, name, attached, unconditional, conditional):
     """Classifier-free guidance with a call of its own for each branch."""
     model, scheduler, p = denoiser_of(pipe), pipe.scheduler, prompts(name)
@@ -121,6 +126,99 @@ def test_every_policy_equals_a_hand_written_loop(name, folders):
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(seen) for b in seen[:i])
     attached.detach()
     assert torch.equal(sample(pipe, name), bare)
+
+
+def watched(attached):
+    """The banks of each call's rows, with the rows' texts."""
+    seen, make = [], attached._make
+
+    def see(call, banks, batch):
+        seen.append((call[attached.backbone.text], banks))
+        return make(call, banks, batch)
+
+    attached._make = see
+    return seen
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("sampling", [Sampling.NEGATIVE_UNCONDITIONAL, Sampling.CONDITIONAL_ONLY])
+def test_skip_layer_guidance_has_a_call_of_conditional_rows(sampling, number, folders):
+    pipe = load(folders["sd3"])
+    given = {key: value[:number] for key, value in prompts("sd3").items()}
+    attached = load_soft_tokens(pipe, one_layer_of(pipe), sampling)
+    seen = watched(attached)
+    pipe(
+        **given, num_inference_steps=2, height=8, width=8, output_type="latent",
+        skip_guidance_layers=[1], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0,
+    )  # fmt: skip
+    assert number in {len(text) for text, _ in seen}
+    for text, banks in seen:
+        for row, bank in zip(text, banks, strict=True):
+            conditional = any(torch.equal(row, one) for one in given["prompt_embeds"])
+            assert (bank == Bank.POSITIVE) == conditional
+    attached.detach()
+    assert "encode_prompt" not in vars(pipe)
+
+
+@pytest.mark.parametrize("name", ["unet", "sd3"])
+def test_rows_are_known_by_their_texts_in_any_order(name, folders):
+    pipe, given = load(folders[name]), prompts(name)
+    attached = load_soft_tokens(pipe, tokens_of(pipe), Sampling.NEGATIVE_UNCONDITIONAL)
+    seen = watched(attached)
+    sample(pipe, name)
+    text, negative = given["prompt_embeds"], given["negative_prompt_embeds"]
+    pooled = given.get("pooled_prompt_embeds", torch.zeros(2, 12))
+
+    def call(*rows):
+        rows = torch.stack(rows)
+        x, t = torch.randn(len(rows), 4, 8, 8), torch.tensor(500)
+        model = denoiser_of(pipe)
+        if name == "sd3":
+            return model(x, rows, pooled[:1].expand(len(rows), -1), t.expand(len(rows)))
+        return model(x, t, rows)
+
+    for rows, banks in (
+        ((text[0], text[1], negative[0], negative[1], text[0], text[1]), [0, 0, 1, 1, 0, 0]),
+        ((text[0], negative[0], negative[0]), [0, 1, 1]),
+        ((text[1],), [0]),
+        ((negative[1],), [1]),
+    ):
+        call(*rows)
+        assert seen[-1][1] == banks
+    sample(pipe, name, guidance=1.0)
+    assert seen[-1][1] == [0, 0]
+    for rows in ((negative[0],), (text[0] + 1,)):  # not of an unguided call; of nobody
+        with pytest.raises(ValueError, match="expected texts of the prompts of this"):
+            call(*rows)
+    variants = {"unet": StableDiffusionImg2ImgPipeline, "sd3": StableDiffusion3Img2ImgPipeline}
+    variant = variants[name].from_pipe(pipe)
+    variant.set_progress_bar_config(disable=True)
+    other = {key: value + 1 for key, value in given.items()}
+    inputs = {"image": torch.rand(2, 3, 8, 8), "output_type": "latent", "num_inference_steps": 3}
+    with pytest.raises(ValueError, match="set_sampling the pipeline that you call"):
+        variant(**other, **inputs)
+    set_sampling(variant, attached, Sampling.NEGATIVE_UNCONDITIONAL)
+    variant(**other, **inputs)
+    assert seen[-1][1] == [1, 1, 0, 0] and "encode_prompt" not in vars(pipe)
+
+
+def test_the_same_prompt_in_both_branches_has_their_usual_order(folders):
+    pipe = load(folders["unet"])
+    attached = load_soft_tokens(pipe, tokens_of(pipe), Sampling.NEGATIVE_UNCONDITIONAL)
+    seen = watched(attached)
+    for guidance, banks in ((3.0, [1, 0]), (1.0, [0])):
+        pipe("", num_inference_steps=1, height=8, width=8, guidance_scale=guidance)
+        assert seen[-1][1] == banks
+
+
+@pytest.mark.parametrize("sampling", [Sampling.BOTH, Sampling.CONDITIONAL_ONLY])
+def test_a_copy_of_a_pipeline_samples_as_it_does(sampling, folders):
+    pipe = load(folders["unet"])
+    attached = load_soft_tokens(pipe, tokens_of(pipe), sampling)
+    expected, other = sample(pipe, "unet"), copy.deepcopy(pipe)
+    attached.detach()
+    assert torch.equal(sample(other, "unet"), expected)
+    assert not torch.equal(sample(pipe, "unet"), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
