@@ -20,14 +20,14 @@ from rewards import rewards
 from rewards import rollout as on_policy
 
 FEW = ["--rank", "2", "--num_tokens", "2", "--validation_per_category", "1", "--group_size", "2",
-       "--validation_inference_steps", "2", "--num_inference_steps", "3", "--num_negatives", "2",
-       "--reward", "redness", "--learning_rate", "0.01",
+       "--validation_inference_steps", "2", "--num_inference_steps", "3",
+       "--candidates", "empty,in_batch:1", "--reward", "redness", "--learning_rate", "0.01",
        "--logging_steps", "1", "--checkpointing_steps", "1", "--agsm_batch", "3"]  # fmt: skip
 GRPO = ["--max_train_steps", "3", "--train_batch_size", "2", "--train_timesteps", "2",
-        "--validation_steps", "3"]  # fmt: skip
+        "--validation_steps", "9"]  # fmt: skip
 # A rollout of 8 images, 4 a micro-step, twice each, in 2 optimizer steps.
 NFT = ["--max_train_steps", "4", "--sample_batch_size", "4", "--sample_num_batches_per_epoch", "2",
-       "--train_batch_size", "4", "--train_num_inner_epochs", "2", "--validation_steps", "3",
+       "--train_batch_size", "4", "--train_num_inner_epochs", "2", "--validation_steps", "9",
        "--gradient_accumulation_steps", "2"]  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def same(one, other):
 @pytest.mark.parametrize(
     "flags",
     [
-        pytest.param(["--candidates", "hard"], marks=pytest.mark.slow, id="data"),
+        pytest.param(["--candidates", "hard:2"], marks=pytest.mark.slow, id="data"),
         pytest.param(
             ["--agsm_images", "best", "--kl_weight", "0.1", "--sde_type", "cps"], id="best"
         ),
@@ -160,7 +160,7 @@ def test_prompts_of_a_file_are_sampled_in_groups_without_a_data_set(
 
 def test_items_are_functions_of_their_number_in_any_process():
     """Of the world: its training prompts, which the micro-steps of a rollout share."""
-    options = train_nft.OPTIONS.make(agsm_weight=1.0, candidates="mixed")
+    options = train_nft.OPTIONS.make(agsm_weight=1.0, candidates="in_batch:1,hard:2")
     task = open_task(options, SimpleNamespace(process_index=0, num_processes=1))
     items = on_policy.PromptBatches(options, task, 3, micro_steps=2, images=4)
     worker = pickle.loads(pickle.dumps(items))
@@ -226,7 +226,7 @@ def test_the_best_samples_are_those_with_the_best_rewards(flow_base, tmp_path, m
         (["--group_size", "3"], "groups of 3"),
         (["--train_batch_size", "3"], "3 a micro-step"),
         (["--gradient_accumulation_steps", "3"], "4 micro-steps"),
-        (["--agsm_weight", "1", "--agsm_images", "best", "--candidates", "hard"], "agsm_images"),
+        (["--agsm_weight", "1", "--agsm_images", "best", "--candidates", "hard:2"], "agsm_images"),
     ],
 )
 def test_what_does_not_fit_is_refused(flags, named, flow_base, tmp_path):

@@ -12,9 +12,9 @@ from lab.world.export import preferences
 from model.trained import TrainedModel
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "1",
-       "--validation_steps", "4", "--beta", "50", "--validation_per_category", "1",
+       "--validation_steps", "9", "--beta", "50", "--validation_per_category", "1",
        "--validation_inference_steps", "2", "--checkpointing_steps", "2", "--num_tokens", "2",
-       "--num_negatives", "2"]  # fmt: skip
+       "--candidates", "in_batch:2"]  # fmt: skip
 RECIPES = {"dpo": train_dpo, "inpo": train_inpo}
 
 
@@ -36,16 +36,8 @@ def same(one, other):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["dpo", "inpo"])
 def test_a_killed_run_resumes_to_the_same_weights(recipe, epsilon_base, tmp_path, monkeypatch):
-    flags = [
-        "--rank",
-        "2",
-        "--agsm_weight",
-        "0.5",
-        "--candidates",
-        "mixed",
-        "--target_entropy",
-        "0.7",
-    ]
+    flags = ["--rank", "2", "--agsm_weight", "0.5", "--candidates", "empty,in_batch:1,hard:1",
+             "--temperature", "entropy:0.7", "--ema_decay", "0.9"]  # fmt: skip
     whole = train(recipe, epsilon_base, tmp_path / "whole", *flags)
     assert {name.split("/")[0] for name in whole} == {"tokens", "lora"}
     last = log(tmp_path / "whole")[-1]
@@ -163,18 +155,14 @@ def _shape(model):
 
 def test_pairs_of_a_table_train_too(flow_base, tmp_path):
     preferences(6, seed=1).to_parquet(str(tmp_path / "pairs.parquet"))
-    flags = ["--data", str(tmp_path / "pairs.parquet"), "--resolution", "24", "--rank", "2"]
-    train("dpo", flow_base, tmp_path / "run", *flags, "--agsm_weight", "1", "--candidates", "mixed")
+    flags = ["--data", str(tmp_path / "pairs.parquet"), "--rank", "2", "--agsm_weight", "1"]
+    train("dpo", flow_base, tmp_path / "run", *flags, "--candidates", "in_batch:1,hard:1")
     assert log(tmp_path / "run")[-1]["agsm/loss"] > 0
 
 
 def test_what_cannot_be_trained_is_refused(flow_base, tmp_path):
-    for flags, words in (
-        (["--full", "--rank", "2"], "got both"),
-        (["--num_tokens", "0"], "nothing to train"),
-        (["--rank", "2", "--agsm_weight", "1", "--train_batch_size", "1"], "expected 2 at least"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            train("dpo", flow_base, tmp_path / "x", *flags)
+    flags = ["--rank", "2", "--agsm_weight", "1", "--train_batch_size", "1"]
+    with pytest.raises(ValueError, match=r"expected 2 at least.*--candidates empty"):
+        train("dpo", flow_base, tmp_path / "x", *flags)
     with pytest.raises(ValueError, match="Use DiffusionDPO"):
         train("inpo", flow_base, tmp_path / "y", "--rank", "2")

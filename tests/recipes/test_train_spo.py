@@ -20,9 +20,9 @@ from model.trained import TrainedModel
 from rewards.rollout import Findings
 
 FEW = ["--max_train_steps", "3", "--train_batch_size", "3", "--logging_steps", "1",
-       "--validation_steps", "3", "--rank", "2", "--validation_per_category", "1",
+       "--validation_steps", "9", "--rank", "2", "--validation_per_category", "1",
        "--validation_inference_steps", "2", "--checkpointing_steps", "1", "--num_tokens", "2",
-       "--num_negatives", "2", "--num_inference_steps", "5",
+       "--candidates", "in_batch:2", "--num_inference_steps", "5",
        "--first_step", "2", "--num_candidates", "2", "--threshold", "0"]  # fmt: skip
 
 
@@ -40,7 +40,8 @@ def varied(pixels, prompts):
 @pytest.mark.parametrize("images", [["data"], ["best"], ["data", "--agsm_batch", "5"]])
 def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(detector_reward, "detector", varied)
-    flags = ["--agsm_weight", "0.5", "--candidates", "mixed", "--agsm_images", *images]
+    flags = ["--agsm_weight", "0.5", "--candidates", "empty,in_batch:1,hard:1",
+             "--ema_decay", "0.9", "--agsm_images", *images]  # fmt: skip
     whole = train(epsilon_base, tmp_path / "whole", *flags)
     last = log(tmp_path / "whole")[-1]
     assert last["spo/pairs"] > 0 and last["spo/found"] == 2 * 3 and last["agsm/loss"] > 0
@@ -85,16 +86,18 @@ def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeyp
         train(epsilon_base, tmp_path / "both", *flags)
 
 
-@pytest.mark.parametrize(("share", "kept"), [(0.5, 2), (0.1, 1), (1.0, 3)])
-def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("share", "kept", "others"), [(0.5, 2, "empty"), (0.1, 1, "in_batch:1"), (1.0, 3, "in_batch:1")]
+)
+def test_agsm_takes_the_best_of_a_rollout(share, kept, others, epsilon_base, tmp_path, monkeypatch):
     """Of three images; a single one still has the others' captions to compete with."""
     from model import trained as pipelines
 
     scored, taken = [], []
 
     def scores(pixels, prompts):
-        scored.append((pixels, varied(pixels, prompts)))
-        return scored[-1][1]
+        scored.append((pixels, prompts, varied(pixels, prompts)))
+        return scored[-1][2]
 
     make = pipelines.AGSMBatch
 
@@ -105,18 +108,22 @@ def test_agsm_takes_the_best_of_a_rollout(share, kept, epsilon_base, tmp_path, m
     monkeypatch.setattr(detector_reward, "detector", scores)
     monkeypatch.setattr(pipelines, "AGSMBatch", seen)
     flags = ["--agsm_weight", "1", "--agsm_images", "best", "--agsm_best", str(share)]
-    train(epsilon_base, tmp_path / "run", *flags, "--max_train_steps", "1", "--num_negatives", "1")
-    pixels, values = scored[-1]  # of the last states, after the candidates'
+    train(epsilon_base, tmp_path / "run", *flags, "--max_train_steps", "1", "--candidates", others)
+    pixels, prompts, values = scored[-1]  # of the last states, after the candidates'
     assert len(values) == 3 and len(taken) == 1
     rows = values.argsort(descending=True)[:kept].sort().values
-    latents, timesteps, noise, _, candidates = taken[0][0]
+    latents, timesteps, noise, text = taken[0][0]
+    captions = taken[0][1]["captions"]
     assert latents.shape == noise.shape and len(latents) == len(timesteps) == kept
     alike = torch.nn.functional.cosine_similarity(
         latents.flatten(1).unsqueeze(1), pixels.flatten(1).unsqueeze(0), dim=2
     )
     assert alike.argmax(1).tolist() == rows.tolist()
-    assert candidates.pool_size == 3 and candidates.index[:, 0].tolist() == rows.tolist()
-    assert candidates.mask.all() and candidates.index.shape == (kept, 2)
+    if others == "empty":
+        assert captions == [prompts[row] for row in rows] and len(text["prompt_embeds"]) == kept
+    else:
+        assert captions.pool_size == 3 and captions.index[:, 0].tolist() == rows.tolist()
+        assert captions.mask.all() and captions.index.shape == (kept, 2)
     last = log(tmp_path / "run")[-1]
     assert last["agsm/images_score"] == pytest.approx(values[rows].mean().item(), rel=1e-5)
 

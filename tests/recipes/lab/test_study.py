@@ -26,7 +26,7 @@ def plan_file(folder, model, **changes):
         "per_category": 2,
         "num_inference_steps": 1,
         "common": {"max_train_steps": 2, "train_batch_size": 2, "logging_steps": 1,
-                   "validation_steps": 2, "validation_per_category": 1,
+                   "validation_steps": 9, "validation_per_category": 1,
                    "validation_inference_steps": 1, "checkpointing_steps": 1, "num_tokens": 1},
         "methods": {"AGSM": {"learning_rate": 0.01}},
         **changes,

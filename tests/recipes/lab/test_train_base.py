@@ -17,7 +17,7 @@ from model.sampling import sample
 
 SMALL = ["--layers", "1", "--max_train_steps", "4", "--train_batch_size", "4",
          "--lr_warmup_steps", "1", "--lr_decay_steps", "2", "--logging_steps", "1",
-         "--validation_steps", "4", "--validation_per_category", "1",
+         "--validation_steps", "9", "--validation_per_category", "1",
          "--validation_inference_steps", "2", "--checkpointing_steps", "2"]  # fmt: skip
 KINDS = {"flow": StableDiffusion3Pipeline, "epsilon": StableDiffusionPipeline}
 WIDTHS = {"flow": "32", "epsilon": "8"}

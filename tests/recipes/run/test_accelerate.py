@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from run import engines
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "1",
-       "--validation_steps", "4", "--validation_per_category", "1", "--num_negatives", "2",
+       "--validation_steps", "4", "--validation_per_category", "1",
        "--validation_inference_steps", "1", "--checkpointing_steps", "2",
+       "--candidates", "empty,in_batch:1",
        "--learning_rate", "0.01"]  # fmt: skip
 DPO = ["--agsm_weight", "1", "--beta", "50"]
 TASKS = {  # recipe, flags
@@ -129,7 +130,7 @@ def goes_on_in_one_process(engine, task, folder, model):
     """From the second step's checkpoint; DeepSpeed's is for its own number, which is refused."""
     run = folder / "went_on"
     shutil.copytree(folder / task, run)
-    shutil.rmtree(run / "checkpoints" / "checkpoint_1")
+    shutil.rmtree(run / "checkpoints" / "checkpoint_4")
     # One process sees both batches only by this.
     stored = json.loads((run / "options.json").read_text())
     (run / "options.json").write_text(json.dumps(stored | {"gradient_accumulation_steps": 2}))

@@ -17,7 +17,7 @@ from lab.studies.run import begin
 
 pytestmark = pytest.mark.slow
 FEW = {"train_batch_size": 2, "num_tokens": 1, "validation_per_category": 1,
-       "validation_inference_steps": 1, "validation_steps": 10**6, "logging_steps": 1,
+       "validation_inference_steps": 1, "validation_steps": 10**7, "logging_steps": 1,
        "checkpointing_steps": 10**6, "max_train_steps": 10**6}  # fmt: skip
 
 
@@ -45,6 +45,10 @@ def lines(folder):
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
+def checkpoint(folder, step):
+    return folder / "checkpoints" / f"checkpoint_{step}"
+
+
 def free(folder):
     """Nobody trains there any more: the lock ends with its process."""
     lock = FileLock(folder / ".lock")
@@ -67,8 +71,9 @@ def test_ctrl_c_at_a_recipe_with_workers(flow_base, recipes, tmp_path):
     last = told.strip().splitlines()[-1]
     assert last.startswith("Stopped after step") and str(recipes.name) in last
     assert last.endswith("--resume_from_checkpoint latest")
-    marker = json.loads((tmp_path / "checkpoints" / "checkpoint_0" / "complete").read_text())
-    assert marker["step"] == marker["lines"] == lines(tmp_path)
+    done = lines(tmp_path)
+    marker = json.loads((checkpoint(tmp_path, done) / "complete").read_text())
+    assert marker["step"] == marker["lines"] == done
 
     other = started(*command)
     _, errors = other.communicate(timeout=120)
@@ -95,7 +100,7 @@ def test_a_study_ends_with_its_runs_and_they_with_it(flow_base, recipes, tmp_pat
     assert study.returncode == 130 and "Traceback" not in errors
     assert "Stopped with 2 runs to do" in told
     done = lines(folder)
-    assert free(folder) and (folder / "checkpoints" / "checkpoint_0" / "complete").exists()
+    assert free(folder) and (checkpoint(folder, done) / "complete").exists()
     assert not folder_of(read, "AGSM", 1).exists()
 
     study = started(*command)
@@ -103,7 +108,7 @@ def test_a_study_ends_with_its_runs_and_they_with_it(flow_base, recipes, tmp_pat
     study.kill()
     study.communicate()
     wait_for(lambda: free(folder), seconds=30)
-    assert (folder / "checkpoints" / "checkpoint_1" / "complete").exists()
+    assert (checkpoint(folder, lines(folder)) / "complete").exists()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -120,7 +125,7 @@ def test_processes_end_together_where_one_is_asked_to(flow_base, recipes, tmp_pa
     told, errors = run.communicate(timeout=60)
     assert "exitcode  : 143" in errors or "exitcode: 143" in errors, errors
     assert told.count("Stopped after step") == 1 and "accelerate launch " in told
-    saved = tmp_path / "checkpoints" / "checkpoint_0"
+    saved = checkpoint(tmp_path, lines(tmp_path))
     assert (saved / "random_states_1.pkl").exists()
     assert json.loads((saved / "complete").read_text())["step"] == lines(tmp_path)
 
