@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from agsm_loss._random import draws
 from agsm_loss.integrations.hosts.base import AGSMBatch
 from data.task import DataOptions, ImageOptions, PromptFileOptions, Task, open_task
-from model.agsm import AGSMOptions, HostOptions, agsm_weight, method
+from model.agsm import AGSMOptions, Competitors, HostOptions, agsm_weight, method
 from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
 from rewards.rewards import check, load
@@ -41,6 +41,7 @@ from rewards.rollout import (
     PromptOptions,
     RewardOptions,
     check_best,
+    fingerprint_of,
     on_policy_images,
     prompts_of,
     samples_sheet,
@@ -121,12 +122,13 @@ def main(arguments: list[str] | None = None) -> None:
     check(options.reward)
     if options.agsm_weight and options.agsm_images == "best":
         check_best(options)
-        range_ = (options.timestep_density, options.timestep_low, options.null_caption)
-        if range_ != ("uniform", 0.0, False):
+        competitors = Competitors.read(options.candidates)
+        range_ = (options.timestep_density, options.timestep_low)
+        if range_ != ("uniform", 0.0) or (competitors.empty and competitors.in_batch):
             raise ValueError(
-                "agsm_images: best has uniform timesteps and no empty caption in trl's DDPO; "
-                "expected the defaults of timestep_density, timestep_low and null_caption, got "
-                f"{range_}."
+                "agsm_images: best has uniform timesteps in trl's DDPO, and captions of one kind; "
+                "expected the defaults of timestep_density and timestep_low, and candidates empty "
+                f"or in_batch:N, got {range_} and {options.candidates}."
             )
     check_launched(sharding=False)
     check_output(options)
@@ -146,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"model: expected a StableDiffusionPipeline, got {type(model.pipeline.pipe).__name__}: "
             "trl's DDPO knows no other. For flow models see recipes/train_flow_grpo.py."
         )
-    made_of = {"model": model.fingerprint}
+    made_of = {"model": model.fingerprint, "data": fingerprint_of(prompts_of(options, task))}
     with opened(options, state, made_of) as found:
         output = Path(options.output_dir)
         first = 0 if found is None else found.step

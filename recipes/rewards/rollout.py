@@ -18,6 +18,7 @@ set's images, or on the samples with the best rewards.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import xxhash
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -129,6 +131,11 @@ class PromptBatches(Dataset[PromptBatch]):
     def about(self) -> str:
         """For a run's summary."""
         return f"prompts of {self.options.sampling_prompts or self.options.data}"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the prompts and the images, in their order; "" of the world's, which are drawn."""
+        return fingerprint_of(self.texts) + getattr(self.images, "fingerprint", "")
 
     @cached_property
     def texts(self) -> Captions | list[str]:
@@ -353,8 +360,8 @@ def check_best(options: Any) -> None:
     """ValueError where the best samples should have edited captions: only a data set has them."""
     if Competitors.read(options.candidates).hard:
         raise ValueError(
-            f"agsm_images: best has no edited captions; expected candidates null or in_batch:N, "
-            f"got {options.candidates}. Take --agsm_images data, or --candidates null."
+            f"agsm_images: best has no edited captions; expected candidates empty or in_batch:N, "
+            f"got {options.candidates}. Take --agsm_images data, or --candidates empty."
         )
 
 
@@ -368,10 +375,14 @@ def prompts_of(options: Any, task: Task) -> Captions | list[str]:
     """The prompts of `--sampling_prompts`, or the data set's captions."""
     if not getattr(options, "sampling_prompts", ""):  # SPO has the data set's alone
         return task.captions()
-    texts = [row["prompt"] for row in read_prompts(options.sampling_prompts)]
-    if not texts:
-        raise ValueError(f"{options.sampling_prompts}: expected a prompt in one line at least.")
-    return texts
+    return [row["prompt"] for row in read_prompts(options.sampling_prompts)]
+
+
+def fingerprint_of(prompts: Captions | list[str]) -> str:
+    """A hash of them in their order; "" of the world's, which are drawn."""
+    if isinstance(prompts, Captions):
+        return prompts.fingerprint
+    return xxhash.xxh3_128_hexdigest(json.dumps(prompts).encode())
 
 
 def samples_sheet(pixels: Tensor, prompts: Sequence[str], rewards: Tensor, path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 from data.batches import TableBatches, TablePairs
 from data.tables import check_columns, fingerprint, open_table
 from data.task import Task
+from lab.world.task import World
+from rewards.rollout import PromptBatches
 
 
 def pictures(folder, *names):
@@ -259,3 +262,25 @@ def test_the_fingerprint_of_pairs_knows_who_won():
         return TablePairs(Dataset.from_list(rows), 1, 0, seed=0, size=8).fingerprint
 
     assert of([1, 0]) == of([1, 0]) and len({of([1, 0]), of([0, 1]), of([1, 0.5])}) == 3
+
+
+def test_the_fingerprint_of_prompts_is_of_their_file_or_of_the_captions(tmp_path):
+    def of(prompts="", data="t.parquet", images=0):
+        options = SimpleNamespace(
+            sampling_prompts=prompts and str(tmp_path / prompts),
+            agsm_weight=0,
+            image_column="image",
+        )
+        task = Task(str(tmp_path / data), size=8)
+        return PromptBatches(options, task, 1, 1, images).fingerprint
+
+    for name, texts in (("t", "ab"), ("u", "ba"), ("v", "ab")):
+        rows = [{"image": png("red", 8 + ord(name)), "caption": text} for text in texts]
+        Dataset.from_list(rows).to_parquet(tmp_path / f"{name}.parquet")
+    assert of() == of(data="v.parquet") != of(data="u.parquet")
+    assert of(images=1) != of(data="v.parquet", images=1)
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    first = of("p.txt")
+    (tmp_path / "p.txt").write_text("b\na\n")
+    assert of("p.txt") != first
+    assert World("world").captions().fingerprint == ""
