@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from data.pictures import sheet
 from lab.studies.plan import BASE, OF, Plan, images_of, log_of
 from lab.world.detect import detect
 from lab.world.score import judge
@@ -67,24 +67,52 @@ def curves(plan: Plan, path: Path) -> None:
     plt.close(figure)
 
 
-def pictures(plan: Plan, path: Path, counting: int = 8) -> None:
-    """The same prompts and noise, a column a method, with verdicts.
+def chart(plan: Plan, scores: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Overall scores against the guidance scale: the mean over seeds, bars from least to most.
 
-    Of the entries at other guidance scales those of the base alone.
+    scores: an entry's, one a seed.
+    """
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for (name, points), style in zip(plan.chart.items(), ("s--", "o-", "^:", "d-."), strict=False):
+        means = np.array([np.mean(scores[one]) for one in points.values()])
+        least, most = ([f(scores[one]) for one in points.values()] for f in (min, max))
+        axis.errorbar(
+            list(points), means, [means - least, most - means], fmt=style, capsize=3, label=name
+        )
+    axis.set(title=plan.title, xlabel="guidance scale s", ylabel="right pictures (overall)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def pictures(plan: Plan, path: Path, counting: int = 4) -> None:
+    """The same prompts and noise, a row an entry: green frames are right, red ones wrong.
+
+    The first held-out prompt of each category, and more of counting.
     """
     wanted = plan.prompts("heldout", plan.per_category)
     first = {tag: i for i, tag in reversed(list(enumerate(row["tag"] for row in wanted)))}
     several = range(first["counting"], first["counting"] + min(counting, plan.per_category))
     shown = sorted({*first.values(), *several})
     guided = [name for name, one in plan.sampled.items() if one[OF] == BASE]
-    methods = [BASE, *guided, *plan.methods]
-    images = {name: images_of(plan, name, plan.seeds[0]) for name in methods}
-    picked = [(name, i) for i in shown for name in methods]
-    stack = np.stack([images[name][i] for name, i in picked])
-    told = [wanted[i] for _, i in picked]
-    judged = [judge(detect(image), row) for image, row in zip(stack, told, strict=True)]
-    sets = max(1, 9 // len(methods))  # prompts a line of the sheet
-    sheet(stack, told, judged, path, columns=sets * len(methods), titles=methods * sets, side=96)
+    entries = plan.shown or [BASE, *guided[:1], *plan.methods]
+    size = (1.4 * len(shown) + 0.4, 1.45 * len(entries) + 0.7)
+    figure, grid = plt.subplots(
+        len(entries), len(shown), figsize=size, layout="constrained", squeeze=False
+    )
+    for name, axes in zip(entries, grid, strict=True):
+        images = images_of(plan, name, plan.seeds[0])[shown]
+        for axis, image, i in zip(axes, images, shown, strict=True):
+            axis.imshow(image, interpolation="nearest")
+            right = judge(detect(image), wanted[i]).correct
+            axis.spines[:].set(color="tab:green" if right else "tab:red", linewidth=3)
+            axis.set(xticks=[], yticks=[])
+            if axes is grid[0]:
+                axis.set_title("\n".join(textwrap.wrap(wanted[i]["prompt"], 18)), fontsize=8)
+        axes[0].set_ylabel("\n".join(textwrap.wrap(_plain(name), 16)), fontsize=9)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 class Point(NamedTuple):

@@ -37,6 +37,10 @@ class Plan:
     sampled: name -> {of, guidance_scales, lora_scale}: the model of the base, a reference or a
         method (of), sampled at other guidance scales, its LoRA at another strength (left out: 1).
         An entry of the base shows what guidance gains it.
+    opening: the report's first sentence; {name} in it is an entry's overall score.
+    names: entry -> what it is, in words.
+    chart: curve -> {guidance scale: entry}: overall scores against the scale, drawn as chart.png.
+    shown: entries whose pictures are shown; left out: the base, its guided entry and all methods.
     panels: title -> a metric of log.jsonl, each drawn as a curve and told at the end of training.
     frontier: a metric of log.jsonl against which the validation's overall score is drawn and told.
     baselines: methods that the others are compared with, image by image, as with the base.
@@ -54,6 +58,10 @@ class Plan:
     common: dict[str, Any] = field(default_factory=dict)
     references: dict[str, str] = field(default_factory=dict)
     sampled: dict[str, dict[str, Any]] = field(default_factory=dict)
+    opening: str = ""
+    names: dict[str, str] = field(default_factory=dict)
+    chart: dict[str, dict[float, str]] = field(default_factory=dict)
+    shown: list[str] = field(default_factory=list)
     panels: dict[str, str] = field(default_factory=dict)
     frontier: str = ""
     baselines: list[str] = field(default_factory=list)
@@ -105,6 +113,10 @@ def read_plan(file: Path, output_dir: str | None = None) -> Plan:
         _refuse_unknown(f"{file}: common, for {name}", values.get("common", {}), known)
     _check_order(file, values)
     _refuse_unknown(f"{file}: baselines", values.get("baselines", []), list(values["methods"]))
+    entries = [*models, *sampled]
+    charted = [name for points in values.get("chart", {}).values() for name in points.values()]
+    _refuse_unknown(f"{file}: chart, shown, names", {*charted, *values.get("shown", []),
+                    *values.get("names", {})}, entries)  # fmt: skip
     categories = values.get("categories", TAGS)
     if "counting" not in categories or not set(categories) <= set(TAGS):
         raise ValueError(
@@ -193,7 +205,7 @@ def jobs_of(plan: Plan) -> list[tuple[str, int]]:
 
 # What says which runs there are, where they are kept and how they are shown, and not what one does.
 _NOT_OF_A_RUN = {"methods", "common", "references", "sampled", "seeds", "output_dir", "baselines"}
-_NOT_OF_A_RUN |= {"title", "panels", "frontier"}
+_NOT_OF_A_RUN |= {"title", "panels", "frontier", "opening", "names", "chart", "shown"}
 
 
 def settings_of(plan: Plan, method: str) -> dict[str, Any]:

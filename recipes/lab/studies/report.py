@@ -19,7 +19,7 @@ import torch
 from markdown_it import MarkdownIt
 from scipy.stats import t
 
-from lab.studies.figures import curves, frontier, pictures
+from lab.studies.figures import chart, curves, frontier, pictures
 from lab.studies.plan import BASE, OF, Plan, folder_of, images_of, jobs_of, log_of
 from lab.world.detect import palette_error
 from lab.world.prompts import specs
@@ -49,10 +49,20 @@ def write(plan: Plan, config: Path) -> Path:
     (output / "results.json").write_text(json.dumps(results) + "\n")
     curves(plan, output / "curves.png")
     pictures(plan, output / "images.png")
+    if plan.chart:
+        chart(plan, overall(results), output / "chart.png")
     text = markdown(plan, results, config)
     (output / "report.md").write_text(text)
     (output / "report.html").write_text(html_page(plan.title, text, output))
     return output / "report.md"
+
+
+def overall(results: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Entry -> its overall scores, one a seed."""
+    found: dict[str, list[float]] = {}
+    for one in results:
+        found.setdefault(one["method"], []).append(one["heldout"]["overall"])
+    return found
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -109,7 +119,10 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path) -> str:
 
 
 def in_short(plan: Plan, groups: Groups) -> str:
-    """Two sentences: which share of the pictures is right, and what guidance would cost."""
+    """A sentence or two: which share of the pictures is right, and what guidance would cost."""
+    if plan.opening:
+        told = {name: f"{_mean(group, 'overall'):.3f}" for name, group in groups.items()}
+        return plan.opening.format_map(told)
     share = {name: f"{_mean(group, 'overall'):.0%}" for name, group in groups.items()}
     shares = [f"{plain(name)} {share[name]}" for name in groups if name not in plan.sampled]
     text = f"Right pictures, of the held-out ones: {'; '.join(shares)}."
@@ -170,6 +183,9 @@ def _heldout(plan: Plan, groups: Groups) -> str:
         for tag in plan.categories:
             cells.append(cell([one["categories"][tag] for one in scores], "score"))
         rows.append([name, *cells])
+    for column, key in enumerate(["overall", *plan.categories], 2):
+        best = max(range(len(rows)), key=lambda i: _mean([*groups.values()][i], key))
+        rows[best][column] = f"**{rows[best][column]}**"
     return markdown_table(["", "CFG", "overall", *plan.categories], rows)
 
 
@@ -197,6 +213,15 @@ def _preferences(plan: Plan, groups: Groups) -> str:
 
 def _differences(plan: Plan, groups: Groups, baseline: str) -> str:
     """To a baseline, image by image on the same noise."""
+    rows = [
+        [name, *(f"{mean:+.3f} ± {half:.3f}" for mean, half in parts), ratio]
+        for name, *parts, ratio in _gaps(plan, groups, baseline)
+    ]
+    return markdown_table(["", "overall", "counting", "counting, as a ratio"], rows)
+
+
+def _gaps(plan: Plan, groups: Groups, baseline: str) -> list[Any]:
+    """Each entry's name, its differences in overall and counting, the ratio in counting."""
     asked = plan.prompts("heldout", plan.per_category)
     prompts = np.tile([row["prompt"] for row in asked], len(plan.seeds))
     counting = np.tile([row["tag"] == "counting" for row in asked], len(plan.seeds))
@@ -208,8 +233,8 @@ def _differences(plan: Plan, groups: Groups, baseline: str) -> str:
         parts += [paired(right[name][counting], other[counting], prompts[counting])]
         before = other[counting].mean()
         ratio = f"{right[name][counting].mean() / before:.2f}" if before else ""
-        rows.append([name, *(f"{mean:+.3f} ± {half:.3f}" for mean, half in parts), ratio])
-    return markdown_table(["", "overall", "counting", "counting, as a ratio"], rows)
+        rows.append([name, *parts, ratio])
+    return rows
 
 
 def _recovered(plan: Plan, groups: Groups) -> str:
@@ -217,9 +242,13 @@ def _recovered(plan: Plan, groups: Groups) -> str:
     if not (guided := _guided(plan)):
         return ""
 
+    gains = {row[0]: row[1:3] for row in _gaps(plan, groups, BASE)}[guided]
+    if any(mean <= half or isnan(half) for mean, half in gains):
+        return ""  # a share of what may be nothing says nothing
+
     def share(group: Sequence[Mapping[str, Any]], key: str) -> str:
         base, top = _mean(groups[BASE], key), _mean(groups[guided], key)
-        return f"{(_mean(group, key) - base) / (top - base):.0%}" if top > base else "no gain"
+        return f"{(_mean(group, key) - base) / (top - base):.0%}"
 
     rows = []
     for name, group in groups.items():
