@@ -249,8 +249,7 @@ def _warn_of_ddp(model: nn.Module) -> None:
 class PlainDenoiser(nn.Module):
     """A denoiser without soft tokens as the same kind of module. `bank` changes nothing.
 
-    For a LoRA or full fine-tuning alone. All captions then train the same weights: take γ⁻ = 0
-    (`AGSMLoss(neg_scale=0)`).
+    For a LoRA or full fine-tuning alone, with `AGSMLoss(guidance_scale=s)`.
 
     Args:
         model: a stock denoiser, or one that DDP, torch.compile or PEFT has wrapped.
@@ -261,7 +260,15 @@ class PlainDenoiser(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._backbone = backbone_of(unwrap(model))
+        try:
+            self._backbone = backbone_of(unwrap(model))
+        except TypeError:
+            raise TypeError(
+                f"model: expected a denoiser of a known class, got {type(unwrap(model)).__name__}. "
+                "Give AGSMRegularizer a callable in its place: denoiser(noisy, timesteps, "
+                "conditioning, bank, **image) -> prediction, e.g. lambda x, t, text, bank: "
+                "transformer(x, t, **text).sample."
+            ) from None
         _keep_buffers(self)
 
     def forward(
@@ -292,6 +299,11 @@ def _check_names(backbone: Backbone, model: nn.Module, conditioning: Any, image:
         ("conditioning", conditioning, names.required, names.optional),
         ("image_conditioning", image, names.image, ()),
     ):
+        if what == "conditioning" and (stray := set(names.image) & set(given)):
+            raise ValueError(
+                f"conditioning: expected {sorted(required)} for {kind}, got {sorted(stray)} in it, "
+                f"which belongs to the image. Pass image_conditioning={{{sorted(stray)[0]!r}: ...}}."
+            )
         if not set(required) <= set(given) <= {*required, *optional}:
             raise ValueError(
                 f"{what}: expected {sorted(required)} for {kind}"

@@ -57,7 +57,17 @@ def prediction_type(scheduler: Any) -> str:
 
 
 def add_noise(scheduler: Any, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """x_t = αx_0 + σε, (B, *D); for flow matching α = 1 − σ and σ = t/1000, t need not be whole."""
+    """x_t = αx_0 + σε, (B, *D); for flow matching α = 1 − σ and σ = t/1000, t need not be whole.
+
+    Raises:
+        ValueError: a timestep that the scheduler does not have.
+    """
+    last = scheduler.config.num_train_timesteps - (prediction_type(scheduler) != "flow")
+    if not torch.compiler.is_compiling() and bool(((timesteps < 0) | (timesteps > last)).any()):
+        raise ValueError(
+            f"timesteps: expected 0..{last}, as the scheduler counts its training timesteps, got "
+            f"{timesteps.min().item():g} to {timesteps.max().item():g}."
+        )
     alpha, sigma = noise_levels(scheduler, timesteps, x_0)
     return (alpha * x_0 + sigma * noise).to(x_0.dtype)
 

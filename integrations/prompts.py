@@ -148,7 +148,8 @@ class QwenImage(Family):
     """What its authors guide away from."""
 
     def encode(self, pipe: Any, prompts: list[str], arguments: Mapping[str, Any]) -> Row:
-        encoded = super().encode(pipe, [text or self.EMPTY for text in prompts], arguments)
+        texts = [text or self.EMPTY for text in prompts]
+        encoded: dict[str, Any] = super().encode(pipe, texts, arguments)
         if encoded["prompt_embeds_mask"] is None:  # diffusers leaves out one that masks nothing
             embeds = encoded["prompt_embeds"]
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)

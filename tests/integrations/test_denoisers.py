@@ -352,3 +352,14 @@ def test_refused_tokens():
     attached.detach()
     with pytest.raises(ValueError, match=r"expected attached tokens, got detached ones"):
         TokenDenoiser(made.model, tokens=attached)
+
+
+def test_what_belongs_to_the_image_is_not_conditioning():
+    noisy, t, cond, image = batch_for("unet_sdxl")
+    with pytest.raises(ValueError, match=r"add_time_ids.*image_conditioning="):
+        PlainDenoiser(tiny("unet_sdxl").model)(noisy, t, {**cond, **image}, Bank.POSITIVE)
+
+
+def test_a_model_of_an_unknown_class_is_a_callable():
+    with pytest.raises(TypeError, match="Give AGSMRegularizer a callable"):
+        PlainDenoiser(torch.nn.Linear(2, 2))

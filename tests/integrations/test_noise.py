@@ -114,3 +114,14 @@ def test_unknown_parametrisations_and_fractional_timesteps_are_refused():
 def test_noise_levels_that_are_not_known_are_refused(scheduler):
     with pytest.raises(ValueError, match=f"got {type(scheduler).__name__} with other noise levels"):
         add_noise(scheduler, torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([5]))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "timestep"),
+    [(DDPMScheduler(), -1), (DDPMScheduler(), 1000), (FlowMatchEulerDiscreteScheduler(), 1001.0)],
+)
+def test_a_timestep_that_there_is_not_is_refused(scheduler, timestep):
+    """An index below 0 would count from the end."""
+    x = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="timesteps: expected 0"):
+        add_noise(scheduler, x, x, torch.tensor([0, timestep]))
