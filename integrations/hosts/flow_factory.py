@@ -5,7 +5,7 @@ In its YAML file, name a class of this module as `trainer_type`; options of AGSM
     train:
       trainer_type: agsm_loss.integrations.hosts.flow_factory.AGSMNFT
       agsm_weight: 1.0
-      agsm_null_caption: true
+      agsm_guidance_scale: 3.0
 
 Flow-Factory imports `trainer_type` twice: as the class of the training arguments, and as what it
 calls for a trainer. The classes here are both.

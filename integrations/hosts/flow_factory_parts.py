@@ -3,7 +3,6 @@
 >>> from types import SimpleNamespace
 >>> import torch
 >>> from torch import nn
->>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
 >>> from agsm_loss.integrations.hosts.flow_factory_parts import AdapterDenoiser, noised
 >>> class Adapter:  # Flow-Factory's, of a model that it trains
 ...     transformer = nn.Linear(4 + 3, 4)
@@ -18,7 +17,8 @@
 ...     SimpleNamespace(prompt=text, prompt_embeds=torch.randn(3), all_latents=torch.randn(2, 4))
 ...     for text in ("a dog", "a cat")
 ... ]
->>> batch = noised(rollout, denoiser.names, torch.Generator())
+>>> empty = {"prompt_embeds": torch.zeros(1, 3)}
+>>> batch = noised(rollout, denoiser.names, torch.Generator(), null=empty)
 >>> denoiser(batch.latents, batch.timesteps, batch.conditioning, torch.zeros(2)).shape
 torch.Size([2, 4])
 """

@@ -38,7 +38,7 @@ class AGSMOptions:
         "",
         "Captions that compete with an image's own: empty (no words), in_batch:N (N of other "
         "images), hard:N (N edits of its own), or several of them, as empty,hard:1. Left out: "
-        "empty; in_batch:3 where soft tokens alone are trained.",
+        "empty; in_batch:3 for SoftREPA, and where soft tokens alone are trained.",
     )
     temperature: str = option(
         "0.1",
@@ -159,7 +159,8 @@ def resolve_agsm(options: Any, steps: int) -> None:
         )
     if not options.candidates:
         published = tokens_alone and options.agsm_guidance_scale is None
-        options.candidates = "in_batch:3" if published else "empty"
+        contrasts = getattr(options, "objective", "") == "softrepa"
+        options.candidates = "in_batch:3" if published or contrasts else "empty"
     Competitors.read(options.candidates)
     _temperature(options.temperature)
     if options.ema_decay is None and (tokens_alone or options.neg_scale):

@@ -127,8 +127,8 @@ def resolve(options: Any, of_world: str = "recipes/lab/models/flow") -> None:
 
 def trains_guidance(options: Any) -> bool:
     """Whether what is trained is to be sampled without guidance."""
-    uses = options.agsm_weight if "agsm_weight" in options else options.objective == "agsm"
-    return bool(uses) and (options.agsm_guidance_scale or 1.0) > 1
+    used = getattr(options, "agsm_weight", getattr(options, "objective", "") == "agsm")
+    return bool(used) and (options.agsm_guidance_scale or 1.0) > 1
 
 
 class TrainedModel:

@@ -45,10 +45,10 @@ def table(folder, caption):
 
 @pytest.mark.parametrize("caption", ["a photo", ["a photo"]])
 def test_captions_that_are_all_the_same_are_an_error(caption, tmp_path, nothing_loads):
-    flags = table(tmp_path, caption)
-    with pytest.raises(ValueError, match=r"'a photo' in every row.*--null_caption"):
+    flags = [*table(tmp_path, caption), "--candidates", "in_batch:1"]
+    with pytest.raises(ValueError, match=r"'a photo' in every row.*--candidates empty"):
         train_agsm.main(flags)
-    for more in (["--null_caption"], ["--candidates", "hard"], ["--objective", "denoising"]):
+    for more in (["--candidates", "empty"], ["--candidates", "hard:1"], ["--objective=denoising"]):
         with pytest.raises(AssertionError, match="loaded"):
             train_agsm.main([*flags, *more])
 
@@ -59,14 +59,14 @@ def test_pairs_whose_captions_are_all_the_same_are_an_error_with_agsm(tmp_path, 
     flags = ["--data", str(tmp_path / "pairs.parquet"), "--model", "org/base"]
     flags += ["--output_dir", str(tmp_path / "run")]
     with pytest.raises(ValueError, match="in every row"):
-        train_dpo.main([*flags, "--agsm_weight", "1"])
+        train_dpo.main([*flags, "--agsm_weight", "1", "--candidates", "in_batch:1"])
     with pytest.raises(AssertionError, match="loaded"):
         train_dpo.main(flags)
 
 
 def test_several_captions_of_one_image_are_not_the_same(tmp_path, nothing_loads):
     with pytest.raises(AssertionError, match="loaded"):
-        train_agsm.main(table(tmp_path, ["a photo", "a picture"]))
+        train_agsm.main([*table(tmp_path, ["a photo", "a picture"]), "--candidates", "in_batch:1"])
 
 
 @pytest.mark.parametrize("recipe", [train_agsm, train_spo, train_ddpo, train_base])
@@ -214,8 +214,8 @@ def test_an_empty_caption_column_is_no_caption(tmp_path):
 
 def test_a_run_that_validates_nothing_says_so(flow_base, tmp_path, capsys):
     captioned(4, seed=0).to_parquet(tmp_path / "w.parquet")
-    flags = ["--model", str(flow_base), "--data", str(tmp_path / "w.parquet"), "--resolution", "24"]
-    flags += ["--max_train_steps", "1", "--train_batch_size", "2", "--num_negatives", "1"]
+    flags = ["--model", str(flow_base), "--data", str(tmp_path / "w.parquet")]
+    flags += ["--max_train_steps", "1", "--train_batch_size", "2"]
     train_agsm.main([*flags, "--output_dir", str(tmp_path / "run"), "--num_tokens", "1"])
     told = capsys.readouterr().out
     assert "validation none: give --validation_prompts FILE" in told

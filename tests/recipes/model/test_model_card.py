@@ -17,7 +17,7 @@ from model import card as model_card
 from model.pipeline import TextToImage
 
 FEW = ["--max_train_steps", "1", "--train_batch_size", "3", "--validation_per_category", "1",
-       "--validation_inference_steps", "2", "--num_tokens", "2", "--num_negatives", "1",
+       "--validation_inference_steps", "2", "--num_tokens", "2", "--candidates", "in_batch:1",
        "--learning_rate", "0.1"]  # fmt: skip
 
 

@@ -150,7 +150,7 @@ def test_a_pipeline_in_half_precision_samples(folder, dtype):
 def test_a_run_on_a_table_saves_tokens(folder, tmp_path):
     captioned(6, seed=0).to_parquet(tmp_path / "w.parquet")
     flags = ["--model", str(folder), "--data", str(tmp_path / "w.parquet"), "--resolution", "8",
-             "--max_train_steps", "2", "--train_batch_size", "3", "--num_negatives", "2",
+             "--max_train_steps", "2", "--train_batch_size", "3", "--candidates", "in_batch:2",
              "--logging_steps", "1", "--output_dir", str(tmp_path / "run"),
              "--num_tokens", "1"]  # fmt: skip
     train_agsm.main(flags)

@@ -7,6 +7,8 @@ from typing import Literal
 
 import pytest
 
+import train_agsm
+import train_dpo
 from data.task import DataOptions, PromptFileOptions
 from model.agsm import AGSMOptions
 from model.session import ValidationOptions
@@ -220,10 +222,69 @@ def test_flags_say_what_a_table_says():
     assert {name: getattr(options, name) for name in table} == table
 
 
-def test_neg_scale_goes_by_what_is_trained():
-    assert OPTIONS.make().neg_scale == 0.1
-    assert OPTIONS.make(rank=4).neg_scale == OPTIONS.make(full=True).neg_scale == 0.0
-    assert OPTIONS.make(rank=4, neg_scale=0.3).neg_scale == 0.3
+DERIVED = ("rank", "learning_rate", "agsm_guidance_scale", "pos_scale", "neg_scale", "candidates",
+           "ema_decay", "validation_guidance_scale")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "derived"),
+    [
+        ({}, (16, 1e-4, 3.0, None, 0.0, "empty", None, 1.0)),
+        ({"full": True}, (0, 1e-5, 3.0, None, 0.0, "empty", None, 1.0)),
+        ({"num_tokens": 4}, (0, 1e-3, None, 1.0, 0.1, "in_batch:3", 0.995, 3.0)),
+        ({"num_tokens": 4, "rank": 8}, (8, 1e-4, 3.0, None, 0.0, "empty", None, 1.0)),
+        (
+            {"num_tokens": 4, "agsm_guidance_scale": 2.0, "max_train_steps": 20},
+            (0, 1e-3, 2.0, None, 0.0, "empty", 0.9, 1.0),
+        ),
+        ({"agsm_guidance_scale": 1.0}, (16, 1e-4, 1.0, None, 0.0, "empty", None, 3.0)),
+        ({"pos_scale": 2.0}, (16, 1e-4, None, 2.0, 0.0, "empty", None, 3.0)),
+        (
+            {"num_tokens": 4, "full": True, "neg_scale": 0.5},
+            (0, 1e-5, None, 1.0, 0.5, "empty", 0.995, 3.0),
+        ),
+        ({"objective": "denoising"}, (16, 1e-4, 3.0, None, 0.0, "empty", None, 3.0)),
+        (
+            {"objective": "softrepa", "num_tokens": 4, "rank": 8},
+            (8, 1e-4, 3.0, None, 0.0, "in_batch:3", None, 3.0),
+        ),
+    ],
+)
+def test_what_is_left_out_goes_by_what_is_trained(given, derived):
+    made = train_agsm.OPTIONS.make(**given)
+    assert tuple(getattr(made, name) for name in DERIVED) == derived
+
+
+def test_a_host_without_agsm_is_sampled_with_guidance():
+    assert train_dpo.OPTIONS.make().validation_guidance_scale == 3
+    assert train_dpo.OPTIONS.make(agsm_weight=1.0).validation_guidance_scale == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"full": True, "rank": 2}, "got both"),
+        ({"rank": 0}, "nothing to train"),
+        ({"agsm_guidance_scale": 2.0, "pos_scale": 1.0}, "expected it without pos_scale"),
+        ({"neg_scale": 0.1}, "neg_scale: expected 0 without soft tokens, got 0.1"),
+        (
+            {"num_tokens": 2, "rank": 2, "neg_scale": 0.1, "gradient_checkpointing": True},
+            "neg_scale: expected no --gradient_checkpointing",
+        ),
+        *(
+            ({"candidates": text}, f"candidates: expected empty, in_batch:N .*got '{text}'")
+            for text in ("in_batch", "hard:0", "empty:1", "mixed", "empty,", "in_batch:-1")
+        ),
+        *(
+            ({"temperature": text}, f"temperature: expected a number above 0.*got '{text}'")
+            for text in ("0", "entropy", "entropy:2", "share:0.5", "nan", "entropy:x", "hot")
+        ),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_together_is_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        OPTIONS.make(**given)
 
 
 @dataclass(frozen=True)
