@@ -62,8 +62,8 @@ WEIGHTS, OPTIMIZER, OTHERS = "trainable.safetensors", "optimizer.bin", "others.b
 # rate too: the optimizer's and the schedule's state hold the old one.
 MAY_CHANGE = frozenset(
     (
-        # How far.
-        *("max_train_steps", "num_epochs"),
+        # How far, and the EMA's decay, which goes by that where it is left out.
+        *("max_train_steps", "num_epochs", "ema_decay"),
         # What is looked at.
         *("logging_steps", "report_to", "validation_steps", "validation_epochs"),
         *("validation_prompts", "validation_per_category"),
