@@ -97,6 +97,7 @@ OPTIONS = OptionSet(
     train_batch_size=64,
     lr_warmup_steps=200,
     lr_decay_steps=1500,
+    validation_guidance_scale=3.0,
     validation_per_category=option(32, "Validation prompts per category.", at_least=1),
 )
 

@@ -141,7 +141,7 @@ def make_with_rollout(host: str, variant: str) -> Callable[[], float]:
     settings, agsm = REWARD_VARIANTS[variant], None
     if settings is not None:
         loss = AGSMLoss(neg_scale=0, **settings)
-        agsm = AGSMRegularizer(denoiser, EMA(trained), loss, candidates=InBatch(0, null=True))
+        agsm = AGSMRegularizer(denoiser, EMA(trained), loss)
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     images, shown = 2 * BATCH, BATCH // 2
     size = model.config
@@ -151,9 +151,10 @@ def make_with_rollout(host: str, variant: str) -> Callable[[], float]:
         "pooled_prompt_embeds": torch.randn(images + 1, size.pooled_projection_dim),
     }
     prompts = {name: rows[:images] for name, rows in text.items()}
-    pool = {name: rows[[*range(shown), images]] for name, rows in text.items()}
+    pool, empty = ({name: x[part] for name, x in text.items()} for part in (slice(shown), [images]))
     times = torch.arange(1, 1 + images) * 55.0
-    data = AGSMBatch(noise[:shown], times[:shown], noise[-shown:], pool, list(range(shown)))
+    captions = list(range(shown))
+    data = AGSMBatch(noise[:shown], times[:shown], noise[-shown:], pool, captions, null=empty)
     given = {"agsm_batch": data if agsm else None}
 
     def denoise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

@@ -119,8 +119,7 @@ def hard_negatives(spec: Spec) -> list[Spec]:
         edits.append(replace(spec, groups=swapped))
     if spec.relation is not None:
         edits.append(replace(spec, relation=OPPOSITE[spec.relation]))
-    told = {spec: None}
-    return [edit for edit in dict.fromkeys(edits) if edit not in told and not _same(edit, spec)]
+    return [edit for edit in dict.fromkeys(edits) if edit != spec and not _same(edit, spec)]
 
 
 def _same(one: Spec, other: Spec) -> bool:

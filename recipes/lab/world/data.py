@@ -1,11 +1,12 @@
 """The world as training data, rendered on the fly: captioned images and preference pairs.
 
-Item i is a function of (seed, i, process), as of `data.batches` and `data.batches`.
+Item i is a function of (seed, i, process), as in `data.batches`.
 """
 
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,23 +20,24 @@ from lab.world.render import render
 from lab.world.scene import Spec
 
 
-class WorldBatches(Dataset[Batch]):
-    """Scenes of a fold's prompts with their own captions and, as hard negatives, random edits."""
+class _Rendered(Dataset[Any]):
+    """Scenes of a fold's prompts; random edits of their captions are the hard negatives."""
+
+    of = "images"
 
     def __init__(
         self, batch_size: int, hard: int, *, seed: int, rank: int = 0, fold: str = "train"
     ) -> None:
-        self.batch_size, self.hard, self.seed, self.rank, self.fold = (
-            batch_size,
-            hard,
-            seed,
-            rank,
-            fold,
-        )
+        self.batch_size, self.hard = batch_size, hard
+        self.seed, self.rank, self.fold = seed, rank, fold
 
     def about(self) -> str:
         """For a run's summary."""
-        return "the embedded world's images, rendered"
+        return f"the embedded world's {self.of}, rendered"
+
+
+class WorldBatches(_Rendered):
+    """Scenes with their own captions."""
 
     def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng([self.seed, index, self.rank, 3])
@@ -47,18 +49,10 @@ class WorldBatches(Dataset[Batch]):
         return Batch(torch.from_numpy(pixels), captions, ids, hard)
 
 
-class WorldPairs(Dataset[PairBatch]):
-    """Scenes of a fold's prompts, each with a scene that is one edit of its caption away."""
+class WorldPairs(_Rendered):
+    """Scenes, each with a scene that is one edit of its caption away."""
 
-    def __init__(
-        self, batch_size: int, hard: int, *, seed: int, rank: int = 0, fold: str = "train"
-    ) -> None:
-        self.batch_size, self.hard = batch_size, hard
-        self.seed, self.rank, self.fold = seed, rank, fold
-
-    def about(self) -> str:
-        """For a run's summary."""
-        return "the embedded world's pairs, rendered"
+    of = "pairs"
 
     def __getitem__(self, index: int) -> PairBatch:
         rng = np.random.default_rng([self.seed, index, self.rank, 7])

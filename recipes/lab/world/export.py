@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -104,15 +103,11 @@ def imagefolder(dataset: Dataset, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.jsonl").open("w") as file:
-        for index, row in enumerate(_rows(dataset)):
+        for index, row in enumerate(dataset):
             name = f"{index:06d}.png"
             row["image"].save(folder / name)
             text = {"file_name": name, "caption": row["caption"], "metadata": row["metadata"]}
             file.write(json.dumps(text) + "\n")
-
-
-def _rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    yield from dataset
 
 
 def _check(n: int) -> None:

@@ -12,12 +12,7 @@ from .scene import IMAGE_SIDE, SHAPE_SIDE, SHAPES, Scene
 Image = npt.NDArray[np.uint8]
 
 GROUND = (128, 128, 128)
-PALETTE = {
-    "red": (255, 0, 0),
-    "green": (0, 255, 0),
-    "blue": (0, 0, 255),
-    "yellow": (255, 255, 0),
-}
+PALETTE = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 _ROWS = {  # width of each row of a shape, top to bottom, centred in its box
     "circle": (2, 4, 6, 6, 4, 2),
     "square": (6, 6, 6, 6, 6, 6),
