@@ -1,4 +1,4 @@
-"""The parts of `trl_ddpo` that run without trl: a check, a checkpoint's state, the best samples.
+"""The parts of `trl_ddpo` that run without trl: checks, precision, checkpoints, best samples.
 
 >>> from diffusers import DDIMScheduler
 >>> from agsm_loss.integrations.hosts.ddpo_parts import BestSamples, check_schedule
@@ -19,6 +19,8 @@ AGSM trains on those of an epoch's samples that have the best rewards:
 """
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -47,6 +49,53 @@ def check_schedule(scheduler: Any, num_steps: int, eta: float) -> None:
             f"{eta} and timesteps {scheduler.timesteps.tolist()}: a step without noise has no "
             "log-probability. Set the scheduler's steps_offset to 1."
         )
+
+
+def check_fraction(num_steps: int, fraction: float) -> None:
+    """ValueError where int(num_steps · fraction), the steps of a sample that train, is 0."""
+    if int(num_steps * fraction) < 1:
+        raise ValueError(
+            f"train_timestep_fraction: expected at least one of {num_steps} sampling steps, got "
+            f"{fraction} of them: nothing would be trained. Take {1 / num_steps:.3g} at least."
+        )
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Attributes of an object, its methods too, for a while."""
+    before = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del vars(owner)[name]
+        vars(owner).update(before)
+
+
+def kept_precision(module: Any) -> AbstractContextManager[None]:
+    """What runs inside can move a module, but not cast it."""
+    return replaced(module, to=lambda device=None, **_: type(module).to(module, device))
+
+
+@contextmanager
+def float32_states(pipe: Any) -> Iterator[None]:
+    """A pipeline whose latents are float32, and whose VAE runs in its own precision.
+
+    A state that is rounded after its log-probability was taken has another one.
+    """
+    prepare, decode = pipe.prepare_latents, pipe.vae.decode
+
+    def prepared(*args: Any) -> Tensor:  # batch, channels, height, width, dtype, ...
+        latents: Tensor = prepare(*args[:4], torch.float32, *args[5:])
+        return latents
+
+    def decoded(latents: Tensor, *args: Any, **settings: Any) -> Any:
+        with torch.autocast(pipe.vae.device.type, enabled=False):
+            return decode(latents.to(pipe.vae.dtype), *args, **settings)
+
+    with replaced(pipe, prepare_latents=prepared), replaced(pipe.vae, decode=decoded):
+        yield
 
 
 class Progress:

@@ -41,6 +41,7 @@ mistakes.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,7 +54,15 @@ from agsm_loss import AGSMRegularizer
 from agsm_loss.integrations import how_to_install
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on
-from agsm_loss.integrations.hosts.ddpo_parts import BestSamples, Progress, check_schedule
+from agsm_loss.integrations.hosts.ddpo_parts import (
+    BestSamples,
+    Progress,
+    check_fraction,
+    check_schedule,
+    float32_states,
+    kept_precision,
+    replaced,
+)
 from agsm_loss.integrations.tokens.attach import AttachedTokens
 
 try:
@@ -83,6 +92,7 @@ def _check_trl() -> None:
 _check_trl()
 from trl import DDPOConfig, DDPOTrainer
 from trl.models import DDPOStableDiffusionPipeline, DefaultDDPOStableDiffusionPipeline
+from trl.trainer.utils import PerPromptStatTracker
 
 WEIGHTS, COMPLETE = "trained.safetensors", "complete"
 
@@ -100,6 +110,10 @@ class AGSMDDPOTrainer(DDPOTrainer):
     - A sampling schedule whose last step has no noise is an error: its log-probability is not
       finite.
     - A gradient that is not finite ends the run before it reaches the weights.
+    - Equal rewards have advantage 0: trl divides a rounding error by a rounding error.
+    - In mixed precision the likelihood ratio is 1 before the first update all the same: states are
+      in float32, and sampled in the batches that they are trained in. The VAE, and where the whole
+      UNet is trained its weights and the text encoder, keep the precision that they were loaded in.
 
     Args:
         config, reward_function, prompt_function, sd_pipeline, image_samples_hook: trl's.
@@ -117,10 +131,13 @@ class AGSMDDPOTrainer(DDPOTrainer):
             step (`train_gradient_accumulation_steps` times the trained timesteps).
         attached: soft tokens attached to `sd_pipeline.unet`, trained together with trl's part.
 
+    Attributes:
+        equal: whether all rewards of the last epoch were equal.
+
     Raises:
         ImportError: (when this module is imported) trl is missing, or has no DDPO.
-        ValueError: best, batch_size or every out of range, or a schedule whose last step has no
-            noise.
+        ValueError: best, batch_size or every out of range, a schedule whose last step has no
+            noise, or a `train_timestep_fraction` of no step.
         FloatingPointError: (in `step` and `train`) the gradient is not finite.
     """
 
@@ -145,6 +162,7 @@ class AGSMDDPOTrainer(DDPOTrainer):
                 f"{best}, {batch_size} and {every}."
             )
         check_schedule(sd_pipeline.scheduler, config.sample_num_steps, config.sample_eta)
+        check_fraction(config.sample_num_steps, config.train_timestep_fraction)
         self.attached = attached
         self.agsm: AGSMRegularizer | None = None
         self.batches = batches
@@ -153,9 +171,22 @@ class AGSMDDPOTrainer(DDPOTrainer):
         self._prompts: list[str] = []
         self._progress = Progress(self)
         self.epoch = self.global_step = self.micro_step = 0
+        self.equal = False
         self._save_freq = config.save_freq
         config = replace(config, save_freq=2**62)  # saving is done here
-        super().__init__(config, reward_function, prompt_function, sd_pipeline, image_samples_hook)
+        with ExitStack() as stack:
+            if config.mixed_precision in ("fp16", "bf16"):
+                whole = () if sd_pipeline.autocast else (sd_pipeline.unet, sd_pipeline.text_encoder)
+                for part in (sd_pipeline.vae, *whole):
+                    stack.enter_context(kept_precision(part))
+            super().__init__(
+                config, reward_function, prompt_function, sd_pipeline, image_samples_hook
+            )
+        if config.per_prompt_stat_tracking:
+            self.stat_tracker = _PerPrompt(
+                config.per_prompt_stat_tracking_buffer_size,
+                config.per_prompt_stat_tracking_min_count,
+            )
         self._own = BestSamples(best, batch_size, config.seed, self.accelerator.process_index)
         a_step = self.accelerator.gradient_accumulation_steps
         if a_step % every:
@@ -232,19 +263,33 @@ class AGSMDDPOTrainer(DDPOTrainer):
     def compute_rewards(self, prompt_image_pairs: Any, is_async: bool = False) -> Any:
         """trl's rewards. Where there are no batches, they choose the samples for AGSM."""
         rewards, metadata = super().compute_rewards(prompt_image_pairs, is_async)
+        every = self.accelerator.gather(torch.cat([reward.flatten() for reward in rewards]))
+        self.equal = bool((every == every[0]).all())
         if self.agsm is not None and self.batches is None:
             self._own.choose(torch.cat([reward.flatten() for reward in rewards]))
         return rewards, metadata
 
     def _generate_samples(self, iterations: int, batch_size: int) -> Any:
-        samples, pairs = super()._generate_samples(iterations, batch_size)
+        if self.accelerator.mixed_precision == "no":
+            samples, pairs = super()._generate_samples(iterations, batch_size)
+        else:  # of another size of batch, half precision would make other predictions
+            size = self.config.train_batch_size
+            with float32_states(self.sd_pipeline.sd_pipeline):
+                samples, pairs = super()._generate_samples(iterations * batch_size // size, size)
         self._prompts = [prompt for _, prompts, _ in pairs for prompt in prompts]
         if self.agsm is not None and self.batches is None:
             self._own.offer(samples, pairs, self.sd_pipeline.scheduler)
         return samples, pairs
 
-    def _train_batched_samples(self, *args: Any, **kwargs: Any) -> int:
-        self.global_step = int(super()._train_batched_samples(*args, **kwargs))
+    def _train_batched_samples(
+        self, inner_epoch: int, epoch: int, global_step: int, batched_samples: Any
+    ) -> int:
+        if self.equal and not self.config.per_prompt_stat_tracking:
+            for sample in batched_samples:
+                sample["advantages"] = torch.zeros_like(sample["advantages"])
+        self.global_step = int(
+            super()._train_batched_samples(inner_epoch, epoch, global_step, batched_samples)
+        )
         return self.global_step
 
     def _setup_optimizer(self, trainable_layers_parameters: Any) -> torch.optim.Optimizer:
@@ -330,6 +375,18 @@ class AGSMDDPOTrainer(DDPOTrainer):
         models.clear()
 
 
+class _PerPrompt(PerPromptStatTracker):
+    """trl's advantages, and 0 where a reward is compared with its equals alone."""
+
+    def update(self, prompts: Any, rewards: Any) -> Any:
+        advantages = super().update(prompts, rewards)
+        for row, (prompt, reward) in enumerate(zip(prompts, rewards, strict=True)):
+            kept = self.stats[prompt]
+            if all(one == reward for one in (rewards if len(kept) < self.min_count else kept)):
+                advantages[row] = 0
+        return advantages
+
+
 class LoadedPipeline(DefaultDDPOStableDiffusionPipeline):
     """A loaded Stable Diffusion pipeline for the trainer, with its adapters and tokens.
 
@@ -357,11 +414,9 @@ class LoadedPipeline(DefaultDDPOStableDiffusionPipeline):
         """
         if kwargs.get("guidance_scale", 7.5) > 1 or kwargs.get("prompt_embeds") is None:
             return super().__call__(*args, **kwargs)
-        self.sd_pipeline._encode_prompt = lambda *_, prompt_embeds, **__: prompt_embeds
-        try:
+        encode = {"_encode_prompt": lambda *_, prompt_embeds, **__: prompt_embeds}
+        with replaced(self.sd_pipeline, **encode):
             return super().__call__(*args, **kwargs)
-        finally:
-            del self.sd_pipeline._encode_prompt
 
     def get_trainable_layers(self) -> nn.Module:
         """The UNet, with its trained parameters in float32: fp16's gradients can't be unscaled."""

@@ -4,10 +4,12 @@ import importlib.metadata
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import workers
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
 from pipelines_tiny import saved_pipeline
 from ranks import run_ranks
 
@@ -181,6 +183,77 @@ def test_gradients_accumulate_over_timesteps_and_samples_as_a_mean(every, folder
     assert trainer.agsm.ema.num_updates == 1
 
 
+@pytest.fixture
+def fresh():
+    def reset():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("lora", [True, False])
+def test_in_half_precision_the_ratio_is_one_before_the_first_update(lora, folder, tmp_path):
+    """Sampled 4 at a time, trained 2 at a time; VAE and rewards are not in bfloat16."""
+    seen, told, pipe = [], [], pipeline(folder, lora)
+
+    class Watching(AGSMDDPOTrainer):
+        def calculate_loss(self, *args):
+            found = super().calculate_loss(*args)
+            seen.append((self.agsm.step, *(one.item() for one in found[1:])))
+            return found
+
+    def watched(images, prompts, metadata):
+        told.append((images.dtype, len(images)))
+        return bright(images, prompts, metadata)
+
+    before = pipe.vae.decoder.conv_in.weight.clone()
+    trainer = Watching(
+        config(tmp_path, mixed_precision="bf16", train_clip_range=1e-9, num_epochs=1,
+               sample_num_batches_per_epoch=2), watched, asked, pipe, agsm=regularizer(0.0),
+        batches=batches,
+    )  # fmt: skip
+    trainer.train()
+    assert len(seen) == 2 * ACCUMULATED and seen[0][0] == 0
+    assert all((kl, clipped) == (0, 0) for step, kl, clipped in seen if step == 0)
+    assert any(kl > 0 for step, kl, _ in seen if step == 1)
+    assert told == [(torch.float32, 2)] * 4
+    assert torch.equal(pipe.vae.decoder.conv_in.weight, before)
+
+
+def test_equal_rewards_have_no_advantage(folder, tmp_path):
+    """Of 3: in float32 their mean and deviation are rounding errors. Adam makes any gradient 1."""
+
+    def equal(images, prompts, metadata):
+        return torch.full((len(images),), 100.1), {}
+
+    for tracking in (False, True):
+        pipe = pipeline(folder)
+        trainer = AGSMDDPOTrainer(
+            config(tmp_path, num_epochs=1, sample_num_batches_per_epoch=3, train_batch_size=1,
+                   train_gradient_accumulation_steps=12, per_prompt_stat_tracking=tracking),
+            equal, asked, pipe,
+        )  # fmt: skip
+        seen = []
+        trainer.optimizer.optimizer.register_step_pre_hook(
+            lambda *_, trainer=trainer, seen=seen: seen.extend(
+                one.grad.abs().max().item() for one in trainer.trainable_layers
+            )
+        )
+        trainer.train()
+        assert trainer.equal and seen and not any(seen)
+
+
+def test_a_reward_counts_beside_others_of_its_prompt():
+    tracker = trl_ddpo._PerPrompt(8, 2)
+    first = tracker.update(["a", "a", "b"], np.float32([0.1, 0.1, 0.7]))
+    assert first[:2].tolist() == [0, 0] and first[2] > 0  # b has but one: the batch is compared
+    assert tracker.update(["a"], np.float32([0.3]))[0] > 0
+
+
 def test_its_own_samples_are_those_with_the_best_rewards(folder, tmp_path, monkeypatch):
     def cats(images, prompts, metadata):
         return torch.tensor([float(prompt in PROMPTS[2:]) for prompt in prompts]), {}
@@ -270,6 +343,8 @@ def test_arguments_that_cannot_work_are_refused(folder, tmp_path):
     for given in ({"best": 0.0}, {"batch_size": 1}, {"every": 0}, {"every": 4}):
         with pytest.raises(ValueError, match=r"every|best in"):
             make(agsm=regularizer(), **given)
+    with pytest.raises(ValueError, match=r"train_timestep_fraction: .* 3 sampling.*Take 0\.333"):
+        make(changed={"train_timestep_fraction": 0.3})
     with pytest.raises(ValueError, match="sample_eta"):
         make(changed={"sample_eta": 0.0})
     pipe = pipeline(folder)
