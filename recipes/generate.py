@@ -24,32 +24,20 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data.sources import given_model
+from model.sampling import SOURCES, SamplingOptions, calls, check_sources, load
 from run.cli import command
 from run.options import OptionSet, option
 
 
 @dataclass(frozen=True)
 class Options:
-    """Every option, its default and its meaning."""
+    """Prompts, and where their images go."""
 
-    model: str = option(
-        "",
-        "Pipeline to sample: a folder or a hub id. Left out, with prompts of the world alone: a "
-        "model of the embedded world.",
-    )
-    tokens: str = option("", "Soft tokens to attach: a folder or a hub id.")
-    lora: str = option("", "LoRA to load: a folder or a hub id.")
     lora_scale: list[float] = option(
         [1.0], "Strength of the LoRA, or several; 0 is the model without it."
-    )
-    sampling: Literal["both", "negative_unconditional", "conditional_only", "off"] = option(
-        "both",
-        "Use of the tokens under guidance: the positive bank in both branches (both), the negative "
-        "bank in the unconditional branch (negative_unconditional), no tokens in the unconditional "
-        "branch (conditional_only), or no tokens at all (off).",
     )
     prompts: str = option(
         "world:heldout:20",
@@ -58,25 +46,10 @@ class Options:
     )
     output_dir: str = option("runs/images", "Folder for the images.")
     num_images_per_prompt: int = option(1, "Images per prompt; GenEval uses 4.", at_least=1)
-    num_inference_steps: int = option(20, "Sampling steps per image.", at_least=1)
-    guidance_scale: float | None = option(
-        None,
-        "Classifier-free guidance scale; 1: no guidance. Left out: 1 for a model, LoRA or tokens "
-        "trained to need none, else 3.",
-        at_least=0,
-    )
     sheet: bool = option(
         False,
         "Also save sheet.png: the first prompts' first images, with the tokens or the LoRA beside "
         "those without, on the same noise.",
-    )
-    seed: int = option(0, "Seed of the noise.", at_least=0)
-    batch_size: int = option(
-        0, "Images per batch; 0: 64 of the world's size, 4 of any larger.", at_least=0
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Type of the weights.")
-    device: str | None = option(
-        None, "Device to sample on; left out: the accelerator where there is one, else cpu."
     )
 
 
@@ -92,7 +65,7 @@ def resolve(options: Any) -> None:
         )
 
 
-OPTIONS = OptionSet(Options, resolve=resolve)
+OPTIONS = OptionSet(Options, SamplingOptions, resolve=resolve)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,24 +73,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = OPTIONS.parse(__doc__, arguments)
 
     import numpy as np
-    import torch
     from PIL import Image
     from tqdm.auto import tqdm
 
     from agsm_loss.integrations.tokens.pipelines import Sampling
     from data.pictures import side_by_side
     from data.prompts import read_prompts
-    from data.sources import check_source, content_of
-    from model.pipeline import TextToImage, chosen_device
-    from model.sampling import calls, default_guidance_scale
+    from data.sources import content_of
     from run.log import say
 
+    check_sources(options)
     given = {name: getattr(options, name) for name in SOURCES}
-    for name, source in given.items():
-        check_source(name, source)
-    if options.guidance_scale is None:
-        options.guidance_scale = default_guidance_scale(given.values())
-        say(f"Guidance scale {options.guidance_scale:g}; choose another by --guidance_scale")
     output, rows = Path(options.output_dir), read_prompts(options.prompts)
     several = len(options.lora_scale) > 1
     folders = {
@@ -139,8 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not left and not no_sheet:
         say(f"All {number} images are in {output} already")
         return
-    dtype, device = getattr(torch, options.dtype), chosen_device(options.device)
-    model = TextToImage.load(options.model, dtype, device)
+    model = load(options)
     # Sampled without tokens and LoRA as well.
     bare = compared if no_sheet and changed and not several else []
     bar = tqdm(total=len(bare) + number, initial=number - left, unit="image")
@@ -189,7 +154,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 SHEET, ON_SHEET = "sheet.png", 16
-SOURCES = ("model", "tokens", "lora")
 
 
 def _begin(

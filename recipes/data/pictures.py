@@ -169,16 +169,19 @@ def side_by_side(
     rows: Sequence[Mapping[str, Any]],
     path: Path,
     *,
+    judged: Mapping[str, Sequence[Judged]] | None = None,
     prompts_a_line: int | None = None,
 ) -> None:
     """Saves a PNG with each prompt's image of every column beside each other, titled.
 
-    A single column is a sheet without a title. prompts_a_line: left out, as many as four images.
+    A single column is a sheet without a title. judged: verdicts, by column. prompts_a_line: left
+    out, as many as four images.
     """
     images = [image for prompt in zip(*columns.values(), strict=True) for image in prompt]
     told = [row for row in rows for _ in columns]
+    verdicts = judged and [judged[name][i] for i in range(len(rows)) for name in columns]
     side = 144 if max(images[0].shape[:2]) <= 144 else 256
     beside = prompts_a_line or max(1, 4 // len(columns))
     titles = beside * list(columns) if len(columns) > 1 else ()
     wide = beside * len(columns)
-    sheet(np.stack(images), told, None, path, columns=wide, side=side, titles=titles)
+    sheet(np.stack(images), told, verdicts, path, columns=wide, side=side, titles=titles)

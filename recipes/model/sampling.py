@@ -1,18 +1,85 @@
-"""Prompts -> images through a stock pipeline, each image on a noise of its own."""
+"""Prompts -> images through a stock pipeline, each image on a noise of its own.
+
+OptionSet(Options, SamplingOptions)
+check_sources(options)                  before anything is loaded
+model = load(options)
+images = sample(model.pipe, prompts, seeds=range(len(prompts)), ...)
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from agsm_loss._random import draws
-from agsm_loss.integrations.tokens.pipelines import denoiser_of
-from model.families import guidance
+from data.sources import check_source
+from model.families import guidance, image_side
+from model.pipeline import TextToImage, chosen_device
+from run.log import say
+from run.options import option
+
+SOURCES = ("model", "tokens", "lora")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What is sampled, and how."""
+
+    model: str = option(
+        "",
+        "Pipeline to sample: a folder or a hub id. Left out, for the embedded world alone: a model "
+        "of it.",
+    )
+    tokens: str = option("", "Soft tokens to attach: a folder or a hub id.")
+    lora: str = option("", "LoRA to load: a folder or a hub id.")
+    sampling: Literal["both", "negative_unconditional", "conditional_only", "off"] = option(
+        "both",
+        "Use of the tokens under guidance: the positive bank in both branches (both), the negative "
+        "bank in the unconditional branch (negative_unconditional), no tokens in the unconditional "
+        "branch (conditional_only), or no tokens at all (off).",
+    )
+    num_inference_steps: int = option(20, "Sampling steps of a whole image.", at_least=1)
+    guidance_scale: float | None = option(
+        None,
+        "Classifier-free guidance scale; 1: no guidance. Left out: 1 for a model, LoRA or tokens "
+        "trained to need none, else 3.",
+        at_least=0,
+    )
+    seed: int = option(0, "Seed of the noise.", at_least=0)
+    batch_size: int = option(
+        0, "Images per batch; 0: 64 of the world's size, 4 of any larger.", at_least=0
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Type of the weights.")
+    device: str | None = option(
+        None, "Device to sample on; left out: the accelerator where there is one, else cpu."
+    )
+
+
+def check_sources(options: Any) -> None:
+    """Looks for what is to be loaded, and chooses a guidance scale that was left out.
+
+    Raises:
+        FileNotFoundError: an option names a path, and nothing is there.
+    """
+    for name in SOURCES:
+        check_source(name, getattr(options, name))
+    if options.guidance_scale is None:
+        given = (getattr(options, name) for name in SOURCES)
+        options.guidance_scale = default_guidance_scale(given)
+        say(f"Guidance scale {options.guidance_scale:g}; choose another by --guidance_scale")
+
+
+def load(options: Any) -> TextToImage:
+    """The pipeline, without tokens and LoRA: see `TextToImage.load_extras`."""
+    dtype, device = getattr(torch, options.dtype), chosen_device(options.device)
+    return TextToImage.load(options.model, dtype, device)
 
 
 def sample(
@@ -93,12 +160,6 @@ def default_guidance_scale(folders: Iterable[str]) -> float:
             if isinstance(told, dict) and (told.get("agsm_guidance_scale") or 0) > 1:
                 return 1.0
     return 3.0
-
-
-def image_side(pipe: Any) -> int:
-    """Pixels along a side of the images that a pipeline makes unless it is given another size."""
-    size = getattr(pipe, "default_sample_size", None) or denoiser_of(pipe).config.sample_size
-    return int(np.max(size) * pipe.vae_scale_factor)
 
 
 def images_per_call(pipe: Any) -> int:
