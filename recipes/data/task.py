@@ -26,8 +26,8 @@ class DataOptions:
     _argument_group_name = "data"
     data: str = option(
         "world",
-        "Captioned images to train on: world (the embedded one, rendered), a parquet, jsonl, csv "
-        "or webdataset tar file, a pattern of several, a folder of images, or a hub id.",
+        "Captioned images to train on: world (the embedded one, rendered), a parquet, jsonl, json, "
+        "csv, tsv or webdataset tar file, a pattern of several, a folder of images, or a hub id.",
     )
     split: str = option("train", "Split of the data set to train on (not for --data world).")
     caption_column: str = option("caption", "Column of the captions (not for --data world).")
