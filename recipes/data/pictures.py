@@ -179,7 +179,7 @@ def side_by_side(
     """
     images = [image for prompt in zip(*columns.values(), strict=True) for image in prompt]
     told = [row for row in rows for _ in columns]
-    verdicts = judged and [judged[name][i] for i in range(len(rows)) for name in columns]
+    verdicts = [judged[name][i] for i in range(len(rows)) for name in columns] if judged else None
     side = 144 if max(images[0].shape[:2]) <= 144 else 256
     beside = prompts_a_line or max(1, 4 // len(columns))
     titles = beside * list(columns) if len(columns) > 1 else ()

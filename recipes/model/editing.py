@@ -5,15 +5,14 @@
     images = change(model, model.pipe, changes, strength=None, seed=0, ...)     inversion
 
 Both run stock pipelines; the second calls the text-to-image one with a scheduler that goes from the
-image to noise, then with the one that comes back. Images are (N, H, W, 3) uint8, one batch.
-`sampled` is num_inference_steps and guidance_scale.
+image to noise, then with the one that comes back. Images are (N, H, W, 3) uint8. `sampled`:
+num_inference_steps and guidance_scale.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -33,7 +32,7 @@ from torch import Tensor
 from agsm_loss._random import draws
 from agsm_loss.integrations.noise import prediction_type
 from data.batches import read_image, to_model
-from data.prompts import normal
+from data.prompts import texts_of
 from data.tables import as_images, open_table
 from model.families import guidance
 from model.pipeline import TextToImage
@@ -56,7 +55,7 @@ def read_changes(data: str, *, size: int, number: int) -> Changes:
     """The first rows of a table with the COLUMNS, its images `size` pixels a side.
 
     Raises:
-        ValueError: a column or all rows missing, an image that cannot be read, a text that is none.
+        ValueError: a column is missing, an image or a text cannot be read.
     """
     table = open_table(data, "train", columns=COLUMNS, text="caption")
     if not set(COLUMNS) <= set(table.column_names):
@@ -64,22 +63,17 @@ def read_changes(data: str, *, size: int, number: int) -> Changes:
             f"data: expected rows with the columns {list(COLUMNS)}, got {len(table)} rows with "
             f"{table.column_names}."
         )
-    rows = list(as_images(table, ["image"]).select(range(min(number, len(table)))))
-    images = []
-    for index, row in enumerate(rows):
-        told = {name: row[name] for name in COLUMNS[1:]}
-        empty = [n for n, text in told.items() if not isinstance(text, str) or not normal(text)]
-        if empty:
-            raise ValueError(f"data: row {index}: expected texts, got none as {empty}.")
+    images, texts = [], []
+    for index, row in enumerate(as_images(table.select(range(min(number, len(table)))), ["image"])):
         try:
             images.append(read_image(row["image"], size))
+            texts.append([texts_of(row[name])[0] for name in COLUMNS[1:]])
         except ValueError as error:
             raise ValueError(
-                f"data: the image of row {index} cannot be read: {error}. Paths are taken from "
-                "the folder that the command runs in."
+                f"data: row {index} cannot be read: {error}. Paths are taken from the folder that "
+                "the command runs in."
             ) from error
-    texts = ([normal(row[name]) for row in rows] for name in COLUMNS[1:])
-    return Changes(np.stack(images), *texts)
+    return Changes(np.stack(images), *map(list, zip(*texts, strict=True)))
 
 
 class FlowInverseScheduler(FlowMatchEulerDiscreteScheduler):
@@ -218,9 +212,10 @@ def inversion(
     pipe, latents = model.pipe, encode(model, images)
     if hasattr(pipe, "_pack_latents"):  # Flux, Qwen-Image
         latents = pipe._pack_latents(latents, *latents.shape)
-    arguments = _arguments(model, pipe, images)
-    there, back = there_and_back(pipe.scheduler)
-    with _scheduler(pipe, there):
+    arguments, own = _arguments(model, pipe, images), pipe.scheduler
+    there, back = there_and_back(own)
+    try:
+        pipe.scheduler = there
         arguments["latents"] = pipe(
             list(captions),
             latents=latents.to(model.denoiser.dtype),
@@ -229,9 +224,11 @@ def inversion(
             output_type="latent",
             **arguments,
         ).images
-    with _scheduler(pipe, back):
+        pipe.scheduler = back
         settings = {"seeds": range(len(prompts)), "batch_size": len(prompts)}  # nothing is drawn
         return sample(pipe, prompts, arguments=arguments, **settings, **sampled)
+    finally:
+        pipe.scheduler = own
 
 
 def _arguments(model: TextToImage, pipe: Any, images: Images) -> dict[str, Any]:
@@ -244,12 +241,3 @@ def _arguments(model: TextToImage, pipe: Any, images: Images) -> dict[str, Any]:
 def encode(model: TextToImage, images: Images) -> Tensor:
     """Scaled latents (N, C, h, w); what a VAE draws is the same for the same number of images."""
     return model.encode_images(torch.from_numpy(to_model(images)), draws("vae"))
-
-
-@contextmanager
-def _scheduler(pipe: Any, other: Any) -> Iterator[None]:
-    own, pipe.scheduler = pipe.scheduler, other
-    try:
-        yield
-    finally:
-        pipe.scheduler = own
