@@ -175,7 +175,7 @@ def _on_hub(name: str) -> bool:
 def _options(options: Any) -> dict[str, Any]:
     """Those that make the run what it is: the usual ones, and others not at their defaults."""
     values = vars(options)
-    told = {*MAY_CHANGE, *_ALWAYS, "model"}
+    told = {*MAY_CHANGE, *_ALWAYS, "model"} - {"ema_decay"}  # may change, and matters
     changed = [
         name
         for name, default in options.of.defaults.items()

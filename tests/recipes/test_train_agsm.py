@@ -150,7 +150,9 @@ def test_any_table_of_images_and_captions_will_do(flow_base, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("two red circles\na square\n")
     flags = ["--data", str(tmp_path / "w.parquet"), "--candidates", "hard:3"]
-    train(flow_base, tmp_path / "run", *flags, "--validation_prompts", str(prompts))
+    flags += ["--validation_prompts", str(prompts)]
+    train(flow_base, tmp_path / "run", *flags)
+    train(flow_base, tmp_path / "run", *flags, "--resume_from_checkpoint", "latest")
     assert log(tmp_path / "run")[-1]["scores"] == {}
     assert (tmp_path / "run" / "sheets" / "000004.png").exists()
 

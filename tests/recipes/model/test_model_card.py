@@ -31,14 +31,14 @@ def card(folder):
     return found.data.to_dict(), found.text, names
 
 
-def drawn(model, tokens="", lora="", merged=""):
-    """The card's image, by the recipes' own code."""
+def drawn(model, tokens="", lora="", merged="", guidance=1.0):
+    """The card's image, by the recipes' own code; without guidance, where it is trained in."""
     loaded = TextToImage.load(str(model), torch.float32)
     if merged:
         loaded.merge_lora(str(merged))
     loaded.load_extras(str(tokens), str(lora))
     torch.manual_seed(0)
-    call = {"num_inference_steps": 2, "guidance_scale": 3.0, **loaded.arguments}
+    call = {"num_inference_steps": 2, "guidance_scale": guidance, **loaded.arguments}
     return loaded.pipe(rows("validation", 1)[0]["prompt"], **call).images[0]
 
 
@@ -125,7 +125,7 @@ def test_a_pipeline_and_the_tokens_beside_it(flow_base, tmp_path):
 def test_a_merged_lora_is_part_of_the_code(epsilon_base, lora_run, tmp_path):
     flags = ["--model", str(epsilon_base), "--merge_lora", str(lora_run / "lora")]
     train_agsm.main([*flags, "--output_dir", str(tmp_path), *FEW, "--objective", "denoising"])
-    wanted = drawn(epsilon_base, tmp_path / "tokens", merged=lora_run / "lora")
+    wanted = drawn(epsilon_base, tmp_path / "tokens", merged=lora_run / "lora", guidance=3.0)
     data, text, names = card(tmp_path / "tokens")
     assert near(names["image"], wanted) and "trained by plain denoising" in text
     assert data["tags"] == ["text-to-image", "soft-tokens"]

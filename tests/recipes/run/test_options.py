@@ -1,6 +1,7 @@
 """Options of the recipes: defaults, then the file, then the command line; limits; --help."""
 
 import importlib
+import json
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +14,7 @@ from data.task import DataOptions, PromptFileOptions
 from model.agsm import AGSMOptions
 from model.session import ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
+from run.checkpoints import check_output
 from run.loop import LoopOptions, RunOptions
 from run.options import FIRST, OptionSet, flags, option
 
@@ -253,6 +255,15 @@ DERIVED = ("rank", "learning_rate", "agsm_guidance_scale", "pos_scale", "neg_sca
 def test_what_is_left_out_goes_by_what_is_trained(given, derived):
     made = train_agsm.OPTIONS.make(**given)
     assert tuple(getattr(made, name) for name in DERIVED) == derived
+
+
+def test_a_longer_run_goes_on_with_the_decay_of_its_length(tmp_path):
+    (tmp_path / "checkpoints" / "checkpoint_1").mkdir(parents=True)
+    given = {"num_tokens": 4, "output_dir": str(tmp_path), "resume_from_checkpoint": "latest"}
+    (tmp_path / "options.json").write_text(json.dumps(vars(train_agsm.OPTIONS.make(**given))))
+    check_output(train_agsm.OPTIONS.make(**given, max_train_steps=2000))
+    with pytest.raises(ValueError, match="learning_rate"):
+        check_output(train_agsm.OPTIONS.make(**given, rank=4))
 
 
 def test_a_host_without_agsm_is_sampled_with_guidance():
