@@ -40,7 +40,7 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], **arguments: Any) -> Row:
     if isinstance(prompts, str):
         raise TypeError("prompts: expected a list of texts, got one text. Wrap it: [text].")
     with torch.no_grad():
-        rows = encoded_rows(pipe, prompts, arguments)
+        rows = encoded_rows(pipe, prompts, {"device": pipe.device, **arguments})
         return with_empty(pipe, prompts, joined(rows))
 
 
