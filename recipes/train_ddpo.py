@@ -32,15 +32,18 @@ from tqdm.auto import tqdm
 
 from agsm_loss._random import draws
 from agsm_loss.integrations.hosts.base import AGSMBatch
+from agsm_loss.integrations.hosts.ddpo_parts import check_fraction
 from data.task import DataOptions, ImageOptions, PromptFileOptions, Task, open_task
 from model.agsm import AGSMOptions, Competitors, HostOptions, agsm_weight, method
 from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
 from rewards.rewards import check, load
 from rewards.rollout import (
+    Findings,
     PromptOptions,
     RewardOptions,
     check_best,
+    check_prompts,
     fingerprint_of,
     on_policy_images,
     prompts_of,
@@ -120,6 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves."""
     options = OPTIONS.parse(__doc__, arguments)
     check(options.reward)
+    check_fraction(options.num_inference_steps, options.train_timestep_fraction)
     if options.agsm_weight and options.agsm_images == "best":
         check_best(options)
         competitors = Competitors.read(options.candidates)
@@ -184,6 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         if options.validation_epochs <= options.num_epochs and step == 0:
             validate()
+        differences = Findings("rewards that differ", "Take other prompts or another --reward.")
         epochs = range(trainer.first_epoch, options.num_epochs)
         bar = tqdm(
             epochs, initial=trainer.first_epoch, total=options.num_epochs, disable=not main_process
@@ -195,6 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
                 due["sheet"] = last or (epoch + 1) % options.validation_epochs == 0
                 try:
                     step = trainer.step(epoch, step)
+                    differences.saw(int(not trainer.equal))
                 except FloatingPointError as error:
                     tracker.flush()
                     raise FloatingPointError(f"{error} {last_whole(output)}") from None
@@ -219,6 +225,7 @@ def main(arguments: list[str] | None = None) -> None:
                 if stopped:
                     bar.close()
                     stop.end(trainer.accelerator, f"epoch {epoch + 1}", saved, options)
+        differences.check()
         model.save()
         trainer.accelerator.end_training()
 
@@ -244,7 +251,7 @@ def make_trainer(
     pipeline = LoadedPipeline(model.pipeline.pipe, full=options.full)
     trainer = AGSMDDPOTrainer(
         trl_config(options, tracker, None if found is None else found.folder),
-        trl_reward(options, state, tracker.rewards),
+        trl_reward(options, state, model.task, tracker.rewards),
         drawn_prompts(options, model.task),
         pipeline,
         show if state.is_main_process else None,  # trl's call asks for a tracker: only there
@@ -301,23 +308,25 @@ def trl_config(options: Any, tracker: GeneralTracker, resumed: Path | None) -> A
     )
 
 
-def trl_reward(options: Any, state: Any, parts: dict[str, list[float]]) -> Callable[..., Any]:
+def trl_reward(
+    options: Any, state: Any, task: Task, parts: dict[str, list[float]]
+) -> Callable[..., Any]:
     """The reward as trl calls it: images in [0, 1], prompts and what the prompts came with.
 
     parts: on the main process it gets the mean of each part of a sum, over all processes, at each
     call.
     """
     score = load(options.reward, state.device)
+    check_prompts(score, options, task)
 
     def reward(images: Any, prompts: Any, metadata: Any) -> tuple[Any, dict[str, Any]]:
-        rewards = score(2 * images.float() - 1, list(prompts))
-        last: dict[str, torch.Tensor] = getattr(score, "last", {})
-        if last:
-            scores: Any = gather(torch.stack(list(last.values()), dim=1).to(state.device))
+        scores = score.scores(2 * images.float() - 1, list(prompts))
+        if len(scores) > 1:
+            every: Any = gather(torch.stack(list(scores.values()), dim=1).to(state.device))
             if state.is_main_process:
-                for name, mean in zip(last, scores.mean(0).tolist(), strict=True):
+                for name, mean in zip(scores, every.mean(0).tolist(), strict=True):
                     parts.setdefault(f"reward/{name}", []).append(mean)
-        return rewards, {}
+        return score.total(scores), {}
 
     return reward
 

@@ -95,9 +95,29 @@ def test_rewards_that_are_no_numbers_end_the_run(epsilon_base, tmp_path, monkeyp
         pixels.mean((1, 2, 3)) * scores.pop(0)))  # fmt: skip
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     flags = [*DDPO, "--sampling_prompts", str(tmp_path / "prompts.txt")]
-    with pytest.raises(FloatingPointError, match=r"epoch 1.*a red circle.*checkpoint_1\.$"):
+    with pytest.raises(FloatingPointError, match=r"redness.*a red circle.*checkpoint_1\.$"):
         train(epsilon_base, tmp_path / "run", *flags)
-    assert not (tmp_path / "run" / "tokens").exists() and len(log(tmp_path / "run")) == 2
+    assert not (tmp_path / "run" / "tokens").exists() and len(log(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--train_timestep_fraction", "0.3"], "at least one of 3 sampling steps"),
+        (["--reward", "redness:-1"], "a weight above 0"),
+    ],
+)
+def test_what_would_train_nothing_or_backwards_is_refused_at_the_start(flags, told, tmp_path):
+    with pytest.raises(ValueError, match=told):
+        train(tmp_path / "absent", tmp_path / "run", *DDPO, *flags)
+
+
+def test_a_run_whose_rewards_never_differ_is_an_error(epsilon_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "redness", lambda pixels, prompts: torch.ones(len(pixels)))
+    flags = [*DDPO, "--num_epochs", "2", "--checkpointing_epochs", "9"]
+    with pytest.raises(ValueError, match="expected rewards that differ, got none in 2 rollouts"):
+        train(epsilon_base, tmp_path / "run", *flags)
+    assert not (tmp_path / "run" / "tokens").exists()
 
 
 def test_a_signal_ends_a_run_after_its_epoch(epsilon_base, tmp_path, monkeypatch, capsys):

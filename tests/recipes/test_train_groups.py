@@ -102,9 +102,9 @@ def test_nft_resumes_within_a_rollout_and_at_its_start(
     assert lines[0]["reward/mean"] == lines[1]["reward/mean"] != lines[2]["reward/mean"]
     assert lines[1]["nft/old_distance"] > 0 and lines[1]["kl"] > 0 and lines[2]["agsm/loss"] > 0
     sheets = {file.name for file in (tmp_path / "whole" / "sheets").iterdir()}
-    assert sheets == {"000003.png", "samples_000004.png", "000004.png"}
+    assert sheets == {"samples_000004.png", "000004.png"}
     owner, name, call = {
-        "start": (rewards, "redness", 2),
+        "start": (rewards, "redness", 3),
         "within": (TrainedModel, "timesteps", 2 * 6 + 1),  # AGSM draws its own, too
     }[place]
     function = getattr(owner, name)
@@ -149,8 +149,9 @@ def test_prompts_of_a_file_are_sampled_in_groups_without_a_data_set(
     prompts = [text for _, texts in seen for text in texts]
     assert set(prompts) == {"a red circle", "two blue squares"}
     assert all(texts[0::2] == texts[1::2] for _, texts in seen)
-    rollouts, images = {train_flow_grpo: (3, 4), train_nft: (2, 8)}[recipe]
-    assert [pixels.shape for pixels, _ in seen] == [(images, 3, 24, 24)] * rollouts
+    # NFT's rollout of 8 is decoded and scored as it is sampled.
+    calls, images = {train_flow_grpo: (3, 4), train_nft: (4, 4)}[recipe]
+    assert [pixels.shape for pixels, _ in seen] == [(images, 3, 24, 24)] * calls
     first = seen[0][0]
     assert not torch.equal(first[0], first[1])  # each image has noise of its own
     (tmp_path / "prompts.txt").write_text("\n")
