@@ -354,7 +354,7 @@ class RunState:
                 scaler=self.accelerator.scaler,
                 map_location="cpu",
             )
-        if broken + sum(_broken(one) for name, one in others.items() if name != "log"):
+        if broken or _broken(others):
             raise ValueError(
                 f"{folder}: expected finite numbers, got others. Remove the folder to go on from "
                 "the checkpoint before it, or start anew with a lower --learning_rate."

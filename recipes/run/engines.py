@@ -148,7 +148,7 @@ def reshard(model: nn.Module) -> None:
             one.reshard()
 
 
-def held(parameter: nn.Parameter) -> Tensor:
+def held(parameter: Tensor) -> Tensor:
     """What this process holds of a parameter: all of it, or its shard."""
     if hasattr(parameter, "ds_tensor"):
         shard: Tensor = parameter.ds_tensor

@@ -35,27 +35,26 @@ class Log:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.sums: dict[str, tuple[Tensor, int]] = {}
+        self.sums: dict[str, tuple[Tensor | float, int]] = {}
         self.began = time.time()
 
     def add(self, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
-            total, count = self.sums.get(name, (torch.zeros(()), 0))
+            total, count = self.sums.get(name, (0.0, 0))
             # Left where it is: to fetch it would wait for the device in every micro-step.
             self.sums[name] = total + torch.as_tensor(value).detach().float(), count + 1
 
     def take(self) -> dict[str, float]:
         """The means since the last call, over all processes; each of them calls it."""
-        own = {name: (total.item(), count) for name, (total, count) in self.sums.items()}
-        self.sums = {}
-        return {name: total / count for name, (total, count) in _sum(gather_object([own])).items()}
+        sums, self.sums = _sum(self.state_dict()["sums"]), {}
+        return {name: total / count for name, (total, count) in sums.items()}
 
     def write(self, step: int, entry: Mapping[str, Any]) -> None:
         append_line(self.file, {"step": step, **used_since(self.began), **entry})
 
     def state_dict(self) -> dict[str, Any]:
         """Each process calls it: the sums of all of them."""
-        own = {name: (total.cpu(), count) for name, (total, count) in self.sums.items()}
+        own = {name: (float(total), count) for name, (total, count) in self.sums.items()}
         return {"sums": gather_object([own]), "seconds": time.time() - self.began}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -65,7 +64,7 @@ class Log:
         self.began = time.time() - state["seconds"]
 
 
-def _sum(sums: Sequence[Mapping[str, tuple[Any, int]]]) -> dict[str, tuple[Any, int]]:
+def _sum(sums: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[Any, int]]:
     """Totals and their counts, of several processes."""
     found: dict[str, tuple[Any, int]] = {}
     for one in sums:

@@ -275,9 +275,8 @@ class Run:
             stopped = stop.asked(accelerator) and not last
             if number % options.checkpointing_steps == 0 or last or stopped:
                 parts = state.parts()
-                checked = {name: one for name, one in parts.items() if name != "log"}
                 write = partial(state.write, parts)
-                saved = save(accelerator, self.output, number, checked, write, made_of)
+                saved = save(accelerator, self.output, number, parts, write, made_of)
             if stopped:
                 bar.close()
                 stop.end(accelerator, f"step {number}", saved, options)
