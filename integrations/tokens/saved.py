@@ -51,8 +51,13 @@ from agsm_loss.integrations.tokens.attach import (
 from agsm_loss.integrations.tokens.unet import UNetBackbone
 
 try:
-    from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+    from huggingface_hub.utils import validate_repo_id
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 except ImportError as error:
@@ -84,11 +89,7 @@ _DTYPES = {"BF16", "F16", "F32", "F64"}
 
 _SD3_TEXT_WIDTH = 4096
 
-_CARD = """---
-library_name: agsm-loss
-tags: [agsm, soft-tokens, text-to-image]
-{base}---
-
+_CARD = """
 # Soft tokens for {backbone}
 
 Dual soft tokens ψ⁺/ψ⁻ for `{backbone}`{of}, trained with Alignment-Guided Score Matching
@@ -100,7 +101,7 @@ from diffusers import DiffusionPipeline
 
 from agsm_loss.integrations.tokens.pipelines import Sampling, load_soft_tokens, set_sampling
 
-pipe = DiffusionPipeline.from_pretrained("{source}").to(torch.float32)
+pipe = DiffusionPipeline.from_pretrained({source}).to(torch.float32)
 attached = load_soft_tokens(pipe, "this folder or repository")
 image = pipe("two cats on a sofa").images[0]
 
@@ -242,25 +243,46 @@ class SavedTokens(ModelHubMixin):
         state = {n: v.detach().cpu().contiguous() for n, v in self.tokens.state_dict().items()}
         save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
         (save_directory / CONFIG).write_text(config + "\n")
-        # The hub's metadata take ids alone; a local folder is named in the text only.
-        named = self.base_model and not Path(self.base_model).exists()
+        base = self.base_model
+        metadata = ModelCardData(
+            library_name="agsm-loss",
+            tags=["agsm", "soft-tokens", "text-to-image"],
+            # The hub takes its ids alone; anything else is named in the text only.
+            base_model=base if base and _is_hub_id(base) and not Path(base).exists() else None,
+        )
         card = _CARD.format(
-            base=f"base_model: {self.base_model}\n" if named else "",
-            of=f" of {self.base_model}" if self.base_model else "",
-            backbone=self.backbone,
+            of=f" of `{_one_line(base)}`" if base else "",
+            backbone=_one_line(self.backbone),
             count=sum(p.numel() for p in self.tokens.parameters()),
             tokens=json.dumps(self.config()["tokens"]),
-            source=self.base_model or f"a pipeline with a {self.backbone}",
+            source=json.dumps(base or f"a pipeline with a {self.backbone}"),
             training=_table(self.training) if self.training else "Not recorded.",
         )
+        card = f"---\n{metadata.to_yaml()}\n---\n{card}"
         ModelCard(card).save(save_directory / "README.md")
 
 
 def _table(values: dict[str, Any]) -> str:
     """A Markdown table of names and JSON values."""
-    cells = {name: json.dumps(value).replace("|", "\\|") for name, value in values.items()}
-    rows = [f"| {name} | `{cell}` |" for name, cell in cells.items()]
+    cells = {name: json.dumps(value) for name, value in values.items()}
+    rows = [
+        "| {} | `{}` |".format(*(_one_line(one).replace("|", "\\|") for one in row))
+        for row in cells.items()
+    ]
     return "\n".join(["| setting | value |", "| --- | --- |", *rows])
+
+
+def _one_line(text: str) -> str:
+    """For a card's prose: no line breaks, no backticks, nothing that UTF-8 does not have."""
+    return " ".join(text.replace("`", "'").split()).encode(errors="replace").decode()
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Save, load, import: the same tokens back, and nothing else let in."""
 
+import ast
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ from random import Random
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from integrations_tiny import NAMES, tiny
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -63,6 +65,28 @@ def test_what_is_in_the_folder(tmp_path):
     local = tmp_path / "local"
     SavedTokens.of(attached, base_model=str(tmp_path)).save_pretrained(local)
     assert "base_model:" not in (local / "README.md").read_text()  # the hub takes ids alone
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a: [b", "x\nlicense: {", "---\n---\n", "`x`\n# Heading", 'say "hi"', "{count}", "\0",
+     "\ud800", "a/b/c", "x" * 5000, "null", "owner/1.0", " "],
+)  # fmt: skip
+def test_any_base_model_is_saved_and_leaves_the_card_whole(name, tmp_path):
+    saved = SavedTokens(SoftTokens(4), "SD3Transformer2DModel", None, name, {name: name})
+    saved.save_pretrained(tmp_path)
+    assert SavedTokens.from_pretrained(tmp_path).base_model == name
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "agsm-loss" and card.data.license is None
+    assert card.data.base_model == (name if name in ("null", "owner/1.0") else None)
+    assert [line for line in card.text.split("\n") if line.startswith("# ")] == [
+        "# Soft tokens for SD3Transformer2DModel"
+    ]
+    code = card.text.split("```python\n")[1].split("```")[0]
+    called = [one for one in ast.walk(ast.parse(code)) if isinstance(one, ast.Call)]
+    loaded = [one.args[0].value for one in called
+              if getattr(one.func, "attr", "") == "from_pretrained"]  # fmt: skip
+    assert loaded == [name]
 
 
 @pytest.mark.parametrize("banks", ["shared", "positive_only"])
