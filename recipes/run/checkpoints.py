@@ -401,9 +401,10 @@ def data_only(folder: Path) -> Iterator[None]:
     safe = []
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:  # classes that its files name
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils.tensor_fragment import fragment_address
 
-        safe = [DynamicLossScaler, LossScaler, fragment_address]
+        safe = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     try:
         with (
             patch_environment(TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"),
