@@ -83,7 +83,14 @@ def main(arguments: list[str] | None = None) -> None:
 
     from data.pictures import sheet
     from lab.world.detect import palette_error
-    from lab.world.geneval_folder import judge_folder, of_world, pixels, read_images, read_results
+    from lab.world.geneval_folder import (
+        judge_folder,
+        of_world,
+        pixels,
+        read_images,
+        read_results,
+        world_pixels,
+    )
     from lab.world.score import verdicts
     from lab.world.summary import summarize_with_intervals, table
     from model.pipeline import chosen_device
@@ -98,18 +105,22 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{folder}: expected the embedded world's prompts, or --detector, --results or "
                 "--metrics, got none of them."
             )
+    results = [
+        read_results(Path(file), files, folder)
+        for file, folder, (files, _) in zip(options.results, folders, contents, strict=False)
+    ]
     device = chosen_device(None)
     evaluator = Evaluator(options.detector, options.clip, device) if options.detector else None
     metrics = Metrics(options.metrics, options.clip, options.reference, device)
     summaries = {}
     for index, (folder, (files, rows)) in enumerate(zip(folders, contents, strict=True)):
         judged, found = None, {}
-        if options.results:
-            judged = read_results(Path(options.results[index]), files, folder)
+        if results:
+            judged = results[index]
         elif evaluator is not None:
             judged = judge_folder(evaluator, files, rows, folder / "detector_results.jsonl")
         elif of_world(rows):
-            images = np.stack([pixels(file) for file in files])
+            images = world_pixels(files)
             judged = verdicts(images, rows)
             prompts = [row["prompt"] for row in rows]
             found["palette_error"] = mean_with_interval(palette_error(images), prompts)

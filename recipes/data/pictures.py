@@ -101,7 +101,16 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """[-1, 1] -> 0..255."""
+    """[-1, 1] -> 0..255.
+
+    Raises:
+        FloatingPointError: a pixel is NaN, which would be black.
+    """
+    if bool(pixels.isnan().any()):
+        raise FloatingPointError(
+            "images: expected numbers, got NaN. The model's weights are not finite, or float16 is "
+            "too small for it: take bfloat16 or float32."
+        )
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

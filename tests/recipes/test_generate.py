@@ -242,6 +242,38 @@ def test_an_empty_folder_is_named(tmp_path):
         score_images.main(["--images", str(tmp_path)])
 
 
+def test_hidden_files_and_a_bom_are_no_obstacle(tmp_path):
+    drawn(tmp_path)
+    (tmp_path / "00000" / "samples" / "._0000.png").write_bytes(b"mac")
+    metadata = tmp_path / "00001" / "metadata.jsonl"
+    metadata.write_bytes(b"\xef\xbb\xbf" + metadata.read_bytes())
+    score_images.main(["--images", str(tmp_path)])
+    assert json.loads((tmp_path / "scores.json").read_text())["n"] == 24
+
+
+def test_bad_files_are_named_before_anything_is_scored(tmp_path):
+    rows = drawn(tmp_path)
+    image, metadata = (tmp_path / "00023" / name for name in ("samples/0000.png", "metadata.jsonl"))
+
+    def fails(told):
+        with pytest.raises(ValueError, match=told):
+            score_images.main(["--images", str(tmp_path)])
+        assert not (tmp_path / "scores.json").exists()
+
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+    fails(r"00023/samples/0000\.png")
+    Image.new("RGB", (32, 24)).save(image)
+    fails(r"0000\.png: expected 24 pixels a side.* got 32 x 24")
+    image.write_bytes(whole)
+    metadata.write_text(json.dumps(rows[23] | {"prompt": None}))
+    fails(r"00023/metadata\.jsonl, line 1: expected a prompt")
+    metadata.write_text(json.dumps(rows[23]))
+    (tmp_path / "results.jsonl").write_text('{"filename": "a.png"}\n')
+    with pytest.raises(ValueError, match=r"results\.jsonl, line 1: expected filename, tag"):
+        score_images.main(["--images", str(tmp_path), "--results", f"{tmp_path}/results.jsonl"])
+
+
 def test_intervals_cover_what_they_should():
     low, high = wilson(10, 20)
     assert low == pytest.approx(0.2993, abs=1e-4) and high == pytest.approx(0.7007, abs=1e-4)

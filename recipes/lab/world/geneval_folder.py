@@ -12,7 +12,9 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm.auto import tqdm
 
-from lab.world.scene import SHAPES
+from data.pictures import image_files, read_picture
+from data.prompts import read_prompts, rows_of
+from lab.world.scene import IMAGE_SIDE, SHAPES
 from lab.world.score import Verdict
 from rewards.geneval.evaluator import Evaluator, result
 from rewards.geneval.rules import reason_kind
@@ -22,11 +24,15 @@ AT_ONCE = 32
 
 
 def read_images(folder: Path) -> tuple[list[Path], list[dict[str, Any]]]:
-    """Every image of a folder in GenEval's layout and its row."""
+    """Every image of a folder in GenEval's layout and its row; hidden files are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: no images; an image, or a row's prompt, that cannot be read.
+    """
     files, rows = [], []
     for metadata in sorted(folder.glob("*/metadata.jsonl")):
-        row = json.loads(metadata.read_text())
-        found = sorted((metadata.parent / "samples").glob("*.png"))
+        row = read_prompts(str(metadata))[0]
+        found = image_files(metadata.parent / "samples")
         files += found
         rows += [row] * len(found)
     if not files:
@@ -34,18 +40,35 @@ def read_images(folder: Path) -> tuple[list[Path], list[dict[str, Any]]]:
             f"{folder}: no images. Expected NNNNN/metadata.jsonl and NNNNN/samples/*.png, as "
             "recipes/generate.py writes them."
         )
+    for file in tqdm(files, desc="reading", leave=False):  # before minutes of scoring
+        read_picture(file)
     return files, rows
 
 
 def pixels(file: Path) -> npt.NDArray[np.uint8]:
     """An image file as (H, W, 3)."""
-    with Image.open(file) as image:
-        return np.asarray(image.convert("RGB"))
+    return np.asarray(read_picture(file))
+
+
+def world_pixels(files: Sequence[Path]) -> npt.NDArray[np.uint8]:
+    """Image files of the world as (N, 24, 24, 3).
+
+    Raises:
+        ValueError: an image has another size.
+    """
+    images = [pixels(file) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.shape != (IMAGE_SIDE, IMAGE_SIDE, 3):
+            raise ValueError(
+                f"{file}: expected {IMAGE_SIDE} pixels a side, as the world's detector does, got "
+                f"{image.shape[1]} x {image.shape[0]}. Give --detector for other images."
+            )
+    return np.stack(images)
 
 
 def of_world(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the world's detector can judge all rows' images."""
-    asked = {one["class"] for row in rows for one in row.get("include", [])}
+    asked = {one["class"] for row in rows for one in row.get("include") or []}
     return asked <= set(SHAPES) and all("tag" in row and "include" in row for row in rows)
 
 
@@ -76,8 +99,12 @@ def judge_folder(
 def read_results(results: Path, files: Sequence[Path], folder: Path) -> list[Verdict]:
     """The verdicts of a `results.jsonl`, GenEval's or ours, in the order of `files`."""
     by_name: dict[str, dict[str, Any]] = {}
-    for line in results.read_text().splitlines():
-        row = json.loads(line)
+    for where, row in rows_of(results):
+        if not isinstance(row, dict) or not {"filename", "tag", "correct"} <= set(row):
+            raise ValueError(
+                f"{where}: expected filename, tag, correct and reason, as GenEval's "
+                f"evaluate_images.py writes them, got {row!r}."
+            )
         by_name["/".join(Path(row["filename"]).parts[-3:])] = row
     judged = []
     for file in files:

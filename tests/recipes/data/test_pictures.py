@@ -5,9 +5,10 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
-from data.pictures import image_files, read_picture
+from data.pictures import image_files, read_picture, to_uint8
 from rewards import metrics
 
 
@@ -115,3 +116,8 @@ def test_hidden_files_are_left_out_and_links_followed(tmp_path):
     os.symlink(inside, far / "back")  # a circle
     for found in (image_files(inside), metrics.image_files(inside)):
         assert found == [inside / "a.PNG", inside / "linked" / "b.avif"]
+
+
+def test_nan_is_no_picture():
+    with pytest.raises(FloatingPointError, match="got NaN"):
+        to_uint8(torch.tensor([0.0, float("nan")]))
