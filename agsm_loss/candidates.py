@@ -23,6 +23,7 @@ many there are.
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
+from math import isnan
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -376,7 +377,11 @@ def _as_list(values: Sequence[Hashable] | Tensor) -> list[Hashable]:
         return list(values.tolist())
     if isinstance(values, str):
         raise TypeError("captions: expected a sequence of texts, got one text. Wrap it: [text].")
-    return list(values)
+    # A tensor equals no other by its hash.
+    found = [one.item() if isinstance(one, Tensor) and one.numel() == 1 else one for one in values]
+    if any(isinstance(one, float) and isnan(one) for one in found):
+        raise ValueError("captions: expected ids that equal themselves, got NaN.")
+    return found
 
 
 def _image_ids(captions: Sequence[Hashable] | Tensor, image_ids: object) -> list[Hashable]:

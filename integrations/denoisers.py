@@ -302,7 +302,7 @@ def _check_names(backbone: Backbone, model: nn.Module, conditioning: Any, image:
         if what == "conditioning" and (stray := set(names.image) & set(given)):
             raise ValueError(
                 f"conditioning: expected {sorted(required)} for {kind}, got {sorted(stray)} in it, "
-                f"which belongs to the image. Pass image_conditioning={{{sorted(stray)[0]!r}: ...}}."
+                f"which belongs to the image. Pass image_conditioning={{{min(stray)!r}: ...}}."
             )
         if not set(required) <= set(given) <= {*required, *optional}:
             raise ValueError(

@@ -10,12 +10,13 @@ Known: Stable Diffusion 1.x and 2.x, SDXL, SD3 and SD3.5, Flux.1, Qwen-Image, Sa
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Tensor]
 """What one item is encoded as."""
@@ -42,6 +43,40 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], **arguments: Any) -> Row:
     with torch.no_grad():
         rows = encoded_rows(pipe, prompts, {"device": pipe.device, **arguments})
         return with_empty(pipe, prompts, joined(rows))
+
+
+def caption_ids(pipe: Any, captions: Sequence[str], **arguments: Any) -> list[Hashable]:
+    """What tells captions apart for the model: their tokens, as far as the encoders read them.
+
+    Equal ones are one caption to `AGSMRegularizer`, whatever their spelling: encoders cut long
+    texts, and some lower case or drop blanks. What is encoded as the empty caption is "".
+
+    Args:
+        pipe: a pipeline with tokenizers.
+        captions: any number of texts.
+        arguments: as of `encode_prompts`; max_sequence_length is read.
+    """
+    known = inspect.signature(pipe.encode_prompt).parameters
+    most = arguments.get("max_sequence_length")
+    if most is None and "max_sequence_length" in known:
+        most = known["max_sequence_length"].default
+    tokenizers = [
+        part for part in pipe.components.values() if isinstance(part, PreTrainedTokenizerBase)
+    ]
+
+    texts = [*dict.fromkeys(captions), ""]
+    read = [
+        # As the pipelines do: CLIP's own limit, max_sequence_length for the others.
+        one(
+            texts,
+            truncation=True,
+            max_length=one.model_max_length if "CLIP" in type(one).__name__ or not most else most,
+        ).input_ids
+        for one in tokenizers
+    ]
+    ids = [tuple(map(tuple, row)) for row in zip(*read, strict=True)]
+    found = dict(zip(texts, ids, strict=True))
+    return ["" if found[text] == found[""] else found[text] for text in captions]
 
 
 def image_conditioning(

@@ -23,6 +23,7 @@ from agsm_loss import EMA, AGSMRegularizer, Candidates
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off
 from agsm_loss.integrations.noise import prediction_type
+from agsm_loss.integrations.prompts import caption_ids
 from agsm_loss.integrations.tokens.attach import backbone_of
 from agsm_loss.integrations.tokens.unet import bos_embedding
 from data.batches import Batch, PairBatch
@@ -234,13 +235,13 @@ class TrainedModel:
             return self.pipeline.encode_prompts(batch.captions), {}
         competitors = Competitors.read(self.options.candidates)
         hard = batch.hard if competitors.hard else None
+        pool = [*batch.captions, *chain.from_iterable(hard or ())]
+        ids = iter(caption_ids(self.pipeline.pipe, pool, **self.pipeline.arguments))
         # The empty caption with the others, so that all are as long.
-        encoded = self.pipeline.encode_prompts(
-            [*batch.captions, *chain.from_iterable(hard or ()), ""]
-        )
+        encoded = self.pipeline.encode_prompts([*pool, ""])
         return {name: value[:-1] for name, value in encoded.items()}, {
-            "captions": batch.captions,
-            "hard_negatives": hard,
+            "captions": [next(ids) for _ in batch.captions],
+            "hard_negatives": None if hard is None else [[next(ids) for _ in one] for one in hard],
             "image_ids": batch.image_ids,
             "null": {name: value[-1:] for name, value in encoded.items()}
             if competitors.empty

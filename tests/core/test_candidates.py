@@ -185,3 +185,11 @@ def test_rules_are_values():
     assert repr(Mixed(2)) == "Mixed(num_negatives=2, allow_empty=False)"
     with pytest.raises(AttributeError):
         InBatch().num_negatives = 5
+
+
+def test_ids_are_compared_by_their_value():
+    """A tensor equals no other by its hash, and NaN not even itself."""
+    ids = [torch.tensor(5), torch.tensor(6), torch.tensor(5)]
+    assert InBatch()(ids).mask.sum(1).tolist() == [2, 2, 2]
+    with pytest.raises(ValueError, match="got NaN"):
+        InBatch()([1.0, float("nan")])

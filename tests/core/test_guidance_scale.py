@@ -328,3 +328,12 @@ def test_its_state_is_kept_with_its_teacher():
     assert other.calls == 1
     with pytest.raises(ValueError, match="no EMA"):
         AGSMRegularizer(net, EMA(net), AGSMLoss(guidance_scale=3)).load_state_dict(own.state_dict())
+
+
+def test_a_batch_in_which_nothing_competes_is_told_of_once():
+    net, batch, _ = problem()
+    rule = InBatch(2, allow_empty=True)
+    agsm = AGSMRegularizer(net, loss=AGSMLoss(guidance_scale=3), candidates=rule)
+    with pytest.warns(UserWarning, match="none for any image"):
+        agsm(*batch, ["a dog"] * 3)
+    agsm(*batch, ["a dog"] * 3)

@@ -1,0 +1,50 @@
+"""Captions as the stock pipelines encode them, and what tells them apart."""
+
+import pytest
+import torch
+from pipelines_tiny import speaking_pipeline
+
+from agsm_loss.integrations.prompts import caption_ids, encode_prompts, image_conditioning
+
+KINDS = ("unet", "unet_sdxl", "sd3", "flux")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pipe(request, tmp_path_factory):
+    from diffusers import DiffusionPipeline
+
+    folder = speaking_pipeline(request.param, tmp_path_factory.mktemp(request.param))
+    return DiffusionPipeline.from_pretrained(folder)
+
+
+def test_captions_that_are_encoded_alike_are_one_caption(pipe):
+    """Cut off at the encoder's limit; blanks dropped, where every tokenizer drops them."""
+    longest = max(
+        part.model_max_length for name, part in pipe.components.items() if "tokenizer" in name
+    )
+    long = " ".join(["two red circles"] * min(longest, 600))
+    texts = [long, f"{long} and a cat", "two red circles", "two blue circles", "", "  "]
+    ids = caption_ids(pipe, texts)
+    rows = encode_prompts(pipe, texts)["prompt_embeds"]
+    for i, one in enumerate(ids):
+        for j, other in enumerate(ids):
+            if not {"", "  "} & {texts[i], texts[j]}:  # SDXL's empty one is zeros
+                alike = torch.allclose(rows[i], rows[j], atol=1e-6)
+                assert (one == other) == alike, (texts[i][:20], texts[j][:20])
+    assert ids[4] == ids[5] == ""
+
+
+def test_the_empty_caption_is_what_the_pipeline_guides_away_from(pipe):
+    [empty] = encode_prompts(pipe, [""])["prompt_embeds"]
+    zeros = pipe.config.get("force_zeros_for_empty_prompt", False)
+    assert bool(empty.any()) != zeros
+    with pytest.raises(TypeError, match="Wrap it"):
+        encode_prompts(pipe, "a cat")
+
+
+def test_image_conditioning_has_a_row_an_image(pipe):
+    given = image_conditioning(pipe, 3, 16, 8)
+    kind = type(pipe).__name__
+    assert {n: tuple(v.shape) for n, v in given.items()} == {
+        "StableDiffusionXLPipeline": {"add_time_ids": (3, 6)}, "FluxPipeline": {"guidance": (3,)},
+    }.get(kind, {})  # fmt: skip
