@@ -8,7 +8,7 @@ Every image is noised at ten noise levels and denoised under its own caption, tw
 captions of its batch and the empty one: about 60 forward passes an image, and no training.
 
 Under `--output_dir`:
-    verdict.txt              what is printed: where captions decide, which competitors and T to take
+    verdict.txt              what is printed: where captions decide, and what to train
     config.yaml              the options that follow, for train_agsm.py --config
     diagnosis.png, .json     the numbers by noise level
     suspects.png             images that a caption of another image seems to fit better
@@ -34,11 +34,8 @@ class Options:
         "Pipeline to diagnose: a folder or a hub id. Left out, with --data world alone: a model of "
         "the embedded world.",
     )
-    num_images: int = option(256, "Images to measure, rounded up to whole batches.", at_least=1)
+    num_images: int = option(256, "Images to measure, rounded up to whole batches.", at_least=16)
     batch_size: int = option(16, "Images per forward pass.", at_least=1)
-    target_entropy: float = option(
-        0.7, "Entropy of the weights to find T for, as a share of its maximum.", above=0, below=1
-    )
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Type of the weights.")
     seed: int = option(0, "Seed of data, noise and competitors.", at_least=0)
     output_dir: str = option("runs/diagnose", "Folder for the verdict, config, numbers and plot.")
