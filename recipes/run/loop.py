@@ -170,7 +170,7 @@ class Run:
                 return
             killed = [one.exitcode for one in self._helpers if one.exitcode]
             end_helpers(self._helpers)
-            if killed and isinstance(error, RuntimeError):
+            if killed and isinstance(error, Exception):  # of torch, or of a pipe
                 raise RuntimeError(
                     "dataloader_num_workers: expected processes that prepare batches, got one that "
                     f"ended with exit code {killed[0]}, most often for want of memory. "

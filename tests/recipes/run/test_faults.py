@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.checkpointing import load_custom_state
 from filelock import FileLock
-from loop_runs import entries, killed_at, options, resumed, run, same
+from loop_runs import Counter, entries, killed_at, options, resumed, run, same
 
 from run import checkpoints, log
 from run.stop import Stop
@@ -125,6 +126,13 @@ def test_a_checkpoint_of_a_stranger_runs_no_code(file, tmp_path):
     (folder / "complete").write_text(json.dumps(marker))
     with pytest.raises(ValueError, match=r"checkpoint_4: expected numbers alone, got getattr"):
         run(resumed(chosen))
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_accelerate_loads_for_trl_is_data_too(tmp_path):
+    torch.save(Malicious(tmp_path / "made"), tmp_path / "custom_checkpoint_0.pkl")
+    with pytest.raises(ValueError, match="numbers alone"), checkpoints.data_only(tmp_path):
+        load_custom_state(Counter(), str(tmp_path))
     assert not (tmp_path / "made").exists()
 
 
