@@ -36,8 +36,8 @@ class ValidationOptions:
     validation_inference_steps: int = option(20, "Sampling steps per validation image.", at_least=1)
     validation_guidance_scale: float | None = option(
         None,
-        "Classifier-free guidance scale of validation images; 1: no guidance. Left out: 3, or 1 "
-        "where --agsm_guidance_scale is trained in.",
+        "Classifier-free guidance scale of validation images; 1: no guidance. Left out: 1 "
+        "where guidance is trained in, else 3.",
         at_least=0,
     )
 
