@@ -13,7 +13,7 @@ import pytest
 import readme
 import torch
 
-from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+from agsm_loss import AGSMLoss, AGSMRegularizer
 from agsm_loss.integrations.denoisers import PlainDenoiser
 
 ROOT = readme.ROOT
@@ -108,10 +108,12 @@ def test_the_blocks_of_the_hosts_run(tmp_path, monkeypatch):
     def data(number):
         latents, noise = torch.randn(2, 2, 4, 8, 8)
         text = {"prompt_embeds": encode(["a cat", "two cats"])}
-        return AGSMBatch(latents, torch.tensor([9, 700]), noise, text, ["a cat", "two cats"])
+        captions, null = ["a cat", "two cats"], {"prompt_embeds": encode([""])}
+        return AGSMBatch(latents, torch.tensor([9, 700]), noise, text, captions, null=null)
 
     flow = PlainDenoiser(tiny("sd3", torch.float32).model.requires_grad_(True))
     flow_text = {"prompt_embeds": torch.randn(4, 6, 16), "pooled_prompt_embeds": torch.randn(4, 12)}
+    flow_null = {name: torch.zeros_like(rows[:1]) for name, rows in flow_text.items()}
     latents, flow_noise = torch.randn(2, 4, 4, 8, 8)
     times = torch.tensor([10.0, 200.0, 600.0, 900.0])
     readme.run(
@@ -135,11 +137,13 @@ def test_the_blocks_of_the_hosts_run(tmp_path, monkeypatch):
             "data": data,
             "flow_denoiser": flow,
             "flow_scheduler": FlowMatchEulerDiscreteScheduler(),
-            "flow_agsm": AGSMRegularizer(flow, EMA(flow.parameters()), AGSMLoss(neg_scale=0)),
+            "flow_agsm": AGSMRegularizer(flow, loss=AGSMLoss(guidance_scale=3)),
             "flow_noise": flow_noise,
             "flow_conditioning": flow_text,
             "flow_timesteps": times,
-            "flow_images": AGSMBatch(latents, times, flow_noise, flow_text, ["a", "b", "c", "d"]),
+            "flow_images": AGSMBatch(
+                latents, times, flow_noise, flow_text, ["a", "b", "c", "d"], null=flow_null
+            ),
             "denoise": lambda x, times: flow(x, times, flow_text, 0),
             "rewards_of": lambda latents: latents.mean((1, 2, 3)),
         },
