@@ -155,7 +155,7 @@ def test_prompts_of_a_file_are_sampled_in_groups_without_a_data_set(
     first = seen[0][0]
     assert not torch.equal(first[0], first[1])  # each image has noise of its own
     (tmp_path / "prompts.txt").write_text("\n")
-    with pytest.raises(ValueError, match="expected a prompt"):
+    with pytest.raises(ValueError, match="expected at least one prompt"):
         train(recipe, flow_base, tmp_path / "none", *flags)
 
 
