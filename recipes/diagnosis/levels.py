@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,8 @@ class Numbers:
     """RMS of the guidance p_own − p_empty, as a share of the prediction's."""
     cosine: Floats
     """Of the guidance with τ − p_own, the direction to this image; nan where it is zero."""
+    overdone: npt.NDArray[np.bool_]
+    """Where that cosine is below 0, beyond chance (95 %): more guidance adds to the error."""
     suspects: list[Suspect]
 
     @property
@@ -62,18 +65,18 @@ class Numbers:
         """The win rate from which captions decide: 0.6, or what chance stays below (95 %)."""
         return 0.5 + max(0.1, 1 / math.sqrt(self.images))
 
-    def start(self, kind: str) -> float | None:
-        """The share of the schedule from which the own caption decides against such competitors.
+    def decides(self, kind: str) -> npt.NDArray[np.bool_]:
+        """(L,): where the own caption decides against such competitors. Against the empty one:
+        and more guidance does not add to the error."""
+        found = np.nan_to_num(self.win_rate[kind]) >= self.decided_from
+        return found & ~self.overdone if kind == "empty" else found
 
-        The part has the level with the highest win rate in it, and all below it down to the first
-        that does not decide. None where no level decides.
-        """
-        rate = np.nan_to_num(self.win_rate[kind])
-        best = int(rate.argmax())
-        if rate[best] < self.decided_from:
-            return None
-        undecided = np.flatnonzero(rate[:best] < self.decided_from)
-        return float(undecided[-1] + 1) / len(rate) if len(undecided) else 0.0
+    def start(self, kind: str) -> float | None:
+        """Where the longest part of the schedule begins in which all levels decide; None: none."""
+        decides = self.decides(kind)
+        places = groupby(range(len(decides)), decides.__getitem__)
+        parts = [list(part) for decided, part in places if decided]
+        return max(parts, key=len)[0] / len(decides) if parts else None
 
 
 def summarize(measured: Measured) -> Numbers:
@@ -92,9 +95,9 @@ def summarize(measured: Measured) -> Numbers:
     others = KINDS["in_batch"]
     win_rate = {kind: _win_rate(measured, 0, columns) for kind, columns in KINDS.items()}
     guided = measured.mask[:, EMPTY]  # not the images whose own caption is empty
-    guidance, along, power, away = (
-        one[guided].sum(0)
-        for one in (measured.guidance, measured.along, measured.power, measured.errors[..., 0])
+    along = measured.along[guided]
+    guidance, power, away = (
+        one[guided].mean(0) for one in (measured.guidance, measured.power, measured.errors[..., 0])
     )
     return Numbers(
         images=len(measured.mask),
@@ -102,7 +105,8 @@ def summarize(measured: Measured) -> Numbers:
         win_rate=win_rate,
         empty_wins=_win_rate(measured, EMPTY, others),
         size=(guidance / power).sqrt().numpy(),
-        cosine=(along / (guidance * away).sqrt()).numpy(),
+        cosine=(along.mean(0) / (guidance * away).sqrt()).numpy(),
+        overdone=(along.mean(0) < -2 * along.std(0) / math.sqrt(len(along))).numpy(),
         suspects=_suspects(measured, win_rate["in_batch"]),
     )
 

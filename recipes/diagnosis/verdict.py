@@ -52,18 +52,30 @@ def verdict(numbers: Numbers) -> list[Finding]:
             "in our studies they gained less."
         )
         found.append(Finding("empty_unknown", text))
-    start = numbers.start(kind)
+    judge = kind  # whom the own caption has to beat
+    if numbers.start("empty") is None and numbers.start("in_batch") is not None:
+        judge = "in_batch"
+    if judge != kind:
+        text = (
+            "At no noise level would more guidance away from the empty caption help: it is in the "
+            "model already, as after distillation, or many captions are partly wrong. Plain "
+            "training takes it out; AGSM keeps it."
+        )
+        found.append(Finding("guidance_inside", text))
+    start = numbers.start(judge)
     if start is None:
-        return [*found, _nothing_decides(numbers)]
-    rate = numbers.win_rate[kind]
-    first, decided = round(start * len(rate)), rate >= numbers.decided_from
+        return [_nothing_decides(numbers)]
+    rate, decided = numbers.win_rate[judge], numbers.decides(judge)
+    first = round(start * len(rate))
     number = f"{decided[first:].sum()} of {len(rate)}"
     where = f"{number} noise levels, from {start:.0%} of the schedule on"
     text = (
-        f"Images are denoised better under their own caption than under {NAMES[kind]} at "
-        f"{'all noise levels' if decided.all() else where} (at best in {rate.max():.0%} of the "
-        "comparisons; chance: 50%)."
+        f"Images are denoised better under their own caption than under {NAMES[judge]} at "
+        f"{'all noise levels' if decided.all() else where} (at best in {rate[first:].max():.0%} of "
+        "the comparisons; chance: 50%)."
     )
+    if numbers.overdone[:first].any() and judge == "empty":
+        text += " At some below, more guidance would add to the error."
     if start:
         text += f" Train there alone: --timestep_low {start:g}."
     found.append(Finding("decides", text, {"timestep_low": start}))
@@ -95,9 +107,8 @@ def verdict(numbers: Numbers) -> list[Finding]:
 def _nothing_decides(numbers: Numbers) -> Finding:
     size, best = numbers.size.max(), numbers.win_rate["empty"].max()
     text = (
-        "Images are denoised no better under their own caption than under the empty one, at any "
-        f"noise level (at best in {best:.0%} of the comparisons; chance: 50%): AGSM has nothing to "
-        "work with. "
+        "At no noise level would guidance away from the empty caption help (at best the own one is "
+        f"better in {best:.0%} of the comparisons; chance: 50%): AGSM has nothing to work with. "
     )
     options = {"objective": "denoising"}
     if size < UNCHANGED:

@@ -56,6 +56,8 @@ def test_the_numbers_are_those_of_plain_loops():
         assert got.size[level] == pytest.approx(np.linalg.norm(guidance) / np.linalg.norm(p[:, 0]))
         cosine = guidance @ away / np.linalg.norm(guidance) / np.linalg.norm(away)
         assert got.cosine[level] == pytest.approx(cosine)
+        along = ((p[:, 0] - p[:, 5]) * (t - p[:, 0])).mean(-1)
+        assert got.overdone[level] == (along.mean() < -2 * along.std(ddof=1) / 40**0.5)
 
 
 def test_captions_that_an_image_does_not_have_are_not_read():
@@ -75,8 +77,6 @@ def test_captions_that_an_image_does_not_have_are_not_read():
     np.testing.assert_allclose(few.cosine, whole.cosine)
     none = summarize(measured_of(pred, target, mask & torch.tensor([True] + 4 * [False] + [True])))
     assert none.pairs == 0 and np.isnan(none.win_rate["in_batch"]).all()
-    found = {one.name for one in verdict(none)}  # one caption for all images
-    assert found == {"decides", "scale"}
 
 
 def test_what_cannot_be_judged_is_an_error():
@@ -101,7 +101,9 @@ def test_ties_are_half_a_win():
 # The verdict.
 
 
-def numbers(empty=0.8, in_batch=0.8, edited=0.55, *, empty_wins=0.7, size=0.1, **others):
+def numbers(
+    empty=0.8, in_batch=0.8, edited=0.55, *, empty_wins=0.7, size=0.1, overdone=False, **others
+):
     """Ten levels with the same numbers everywhere, but for those that are given by level."""
 
     def wide(value):
@@ -114,6 +116,7 @@ def numbers(empty=0.8, in_batch=0.8, edited=0.55, *, empty_wins=0.7, size=0.1, *
         empty_wins=wide(empty_wins),
         size=wide(size),
         cosine=wide(0.0),
+        overdone=np.broadcast_to(np.asarray(overdone), 10),
         **usual,
     )
 
@@ -123,29 +126,41 @@ MIDDLE = np.roll(HIGH, -2)
 LUCK = np.where(np.arange(10) == 2, 0.65, HIGH)
 
 
+LOW = np.arange(10) < 6
+
+
 @pytest.mark.parametrize(("rate", "images", "start"), [
     (0.8, 256, 0.0), (0.59, 256, None), (np.nan, 256, None), (HIGH, 256, 0.6), (MIDDLE, 256, 0.4),
     (HIGH[::-1], 256, 0.0), (LUCK, 256, 0.6), (0.7, 16, None),
 ])  # fmt: skip
 def test_where_captions_decide(rate, images, start):
-    assert numbers(rate, images=images).start("empty") == start
+    given = numbers(rate, in_batch=rate, images=images)
+    assert given.start("empty") == given.start("in_batch") == start
+    assert (
+        numbers(overdone=LOW).start("empty") == 0.6 and numbers(overdone=LOW).start("in_batch") == 0
+    )
 
 
 PAIRS = [Suspect(7, 7, "a cat", "an animal", 0.2)] * 5
 UNKNOWN = {"empty": 0.9, "in_batch": HIGH, "empty_wins": np.repeat([0.8, 0.3], [6, 4])}
 OTHERS = {"candidates": "in_batch:3", "timestep_low": 0.6}
+EMPTY = {"candidates": "empty", "timestep_low": 0.6}
 
 
 @pytest.mark.parametrize(("given", "name", "says", "options"), [
     ({"empty": 0.52, "in_batch": 0.5, "size": 0.002}, "ignores_text", "at most 0.2% of",
      {"objective": "denoising"}),
-    ({"empty": 0.52}, "captions_do_not_fit", "(at best in 52%", {"objective": "denoising"}),
+    ({"empty": 0.52, "in_batch": 0.5}, "captions_do_not_fit", "better in 52%",
+     {"objective": "denoising"}),
     ({}, "decides", "at all noise levels (at best in 80%", {"timestep_low": 0.0}),
     # Judged by the competitor that is recommended, whatever the other ones do.
     ({"empty": HIGH, "in_batch": 0.9, "edited": 0.9}, "decides",
      "levels, from 60% of the schedule on (at best in 70% of the comparisons; chance: 50%). Train",
      {"timestep_low": 0.6}),
     ({"empty": HIGH[::-1]}, "decides", "at 4 of 10 noise levels, from 0%", {"timestep_low": 0.0}),
+    ({"overdone": LOW}, "decides", "At some below, more guidance would add", {"timestep_low": 0.6}),
+    ({"empty": 0.45, "in_batch": HIGH}, "guidance_inside", "AGSM keeps it", EMPTY),
+    ({"overdone": True, "in_batch": HIGH}, "guidance_inside", "AGSM keeps it", EMPTY),
     ({}, "scale", "--agsm_guidance_scale 3 --candidates empty. A step takes about 1.3 times",
      {"objective": "agsm", "agsm_guidance_scale": 3.0, "candidates": "empty"}),
     (UNKNOWN, "empty_unknown", "hardly trained without captions", OTHERS),
@@ -163,10 +178,11 @@ def test_the_cases_of_the_verdict(given, name, says, options):
 
 @pytest.mark.parametrize(("given", "said"), [
     ({}, {"decides", "scale"}),
+    # One caption for all images, without edits.
     ({"edited": np.nan, "in_batch": np.nan, "empty_wins": np.nan}, {"decides", "scale"}),
     ({"in_batch": 0.5, "empty_wins": 0.4}, {"decides", "scale"}),  # the other captions tell nothing
     ({"empty": HIGH, "edited": HIGH[::-1]}, {"decides", "scale"}),
-    ({"empty": 0.5, "edited": 0.9, "suspects": PAIRS}, {"captions_do_not_fit"}),
+    ({"empty": 0.5, "in_batch": 0.5, "edited": 0.9, "suspects": PAIRS}, {"captions_do_not_fit"}),
 ])  # fmt: skip
 def test_what_the_verdict_does_not_say(given, said):
     assert {one.name for one in verdict(numbers(**given))} == said
@@ -271,9 +287,8 @@ def test_the_config_has_what_train_agsm_takes(flow_base, tmp_path, monkeypatch, 
     assert table["images"] == 16 and len(table["win_rate"]["in_batch"]) == 10
 
     pred, target = predictions(images=16, levels=10)
-    pred[:, :, 1:] += 1.0
-    pred[0, :6, 3] = target[0, :6]
-    pred[:, :2, 5] = target[:, :2]
+    pred[:, :, 0], pred[:, :, 1:] = target + 0.1, pred[:, :, 1:] + 1.0
+    pred[0, :6, 3], pred[:, :2, 5] = target[0, :6], target[:, :2]
     monkeypatch.setattr(measuring, "measure", lambda *args, **settings: measured_of(pred, target))
     monkeypatch.setattr(reporting, "draw", lambda *args: seen.append(args))
     capsys.readouterr()
