@@ -150,6 +150,11 @@ def check_guidance_scale(value: float | int) -> None:
         )
 
 
+def check_weight(name: str, value: Tensor) -> None:
+    if not torch.compiler.is_compiling() and not bool((value.isfinite() & (value >= 0)).all()):
+        raise ValueError(f"{name}: expected finite numbers ≥ 0, got {value.tolist()}.")
+
+
 def check_temperature(name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor):
         check_floating(**{name: value})

@@ -169,9 +169,13 @@ def implicit_reward(
     if reward_weight is not None:
         _checks.check_floating(reward_weight=reward_weight)
         _checks.check_per_image("reward_weight", reward_weight, error.shape[0])
+        _checks.check_weight("reward_weight", reward_weight)
         error = error * reward_weight.detach().to(error).reshape(-1, 1)
     if callable(temperature):
+        own = isinstance(temperature, torch.nn.Module)  # AdaptiveTemperature's is positive
         temperature = temperature(error, mask)
+        if not own:
+            _checks.check_temperature("temperature", temperature)
     else:
         _checks.check_temperature("temperature", temperature)
     if isinstance(temperature, Tensor):

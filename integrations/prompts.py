@@ -1,9 +1,17 @@
 """How a pipeline encodes captions for its denoiser, and the empty one, which it guides away from.
 
-    text = encode_prompts(pipe, captions)       # what `PlainDenoiser` and `TokenDenoiser` take
-    null = encode_prompts(pipe, [""])           # SDXL: zeros, as in its own guidance
-    image = image_conditioning(pipe, len(captions), height, width)  # SDXL's time ids, say
-    agsm(noisy, timesteps, target, text, captions, null=null, image_conditioning=image)
+>>> from diffusers import StableDiffusionPipeline
+>>> from agsm_loss.integrations.prompts import caption_ids, encode_prompts, image_conditioning
+>>> pipe = StableDiffusionPipeline.from_pretrained("recipes/lab/models/epsilon")  # yours
+>>> text = encode_prompts(pipe, ["two red circles", "a blue square"])  # as denoisers take it
+>>> null = encode_prompts(pipe, [""])  # SDXL: zeros, as in its own guidance
+>>> {name: tuple(rows.shape) for name, rows in text.items()}
+{'prompt_embeds': (2, 12, 128)}
+>>> image_conditioning(pipe, 2, height=24, width=24)  # SDXL's time ids, Flux's scale
+{}
+>>> first, second = caption_ids(pipe, ["two red circles", "Two  Red Circles"])
+>>> first == second
+True
 
 Known: Stable Diffusion 1.x and 2.x, SDXL, SD3 and SD3.5, Flux.1, Qwen-Image, Sana, by the public
 `encode_prompt` of their pipelines.

@@ -7,14 +7,15 @@ take an `AGSMBatch`:
 >>> import torch
 >>> from diffusers import DDPMScheduler
 >>> from torch import nn
->>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+>>> from agsm_loss import AGSMLoss, AGSMRegularizer
 >>> from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on, best_rows, best_samples
 >>> layer = nn.Linear(4 + 3, 4)
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
->>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0))
+>>> agsm = AGSMRegularizer(denoiser, loss=AGSMLoss(guidance_scale=3))
 >>> latents, noise, text = torch.randn(2, 4), torch.randn(2, 4), torch.randn(2, 3)
->>> batch = AGSMBatch(latents, torch.tensor([10, 900]), noise, text, ["a dog", "a cat"])
+>>> captions, empty = ["a dog", "a cat"], torch.zeros(1, 3)  # the empty caption, encoded
+>>> batch = AGSMBatch(latents, torch.tensor([10, 900]), noise, text, captions, null=empty)
 >>> loss, metrics = agsm_on(batch, agsm, DDPMScheduler())
 >>> loss.backward()
 

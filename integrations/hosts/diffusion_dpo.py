@@ -15,11 +15,12 @@ All of the model is trained here; its reference is a copy of how it began:
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
 >>> start = EMA(layer.parameters(), decay=1.0)
->>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0), weight=1000.0)
+>>> agsm = AGSMRegularizer(denoiser, loss=AGSMLoss(guidance_scale=3), weight=1000.0)
 >>> step = DiffusionDPO(denoiser, DDPMScheduler(), reference=start.applied, agsm=agsm)
 >>> winner, loser, noise = torch.randn(3, 2, 4)
 >>> text, timesteps = torch.randn(2, 3), torch.tensor([10, 900])
->>> loss, metrics = step(winner, loser, text, timesteps, noise, captions=["a dog", "a cat"])
+>>> captions, empty = ["a dog", "a cat"], torch.zeros(1, 3)  # the empty caption, encoded
+>>> loss, metrics = step(winner, loser, text, timesteps, noise, captions=captions, null=empty)
 >>> loss.backward()  # then optimizer.step() and
 >>> step.update_ema()
 >>> metrics["dpo/loss"]  # log 2: the model is still its reference

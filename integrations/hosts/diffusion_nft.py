@@ -16,7 +16,7 @@ guidance, any solver; ε-, v- and x_0-prediction and flow matching.
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
 >>> old, start = EMA(layer.parameters()), EMA(layer.parameters(), decay=1.0)
->>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0))
+>>> agsm = AGSMRegularizer(denoiser, loss=AGSMLoss(guidance_scale=3))
 >>> scheduler = FlowMatchEulerDiscreteScheduler()
 >>> step = DiffusionNFT(denoiser, scheduler, old=old, reference=start.applied, agsm=agsm)
 
@@ -33,7 +33,7 @@ A step on it, with captioned images for AGSM; it can be repeated at other timest
 
 >>> images = AGSMBatch(
 ...     torch.randn(2, 4), torch.tensor([100.0, 900.0]), torch.randn(2, 4),
-...     torch.randn(2, 3), ["a dog", "a cat"],
+...     torch.randn(2, 3), ["a dog", "a cat"], null=torch.zeros(1, 3),  # the empty caption
 ... )
 >>> timesteps, noise = 1000 * torch.rand(4), torch.randn(4, 4)
 >>> loss, metrics = step(latents, advantages, text, timesteps, noise, agsm_batch=images)

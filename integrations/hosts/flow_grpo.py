@@ -7,14 +7,14 @@ likelihoods; one that draws noise (`rollouts.sample_sde`) has.
 >>> import torch
 >>> from diffusers import FlowMatchEulerDiscreteScheduler
 >>> from torch import nn
->>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank
+>>> from agsm_loss import AGSMLoss, AGSMRegularizer, Bank
 >>> from agsm_loss.integrations.hosts.base import AGSMBatch
 >>> from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
 >>> from agsm_loss.integrations.hosts.rollouts import group_advantages, sample_sde
 >>> layer = nn.Linear(4 + 3, 4)
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
->>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0))
+>>> agsm = AGSMRegularizer(denoiser, loss=AGSMLoss(guidance_scale=3))
 >>> scheduler = FlowMatchEulerDiscreteScheduler()
 >>> step = FlowGRPO(denoiser, scheduler, agsm=agsm)
 
@@ -30,7 +30,7 @@ A step on it, with captioned images for AGSM:
 
 >>> images = AGSMBatch(
 ...     torch.randn(2, 4), torch.tensor([100.0, 900.0]), torch.randn(2, 4),
-...     torch.randn(2, 3), ["a dog", "a cat"],
+...     torch.randn(2, 3), ["a dog", "a cat"], null=torch.zeros(1, 3),  # the empty caption
 ... )
 >>> loss, metrics = step(trajectory, advantages, text, agsm_batch=images)
 >>> loss.backward()  # then optimizer.step() and

@@ -15,11 +15,12 @@ AGSM gets images at Gaussian noise (`agsm_batch`), or the winners at their inver
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
 >>> start = EMA(layer.parameters(), decay=1.0)
->>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0), weight=1000.0)
+>>> agsm = AGSMRegularizer(denoiser, loss=AGSMLoss(guidance_scale=3), weight=1000.0)
 >>> step = InPO(denoiser, DDPMScheduler(), reference=start.applied, agsm=agsm)
 >>> winner, loser, noise = torch.randn(3, 2, 4)
 >>> text = torch.randn(2, 3)
->>> images = AGSMBatch(winner, torch.tensor([10, 900]), noise, text, ["a dog", "a cat"])
+>>> captions, empty = ["a dog", "a cat"], torch.zeros(1, 3)  # the empty caption, encoded
+>>> images = AGSMBatch(winner, torch.tensor([10, 900]), noise, text, captions, null=empty)
 >>> loss, metrics = step(winner, loser, text, 601, agsm_batch=images)
 >>> loss.backward()  # then optimizer.step() and
 >>> step.update_ema()

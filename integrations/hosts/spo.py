@@ -14,7 +14,7 @@ likelihoods with the reference's.
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
 >>> start = EMA(layer.parameters(), decay=1.0)
->>> agsm = AGSMRegularizer(denoiser, EMA(layer.parameters()), AGSMLoss(neg_scale=0))
+>>> agsm = AGSMRegularizer(denoiser, loss=AGSMLoss(guidance_scale=3))
 >>> scheduler = DDIMScheduler(steps_offset=1)
 >>> step = SPO(denoiser, scheduler, reference=start.applied, agsm=agsm)
 
@@ -29,7 +29,8 @@ A rollout, without gradient; the score is a preference model's:
 A step on its pairs. SPO has no clean images with noise, so AGSM gets images of its own:
 
 >>> images = AGSMBatch(
-...     rollout.last, torch.tensor([10, 900]), torch.randn(2, 4), text, ["a dog", "a cat"]
+...     rollout.last, torch.tensor([10, 900]), torch.randn(2, 4), text, ["a dog", "a cat"],
+...     null=empty,
 ... )
 >>> loss, metrics = step(rollout.pairs, text, empty, agsm_batch=images)
 >>> loss.backward()  # then optimizer.step() and

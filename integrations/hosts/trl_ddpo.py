@@ -9,7 +9,7 @@ trl has DDPO up to version 0.23. AGSM needs little of a reward-driven loop: the 
 >>> from diffusers import StableDiffusionPipeline
 >>> from peft import LoraConfig
 >>> from trl import DDPOConfig
->>> from agsm_loss import EMA, AGSMLoss, AGSMRegularizer
+>>> from agsm_loss import AGSMLoss, AGSMRegularizer
 >>> from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
 >>> _ = PartialState(cpu=True)  # trl's pipeline logs before accelerate's state exists
 >>> pipe = StableDiffusionPipeline.from_pretrained("recipes/lab/models/epsilon")  # yours
@@ -25,7 +25,7 @@ trl has DDPO up to version 0.23. AGSM needs little of a reward-driven loop: the 
 >>> def reward(images, prompts, metadata):  # images (B, 3, H, W) in [0, 1]
 ...     return images[:, 0].mean((1, 2)), {}
 >>> def regularizer(denoiser, parameters):
-...     return AGSMRegularizer(denoiser, EMA(parameters), AGSMLoss(neg_scale=0), weight=1.0)
+...     return AGSMRegularizer(denoiser, loss=AGSMLoss(guidance_scale=3), weight=1.0)
 >>> trainer = AGSMDDPOTrainer(
 ...     config, reward, prompt, LoadedPipeline(pipe), agsm=regularizer, best=1.0, batch_size=2
 ... )

@@ -337,3 +337,11 @@ def test_a_batch_in_which_nothing_competes_is_told_of_once():
     with pytest.warns(UserWarning, match="none for any image"):
         agsm(*batch, ["a dog"] * 3)
     agsm(*batch, ["a dog"] * 3)
+
+
+def test_weights_and_temperatures_of_your_own_are_checked():
+    pred, target = randn(2, 3, 4), randn(2, 4)
+    with pytest.raises(ValueError, match="temperature: expected finite and > 0"):
+        AF.guide(pred, target, guidance_scale=2, temperature=lambda errors, mask: -1.0)
+    with pytest.raises(ValueError, match="reward_weight: expected finite numbers"):
+        AF.guide(pred, target, guidance_scale=2, reward_weight=torch.tensor([1.0, -1.0]))
