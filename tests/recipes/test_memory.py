@@ -41,7 +41,10 @@ def folder(request, tmp_path_factory):
 
 
 def options(folder, *flags):
-    return memory.OPTIONS.parse(None, ["--model", str(folder), "--mixed_precision", "no", *flags])
+    """Flux's own resolution is not in its config, and 128 latents a side are slow."""
+    small = ["--resolution", "32"] if "flux" in folder.parent.name else []
+    flags = ["--model", str(folder), "--mixed_precision", "no", *small, *flags]
+    return memory.OPTIONS.parse(None, flags)
 
 
 def made(chosen):

@@ -70,7 +70,7 @@ def test_a_killed_run_resumes_to_the_same_weights(recipe, epsilon_base, tmp_path
 
 @pytest.mark.slow
 def test_inpo_gives_agsm_noise_of_its_own(epsilon_base, tmp_path):
-    flags = ["--rank", "2", "--agsm_weight", "0.5"]
+    flags = ["--rank", "2", "--agsm_weight", "0.5", "--max_train_steps", "1"]
     train("inpo", epsilon_base, tmp_path / "inverted", *flags, "--agsm_noise", "inverted")
     train("inpo", epsilon_base, tmp_path / "gaussian", *flags)
     one, other = (log(tmp_path / name)[0] for name in ("inverted", "gaussian"))
@@ -82,9 +82,10 @@ def test_inpo_gives_agsm_noise_of_its_own(epsilon_base, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["dpo", "inpo"])
 def test_the_host_alone_draws_what_it_draws_beside_agsm(recipe, epsilon_base, tmp_path):
-    host = train(recipe, epsilon_base, tmp_path / "host", "--rank", "2")
-    tiny = train(recipe, epsilon_base, tmp_path / "tiny", "--rank", "2", "--agsm_weight", "1e-12")
-    much = train(recipe, epsilon_base, tmp_path / "much", "--rank", "2", "--agsm_weight", "5")
+    flags = ["--rank", "2", "--max_train_steps", "2"]
+    host = train(recipe, epsilon_base, tmp_path / "host", *flags)
+    tiny = train(recipe, epsilon_base, tmp_path / "tiny", *flags, "--agsm_weight", "1e-12")
+    much = train(recipe, epsilon_base, tmp_path / "much", *flags, "--agsm_weight", "5")
     hosts, others = log(tmp_path / "host"), log(tmp_path / "tiny")
     assert hosts[0]["dpo/loss"] == others[0]["dpo/loss"] != log(tmp_path / "much")[-1]["dpo/loss"]
     lora = [name for name in host if name.startswith("lora/")]
