@@ -30,8 +30,9 @@ class AGSMOptions:
     _argument_group_name = "AGSM"
     agsm_guidance_scale: float | None = option(
         None,
-        "Guidance scale to train into a LoRA or the weights: sample it without guidance then. 1 is "
-        "plain denoising. Left out: 3, or the published form where soft tokens alone are trained.",
+        "Guidance scale to train into a LoRA or the weights, which are then sampled without "
+        "guidance. 1 is plain denoising. Left out: 3, or the published form where soft tokens "
+        "alone are trained.",
         at_least=1,
     )
     candidates: str = option(

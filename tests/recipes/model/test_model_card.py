@@ -53,7 +53,8 @@ def near(one, other):
     [("qwen", {"true_cfg_scale": 3.0, "negative_prompt": " "}), ("sana", {"guidance_scale": 3.0})],
 )
 def test_guidance_has_the_pipelines_own_name(kind, given, tmp_path, monkeypatch):
-    monkeypatch.setattr("model.pipeline.call_of", lambda pipe: {"height": 16, "width": 16})
+    if kind == "qwen":  # its own size is 128 pixels here
+        monkeypatch.setattr("model.pipeline.call_of", lambda pipe: {"height": 16, "width": 16})
     model, run = speaking_pipeline(kind, tmp_path / kind), tmp_path / "run"
     captioned(6, seed=0).to_parquet(tmp_path / "w.parquet")
     flags = ["--model", str(model), "--data", str(tmp_path / "w.parquet"), "--resolution", "32"]
