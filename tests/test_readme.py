@@ -40,21 +40,21 @@ def loaded(kind, folder):
 
 
 @as_users_run_it
-def test_the_blocks_of_the_readme_run(tmp_path, monkeypatch):
-    pipe, _ = loaded("sd3", tmp_path / "sd3")
+@pytest.mark.parametrize("kind", ["sd3", "unet", "unet_sdxl", "flux"])
+def test_the_blocks_of_the_readme_train_any_pipeline(kind, tmp_path, monkeypatch):
+    """SD3, SD1.5, SDXL and Flux: the LoRA is trained at the first attempt, and nothing else."""
+    pipe, _ = loaded(kind, tmp_path / kind)
     monkeypatch.chdir(tmp_path)
-    text = {"prompt_embeds": torch.randn(3, 6, 16), "pooled_prompt_embeds": torch.randn(3, 12)}
-    namespace = {
-        "pipe": pipe,
-        "scheduler": pipe.scheduler,
-        "optimizer": torch.optim.SGD(pipe.transformer.parameters(), 1e-3),
-        "batches": [(torch.randn(3, 4, 8, 8), ["a cat", "two cats", "a dog"], text)] * 2,
-    }
-    before = {n: p.detach().clone() for n, p in pipe.transformer.named_parameters()}
+    latents = torch.randn(3, 1 if kind == "flux" else 4, 8, 8)
+    model = pipe.components.get("transformer") or pipe.unet
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    namespace = {"pipe": pipe, "batches": [(latents, ["a cat", "two cats", ""])] * 2}
     readme.run("README.md", namespace)
-    after = dict(pipe.transformer.named_parameters())
-    assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert namespace["image"].size == (8, 8)
+    after = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    trained = [name for name in after if "lora_B" in name]
+    assert trained and all(after[name].any() for name in trained)
+    assert namespace["agsm"].loss.guidance_scale == 3
 
 
 def of_unet(pipe):

@@ -81,7 +81,7 @@ def chart(plan: Plan, scores: Mapping[str, Sequence[float]], path: Path) -> None
         )
     axis.set(title=plan.title, xlabel="guidance scale s", ylabel="right pictures (overall)")
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -101,6 +101,8 @@ def pictures(plan: Plan, path: Path, counting: int = 4) -> None:
     figure, grid = plt.subplots(
         len(entries), len(shown), figsize=size, layout="constrained", squeeze=False
     )
+    for axis, i in zip(grid[0], shown, strict=True):
+        axis.set_title("\n".join(textwrap.wrap(wanted[i]["prompt"], 18)), fontsize=8)
     for name, axes in zip(entries, grid, strict=True):
         images = images_of(plan, name, plan.seeds[0])[shown]
         for axis, image, i in zip(axes, images, shown, strict=True):
@@ -108,8 +110,6 @@ def pictures(plan: Plan, path: Path, counting: int = 4) -> None:
             right = judge(detect(image), wanted[i]).correct
             axis.spines[:].set(color="tab:green" if right else "tab:red", linewidth=3)
             axis.set(xticks=[], yticks=[])
-            if axes is grid[0]:
-                axis.set_title("\n".join(textwrap.wrap(wanted[i]["prompt"], 18)), fontsize=8)
         axes[0].set_ylabel("\n".join(textwrap.wrap(_plain(name), 16)), fontsize=9)
     figure.savefig(path, dpi=90)
     plt.close(figure)
