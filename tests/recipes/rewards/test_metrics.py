@@ -168,8 +168,8 @@ def test_a_table_leaves_out_what_a_folder_has_not():
     other = {"metrics": {"kid": small, "ocr": {"score": 0.25}, "fid": {"score": 23.456}}}
     lines = table({"one": one, "other": other}).splitlines()
     assert lines[0] == "| | overall | kid | ocr | fid |"
-    assert lines[2] == "| one | 0.500 [0.400, 0.600] |  |  |  |"
-    assert lines[3] == "| other |  | 0.001235 [0.001000, 0.001500] | 0.2500 | 23.46 |"
+    assert lines[2] == "| one | 0.500 [0.400, 0.600] | | | |"
+    assert lines[3] == "| other | | 0.001235 [0.001000, 0.001500] | 0.2500 | 23.46 |"
 
 
 def test_rewards_of_the_training_commands_are_metrics(tmp_path):

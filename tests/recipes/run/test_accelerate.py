@@ -25,7 +25,7 @@ from run import engines
 FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "4", "--validation_per_category", "1",
        "--validation_inference_steps", "1", "--checkpointing_steps", "2",
-       "--candidates", "empty,in_batch:1",
+       "--candidates", "empty,in_batch:2",  # all others: no draw
        "--learning_rate", "0.01"]  # fmt: skip
 DPO = ["--agsm_weight", "1", "--beta", "50"]
 TASKS = {  # recipe, flags
