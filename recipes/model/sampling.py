@@ -150,15 +150,17 @@ def calls(
 
 
 def default_guidance_scale(folders: Iterable[str]) -> float:
-    """1 where one of them was trained to need no guidance, as its options.json tells; else 3.
+    """What one of them was looked at with in training, as its options.json tells; else 3.
+
+    That is 1 where guidance was trained in.
 
     folders: of tokens, a LoRA or a pipeline, or hub ids, or "". options.json is in or above each.
     """
     for folder in filter(None, folders):
         for file in (Path(folder) / "options.json", Path(folder).parent / "options.json"):
             told = json.loads(file.read_text()) if file.is_file() else {}
-            if isinstance(told, dict) and (told.get("agsm_guidance_scale") or 0) > 1:
-                return 1.0
+            if isinstance(told, dict) and told.get("validation_guidance_scale") is not None:
+                return float(told["validation_guidance_scale"])
     return 3.0
 
 

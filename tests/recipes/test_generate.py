@@ -153,8 +153,8 @@ def test_what_is_kept_is_kept_by_content(flow_base, tmp_path, capsys):
 
 def test_the_guidance_scale_is_what_was_trained_for(tmp_path):
     assert default_guidance_scale(["", "owner/name", str(tmp_path)]) == 3.0
-    for scale, wanted in ((2.0, 1.0), (1.0, 3.0), (None, 3.0)):
-        (tmp_path / "options.json").write_text(json.dumps({"agsm_guidance_scale": scale}))
+    for scale, wanted in ((1.0, 1.0), (4.5, 4.5), (None, 3.0)):
+        (tmp_path / "options.json").write_text(json.dumps({"validation_guidance_scale": scale}))
         for folder in (tmp_path, tmp_path / "lora"):
             assert default_guidance_scale(["", str(folder)]) == wanted
 
