@@ -35,7 +35,8 @@ from run.log import quiet_libraries
 _LIMITS = {"above": operator.gt, "below": operator.lt,
            "at_least": operator.ge, "at_most": operator.le}  # fmt: skip
 FIRST = ("model", "data", "prompts", "output_dir", "num_tokens", "rank", "full", "reward",
-         "max_train_steps", "train_batch_size", "learning_rate", "agsm_weight")  # fmt: skip
+         "max_train_steps", "train_batch_size", "learning_rate", "agsm_guidance_scale",
+         "agsm_weight")  # fmt: skip
 """What people use most: the first in --help."""
 
 
