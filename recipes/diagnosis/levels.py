@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diagnosis.measure import EMPTY, KINDS, Measured
 
+SMALL = 0.05  # share of the largest guidance below which a level has too little of it
 CLEAR, MOSTLY = 0.8, 0.6  # of suspected false negatives: win rate of a level, share of the levels
 
 Floats = npt.NDArray[np.float64]
@@ -53,11 +54,9 @@ class Numbers:
     empty_wins: Floats
     """The same for the empty caption in place of the own one, against captions of other images."""
     size: Floats
-    """RMS of the guidance p_own − p_empty, as a share of the prediction's."""
+    """RMS of the guidance x_own − x_empty, as a share of the predicted image's."""
     cosine: Floats
-    """Of the guidance with τ − p_own, the direction to this image; nan where it is zero."""
-    overdone: npt.NDArray[np.bool_]
-    """Where that cosine is below 0, beyond chance (95 %): more guidance adds to the error."""
+    """Of the guidance with x_0 − x_own, from the prediction to the image; nan where it is zero."""
     suspects: list[Suspect]
 
     @property
@@ -67,9 +66,9 @@ class Numbers:
 
     def decides(self, kind: str) -> npt.NDArray[np.bool_]:
         """(L,): where the own caption decides against such competitors. Against the empty one:
-        and more guidance does not add to the error."""
+        and changes the predicted image by 5 % at least of the most that it does."""
         found = np.nan_to_num(self.win_rate[kind]) >= self.decided_from
-        return found & ~self.overdone if kind == "empty" else found
+        return found & (self.size >= SMALL * self.size.max()) if kind == "empty" else found
 
     def start(self, kind: str) -> float | None:
         """Where the longest part of the schedule begins in which all levels decide; None: none."""
@@ -95,9 +94,9 @@ def summarize(measured: Measured) -> Numbers:
     others = KINDS["in_batch"]
     win_rate = {kind: _win_rate(measured, 0, columns) for kind, columns in KINDS.items()}
     guided = measured.mask[:, EMPTY]  # not the images whose own caption is empty
-    along = measured.along[guided]
-    guidance, power, away = (
-        one[guided].mean(0) for one in (measured.guidance, measured.power, measured.errors[..., 0])
+    guidance, along, away, power = (
+        one[guided].mean(0)
+        for one in (measured.guidance, measured.along, measured.away, measured.power)
     )
     return Numbers(
         images=len(measured.mask),
@@ -105,8 +104,7 @@ def summarize(measured: Measured) -> Numbers:
         win_rate=win_rate,
         empty_wins=_win_rate(measured, EMPTY, others),
         size=(guidance / power).sqrt().numpy(),
-        cosine=(along.mean(0) / (guidance * away).sqrt()).numpy(),
-        overdone=(along.mean(0) < -2 * along.std(0) / math.sqrt(len(along))).numpy(),
+        cosine=(along / (guidance * away).sqrt()).numpy(),
         suspects=_suspects(measured, win_rate["in_batch"]),
     )
 

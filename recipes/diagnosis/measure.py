@@ -4,8 +4,9 @@
 
 The schedule is cut into ten equal parts, the noise levels. Every image is noised once in each of
 them and denoised under its own caption, two edits of it, two captions of its batch and the empty
-one, all on the same noise. What is kept of these predictions p are their errors against the
-training target τ, and the guidance p_own − p_empty, which AGSM and a guided sampler amplify.
+one, all on the same noise. What is kept are the errors of these predictions p against the training
+target τ, and how the caption changes the clean image x that a prediction stands for: the guidance
+x_own − x_empty, which AGSM and a guided sampler amplify.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from agsm_loss import Bank, Mixed, caption_pool
 from agsm_loss._random import draws
 from agsm_loss.candidates import with_null
 from agsm_loss.integrations.denoisers import PlainDenoiser
-from agsm_loss.integrations.noise import add_noise, prediction_type, regression_target
+from agsm_loss.integrations.noise import (
+    add_noise,
+    clean_and_noise,
+    prediction_type,
+    regression_target,
+)
 from data.batches import Batch
 from model.pipeline import TextToImage
 
@@ -39,11 +45,13 @@ class Measured:
     errors: Tensor
     """(I, L, K): mean of (p − τ)²; anything where an image has no such caption."""
     guidance: Tensor
-    """(I, L): mean of (p_own − p_empty)²."""
+    """(I, L): mean of (x_own − x_empty)²."""
     along: Tensor
-    """(I, L): mean of (p_own − p_empty)(τ − p_own)."""
+    """(I, L): mean of (x_own − x_empty)(x_0 − x_own); x_0 is the image."""
+    away: Tensor
+    """(I, L): mean of (x_0 − x_own)²."""
     power: Tensor
-    """(I, L): mean of p_own²."""
+    """(I, L): mean of x_own²."""
     mask: Tensor
     """(I, K): False where an image has no such caption."""
     captions: list[list[str]]
@@ -84,14 +92,21 @@ def measure(
                     continue
                 text = model.encode_prompts(column)
                 pred = denoiser(noisy, timesteps, text, Bank.OFF, **image)
-                preds.append(pred.flatten(1).cpu().double())
-            by_level.append(_numbers(torch.stack(preds, dim=1), target.flatten(1).cpu().double()))
+                preds.append(pred.float())
+            errors = [(pred - target).square().flatten(1).mean(1) for pred in preds]
+            clean = [
+                clean_and_noise(model.pipe.scheduler, noisy, one, timesteps)[0]
+                for one in (target, preds[0], preds[EMPTY])
+            ]
+            by_level.append([torch.stack(errors, dim=1).cpu(), *_moments(*clean)])
         found.append([torch.stack(kind, dim=1) for kind in zip(*by_level, strict=True)])
         masks.append(drawn.mask)
         captions += texts
         ids += batch.image_ids
-    errors, guidance, along, power = (torch.cat(kind) for kind in zip(*found, strict=True))
-    return Measured(errors, guidance, along, power, torch.cat(masks), captions, ids)
+    errors, guidance, along, away, power = (
+        torch.cat(kind).double() for kind in zip(*found, strict=True)
+    )
+    return Measured(errors, guidance, along, away, power, torch.cat(masks), captions, ids)
 
 
 def _noisings(
@@ -110,9 +125,8 @@ def _noisings(
         yield noisy, timesteps, regression_target(scheduler, latents, noise, timesteps)
 
 
-def _numbers(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of predictions (B, K, D): errors (B, K), guidance, along and power (B,) of `Measured`."""
-    own, rest = preds[:, 0], preds - target.unsqueeze(1)
-    guidance = own - preds[:, EMPTY]
-    along = -(guidance * rest[:, 0]).mean(1)
-    return rest.square().mean(2), guidance.square().mean(1), along, own.square().mean(1)
+def _moments(image: Tensor, own: Tensor, empty: Tensor) -> list[Tensor]:
+    """guidance, along, away and power (B,) of `Measured`; all are clean images (B, *D)."""
+    guidance, rest = own - empty, image - own
+    kept = (guidance.square(), guidance * rest, rest.square(), own.square())
+    return [one.flatten(1).mean(1).cpu() for one in kept]

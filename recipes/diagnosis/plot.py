@@ -34,8 +34,8 @@ def draw(numbers: Numbers, start: float | None, title: str, file: Path) -> None:
     size.set_ylim(bottom=0)
     for axis, text in (
         (win, "How often an image is denoised better\nunder its own caption"),
-        (size, "Difference of the prediction to that under\nthe empty caption, in % of its size"),
-        (cosine, "Does this difference point to the image?\n(cosine; 1: to it, -1: away from it)"),
+        (size, "How far the caption moves the predicted image\n(from that without words, % of it)"),
+        (cosine, "Whether it moves towards the true image\n(cosine; 1: to it, -1: away from it)"),
     ):
         axis.set_title(text, fontsize=11)
         axis.grid(alpha=0.3)

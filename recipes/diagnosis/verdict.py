@@ -17,7 +17,7 @@ from diagnosis.levels import Numbers
 GUIDANCE_SCALE = 3.0
 """Where the sampled scale was best in our studies, and train_agsm.py's own default."""
 UNCHANGED = 0.01
-"""Share of the prediction below which captions do not change it."""
+"""Share of the predicted image below which captions do not change it."""
 FALSE_NEGATIVES = 0.01
 """Share of suspected pairs that is worth a sentence."""
 NAMES = {"empty": "the empty one", "in_batch": "those of other images"}
@@ -74,8 +74,8 @@ def verdict(numbers: Numbers) -> list[Finding]:
         f"{'all noise levels' if decided.all() else where} (at best in {rate[first:].max():.0%} of "
         "the comparisons; chance: 50%)."
     )
-    if numbers.overdone[:first].any() and judge == "empty":
-        text += " At some below, more guidance would add to the error."
+    if (rate[:first] >= numbers.decided_from).any() and judge == "empty":
+        text += " Below, captions hardly change the predicted image."
     if start:
         text += f" Train there alone: --timestep_low {start:g}."
     found.append(Finding("decides", text, {"timestep_low": start}))
@@ -112,7 +112,7 @@ def _nothing_decides(numbers: Numbers) -> Finding:
     )
     options = {"objective": "denoising"}
     if size < UNCHANGED:
-        text += f"The model ignores its text, which changes at most {size:.1%} of its prediction: "
+        text += f"The model ignores its text, which changes images by {size:.1%} at most: "
         return Finding("ignores_text", f"{text}train it on captions first.", options)
-    text += "Captions change the prediction, so look at the data: they may not fit the images."
+    text += "Captions change its predictions, so look at the data: they may not fit the images."
     return Finding("captions_do_not_fit", text, options)

@@ -33,7 +33,8 @@ def predictions(images=40, levels=3, elements=12, seed=0):
 
 def measured_of(pred, target, mask=None):
     away, guidance = target - pred[:, :, 0], pred[:, :, 0] - pred[:, :, 5]
-    numbers = ((pred - target[:, :, None]) ** 2, guidance**2, guidance * away, pred[:, :, 0] ** 2)
+    own, errors = pred[:, :, 0], (pred - target[:, :, None]) ** 2
+    numbers = (errors, guidance**2, guidance * away, away**2, own**2)
     mask = torch.ones(len(pred), 6, dtype=torch.bool) if mask is None else mask
     texts = [[f"{i}/{k}" for k in range(6)] for i in range(len(pred))]
     means = [torch.from_numpy(one.mean(-1)) for one in numbers]
@@ -56,8 +57,6 @@ def test_the_numbers_are_those_of_plain_loops():
         assert got.size[level] == pytest.approx(np.linalg.norm(guidance) / np.linalg.norm(p[:, 0]))
         cosine = guidance @ away / np.linalg.norm(guidance) / np.linalg.norm(away)
         assert got.cosine[level] == pytest.approx(cosine)
-        along = ((p[:, 0] - p[:, 5]) * (t - p[:, 0])).mean(-1)
-        assert got.overdone[level] == (along.mean() < -2 * along.std(ddof=1) / 40**0.5)
 
 
 def test_captions_that_an_image_does_not_have_are_not_read():
@@ -101,9 +100,7 @@ def test_ties_are_half_a_win():
 # The verdict.
 
 
-def numbers(
-    empty=0.8, in_batch=0.8, edited=0.55, *, empty_wins=0.7, size=0.1, overdone=False, **others
-):
+def numbers(empty=0.8, in_batch=0.8, edited=0.55, *, empty_wins=0.7, size=0.1, **others):
     """Ten levels with the same numbers everywhere, but for those that are given by level."""
 
     def wide(value):
@@ -116,7 +113,6 @@ def numbers(
         empty_wins=wide(empty_wins),
         size=wide(size),
         cosine=wide(0.0),
-        overdone=np.broadcast_to(np.asarray(overdone), 10),
         **usual,
     )
 
@@ -126,7 +122,7 @@ MIDDLE = np.roll(HIGH, -2)
 LUCK = np.where(np.arange(10) == 2, 0.65, HIGH)
 
 
-LOW = np.arange(10) < 6
+SMALL = np.repeat([0.009, 0.2], [6, 4])  # the caption hardly changes the image at low noise
 
 
 @pytest.mark.parametrize(("rate", "images", "start"), [
@@ -136,9 +132,7 @@ LOW = np.arange(10) < 6
 def test_where_captions_decide(rate, images, start):
     given = numbers(rate, in_batch=rate, images=images)
     assert given.start("empty") == given.start("in_batch") == start
-    assert (
-        numbers(overdone=LOW).start("empty") == 0.6 and numbers(overdone=LOW).start("in_batch") == 0
-    )
+    assert numbers(size=SMALL).start("empty") == 0.6 and numbers(size=SMALL).start("in_batch") == 0
 
 
 PAIRS = [Suspect(7, 7, "a cat", "an animal", 0.2)] * 5
@@ -148,7 +142,7 @@ EMPTY = {"candidates": "empty", "timestep_low": 0.6}
 
 
 @pytest.mark.parametrize(("given", "name", "says", "options"), [
-    ({"empty": 0.52, "in_batch": 0.5, "size": 0.002}, "ignores_text", "at most 0.2% of",
+    ({"empty": 0.52, "in_batch": 0.5, "size": 0.002}, "ignores_text", "by 0.2% at most",
      {"objective": "denoising"}),
     ({"empty": 0.52, "in_batch": 0.5}, "captions_do_not_fit", "better in 52%",
      {"objective": "denoising"}),
@@ -158,9 +152,8 @@ EMPTY = {"candidates": "empty", "timestep_low": 0.6}
      "levels, from 60% of the schedule on (at best in 70% of the comparisons; chance: 50%). Train",
      {"timestep_low": 0.6}),
     ({"empty": HIGH[::-1]}, "decides", "at 4 of 10 noise levels, from 0%", {"timestep_low": 0.0}),
-    ({"overdone": LOW}, "decides", "At some below, more guidance would add", {"timestep_low": 0.6}),
+    ({"size": SMALL}, "decides", "Below, captions hardly change", {"timestep_low": 0.6}),
     ({"empty": 0.45, "in_batch": HIGH}, "guidance_inside", "AGSM keeps it", EMPTY),
-    ({"overdone": True, "in_batch": HIGH}, "guidance_inside", "AGSM keeps it", EMPTY),
     ({}, "scale", "--agsm_guidance_scale 3 --candidates empty. A step takes about 1.3 times",
      {"objective": "agsm", "agsm_guidance_scale": 3.0, "candidates": "empty"}),
     (UNKNOWN, "empty_unknown", "hardly trained without captions", OTHERS),
@@ -225,7 +218,7 @@ def test_the_numbers_are_the_models_own(any_base, monkeypatch, tmp_path):
     for place, (scheduler, latents, noise, timesteps) in enumerate(seen):
         batch, level = divmod(place, 2)
         assert ((timesteps >= 500 * level) & (timesteps <= 500 * (level + 1))).all()
-        for row in range(4):
+        for row in (0, 3):
             image = 4 * batch + row
             one = [x[row : row + 1] for x in (latents, noise, timesteps)]
             noisy = noised(scheduler, *one)
@@ -237,14 +230,18 @@ def test_the_numbers_are_the_models_own(any_base, monkeypatch, tmp_path):
                     pred[column] = denoiser(noisy, one[2], text, 0)
                 error = float((pred[column] - target).square().mean())
                 assert float(found.errors[image, level, column]) == pytest.approx(error, rel=1e-4)
-            guidance = pred[0] - pred[5]
+            own, empty = (
+                measuring.clean_and_noise(scheduler, noisy, pred[column], one[2])[0]
+                for column in (0, 5)
+            )
             for name, value in (
-                ("guidance", guidance.square()),
-                ("along", guidance * (target - pred[0])),
-                ("power", pred[0].square()),
+                ("guidance", (own - empty).square()),
+                ("along", (own - empty) * (one[0] - own)),
+                ("away", (one[0] - own).square()),
+                ("power", own.square()),
             ):
                 got = float(getattr(found, name)[image, level])
-                assert got == pytest.approx(float(value.mean()), rel=1e-3, abs=1e-6), name
+                assert got == pytest.approx(float(value.mean()), rel=1e-2, abs=1e-5), name
 
 
 class Shuffled(WorldBatches):
