@@ -19,7 +19,8 @@ from torch import Tensor
 
 from diagnosis.measure import EMPTY, KINDS, Measured
 
-SMALL = 0.05  # share of the largest guidance below which a level has too little of it
+CHANGED = 0.02
+"""Share of the predicted image by which a caption has to change it: our studies trained there."""
 CLEAR, MOSTLY = 0.8, 0.6  # of suspected false negatives: win rate of a level, share of the levels
 
 Floats = npt.NDArray[np.float64]
@@ -66,9 +67,9 @@ class Numbers:
 
     def decides(self, kind: str) -> npt.NDArray[np.bool_]:
         """(L,): where the own caption decides against such competitors. Against the empty one:
-        and changes the predicted image by 5 % at least of the most that it does."""
+        and changes the predicted image by `CHANGED` at least."""
         found = np.nan_to_num(self.win_rate[kind]) >= self.decided_from
-        return found & (self.size >= SMALL * self.size.max()) if kind == "empty" else found
+        return found & (self.size >= CHANGED) if kind == "empty" else found
 
     def start(self, kind: str) -> float | None:
         """Where the longest part of the schedule begins in which all levels decide; None: none."""

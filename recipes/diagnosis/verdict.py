@@ -12,12 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diagnosis.levels import Numbers
+from diagnosis.levels import CHANGED, Numbers
 
 GUIDANCE_SCALE = 3.0
 """Where the sampled scale was best in our studies, and train_agsm.py's own default."""
-UNCHANGED = 0.01
-"""Share of the predicted image below which captions do not change it."""
 FALSE_NEGATIVES = 0.01
 """Share of suspected pairs that is worth a sentence."""
 NAMES = {"empty": "the empty one", "in_batch": "those of other images"}
@@ -75,7 +73,7 @@ def verdict(numbers: Numbers) -> list[Finding]:
         "the comparisons; chance: 50%)."
     )
     if (rate[:first] >= numbers.decided_from).any() and judge == "empty":
-        text += " Below, captions hardly change the predicted image."
+        text += f" Below, captions change the predicted image by less than {CHANGED:.0%}."
     if start:
         text += f" Train there alone: --timestep_low {start:g}."
     found.append(Finding("decides", text, {"timestep_low": start}))
@@ -111,7 +109,7 @@ def _nothing_decides(numbers: Numbers) -> Finding:
         f"better in {best:.0%} of the comparisons; chance: 50%): AGSM has nothing to work with. "
     )
     options = {"objective": "denoising"}
-    if size < UNCHANGED:
+    if size < CHANGED:
         text += f"The model ignores its text, which changes images by {size:.1%} at most: "
         return Finding("ignores_text", f"{text}train it on captions first.", options)
     text += "Captions change its predictions, so look at the data: they may not fit the images."
