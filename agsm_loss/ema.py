@@ -205,7 +205,8 @@ class EMA:
         if self._module is not None:
             inside = {id(one) for one in module.parameters()}
             if inside and not any(id(one) in inside for one in self.parameters):
-                raise _other_parameters()
+                flat = any(is_fsdp1(one) for one in module.parameters())
+                raise fsdp1_refused() if flat else _other_parameters()
             return
         places = {id(one.parameter): one for one in places_of(module)}
         found = [places[id(one)] for one in self.parameters if id(one) in places]

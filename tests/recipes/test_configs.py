@@ -37,7 +37,7 @@ SMALL = {
     "inversion_steps": "2", "group_size": "2", "sample_batch_size": "2",
     "sample_num_batches_per_epoch": "1", "logging_steps": "1", "train_timesteps": "2",
     "reward": "redness", "mixed_precision": "no", "agsm_batch": "2", "max_pairs": "2",
-    "agsm_every": "1",
+    "agsm_every": "1", "threshold": "0",
 }  # fmt: skip
 
 
