@@ -8,9 +8,8 @@ with 16 tokens of text a caption; or on sd15, sdxl, sd3 and flux in their publis
 random weights, at their own resolution and length of text. A batch has max(4, K) images. A step is
 all from the denoiser's passes to the optimizer and the EMA.
 
-The published arrangement, restated in our own words, makes one EMA pass and one student pass a
-caption, each over the whole batch; the K student graphs are kept and run backward together. The
-others are AGSMRegularizer's:
+The published arrangement, restated in our own words, makes one EMA pass and one student pass over
+all images under all K captions. The others are AGSMRegularizer's:
 
     exact            all captions in one pass
     gamma- = 0       exact, and the negatives are not trained
@@ -171,19 +170,21 @@ def published(
     candidates: Candidates,
     image: dict[str, Tensor],
 ) -> Tensor:
-    """arXiv 2605.30038's step: a caption at a time, the whole batch, γ⁺ = γ⁻ = 1, T = 0.1."""
+    """arXiv 2605.30038's step: all captions in one pass, γ⁺ = γ⁻ = 1, T = 0.1."""
+    batch, number = candidates.index.shape
+    images = torch.arange(batch).repeat_interleave(number).to(noisy.device)
+    rows = candidates.index.flatten().to(noisy.device)
+    captions = {name: value[rows] for name, value in text.items()}
+    bank = torch.tensor([Bank.POSITIVE, *[Bank.NEGATIVE] * (number - 1)]).repeat(batch)
+    shown = {name: value[images] for name, value in image.items()}
 
-    def predict(column: int) -> Tensor:
-        rows = candidates.index[:, column].to(noisy.device)
-        captions = {name: value[rows] for name, value in text.items()}
-        bank = Bank.POSITIVE if column == 0 else Bank.NEGATIVE
-        return denoiser(noisy, times, captions, bank, **image).float()
+    def predict() -> Tensor:
+        pred = denoiser(noisy[images], times[images], captions, bank, **shown).float()
+        return pred.unflatten(0, (batch, number))
 
-    columns = range(candidates.index.shape[1])
     with torch.no_grad(), ema.applied():
-        ema_pred = torch.stack([predict(column) for column in columns], dim=1)
-    pred = torch.stack([predict(column) for column in columns], dim=1)
-    return plain(pred, ema_pred, target)
+        ema_pred = predict()
+    return plain(predict(), ema_pred, target)
 
 
 def gpu_clock() -> float:
