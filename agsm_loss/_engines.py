@@ -139,7 +139,7 @@ def run_again(run: Callable[[Tensor], Tensor], noisy: Tensor, denoiser: Any) -> 
     By its argument, `checkpoint` knows the device whose random state it restores.
     """
     # ZeRO-3 frees frozen weights before torch compares the sizes of what both runs have kept.
-    parameters = (one for module in _modules(denoiser)[:1] for one in module.parameters())
+    parameters = denoiser.parameters() if isinstance(denoiser, nn.Module) else ()
     compare = "none" if any(map(is_partitioned, parameters)) else "default"
     return checkpoint(run, noisy, use_reentrant=False, determinism_check=compare)
 

@@ -76,8 +76,8 @@ class NoisedBatch(NamedTuple):
             raise ValueError(
                 f"timesteps: expected ({batch},) or a scalar, got {tuple(self.timesteps.shape)}."
             )
-        check_rows("conditioning", self.conditioning, self.candidates.pool_size)
-        check_rows("image_conditioning", dict(self.image_conditioning), batch)
+        _check_rows("conditioning", self.conditioning, self.candidates.pool_size)
+        _check_rows("image_conditioning", dict(self.image_conditioning), batch)
 
     def of(self, cells: Cells) -> tuple[Tensor, Tensor, Any, Tensor]:
         """noisy, timesteps, conditioning and bank of the cells."""
@@ -102,7 +102,7 @@ def with_rows_of(null: Any, conditioning: Any, pool_size: int, batch: int) -> An
 
     null: the structure of `conditioning`, with 1 or `batch` rows in every tensor.
     """
-    check_rows("conditioning", conditioning, pool_size)
+    _check_rows("conditioning", conditioning, pool_size)
     structures = tree_structure(null), tree_structure(conditioning)
     if structures[0] != structures[1]:
         raise ValueError(
@@ -124,13 +124,13 @@ def with_rows_of(null: Any, conditioning: Any, pool_size: int, batch: int) -> An
 
 
 def _rows(tree: Any, index: Tensor) -> Any:
-    """Rows `index` of every tensor in the tree; other leaves (None) as they are."""
+    """Rows `index` of every tensor in the tree; other leaves as they are."""
     return tree_map(
         lambda leaf: leaf[index.to(leaf.device)] if isinstance(leaf, Tensor) else leaf, tree
     )
 
 
-def check_rows(name: str, tree: Any, expected: int) -> None:
+def _check_rows(name: str, tree: Any, expected: int) -> None:
     """TypeError for a leaf whose rows cannot be taken, ValueError for other rows.
 
     A constant in a dict (None, a text, a number) is passed on; in a list it would be a row.

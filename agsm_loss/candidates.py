@@ -15,9 +15,8 @@ of an image never have the same text. Where there are fewer than asked for, colu
 
 Each kind of competitor teaches another thing. The empty caption moves the target away from what
 the model draws without a prompt, as classifier-free guidance (arXiv 2207.12598) does in the
-sampler. Captions of other images tell what sets this one
-apart from the rest. Edited captions tell what they edit: which colour belongs to which object, how
-many there are.
+sampler. Captions of other images tell what sets this one apart from the rest. Edited captions tell
+what they edit: which colour belongs to which object, how many there are.
 """
 
 from collections.abc import Hashable, Iterable, Sequence

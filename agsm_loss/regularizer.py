@@ -256,7 +256,7 @@ class AGSMRegularizer:
         if null is not None:
             conditioning = with_rows_of(null, conditioning, candidates.pool_size, len(noisy))
             candidates = with_null(candidates, empty)
-        if not self._warned & {"alone"} and int(candidates.mask.sum()) == len(candidates.mask):
+        if int(candidates.mask.sum()) == len(candidates.mask):
             self._warn(
                 "alone",
                 "captions: expected competitors, got none for any image of this batch, which is "

@@ -37,6 +37,9 @@ ENCODED = 8
 def encode_prompts(pipe: Any, prompts: Sequence[str], **arguments: Any) -> Row:
     """One row a prompt in every tensor, named as the denoisers take them.
 
+    Qwen-Image's rows are as long as the longest text. Encode its empty caption with the others, and
+    split: `rows = encode_prompts(pipe, [*captions, ""])`, `rows[name][:-1]` and `rows[name][-1:]`.
+
     Args:
         pipe: a pipeline of a known family.
         prompts: at least one. The empty prompt is what the pipeline guides away from: zeros for

@@ -46,6 +46,13 @@ class Options:
     objective: Literal["agsm", "softrepa", "denoising"] = option("agsm", "Loss to minimize.")
 
 
+def resolve_own(options: Any) -> None:
+    """As all recipes' options, but SoftREPA contrasts captions of the batch unless told others."""
+    if options.objective == "softrepa" and not options.candidates:
+        options.candidates = "in_batch:3"
+    resolve(options)
+
+
 OPTIONS = OptionSet(
     Options,
     ModelOptions,
@@ -59,7 +66,7 @@ OPTIONS = OptionSet(
     ValidationOptions,
     PromptFileOptions,
     title="objective",
-    resolve=resolve,
+    resolve=resolve_own,
     output_dir="runs/agsm",
 )
 METHODS = {"agsm": "AGSM", "softrepa": "SoftREPA", "denoising": "plain denoising"}

@@ -40,9 +40,9 @@ def loaded(kind, folder):
 
 
 @as_users_run_it
-@pytest.mark.parametrize("kind", ["sd3", "unet", "unet_sdxl", "flux"])
+@pytest.mark.parametrize("kind", ["sd3", "unet", "unet_sdxl", "flux", "sana"])
 def test_the_blocks_of_the_readme_train_any_pipeline(kind, tmp_path, monkeypatch):
-    """SD3, SD1.5, SDXL and Flux: the LoRA is trained at the first attempt, and nothing else."""
+    """The LoRA is trained at the first attempt, and nothing else."""
     pipe, _ = loaded(kind, tmp_path / kind)
     monkeypatch.chdir(tmp_path)
     latents = torch.randn(3, 1 if kind == "flux" else 4, 8, 8)

@@ -160,8 +160,7 @@ def resolve_agsm(options: Any, steps: int) -> None:
         )
     if not options.candidates:
         published = tokens_alone and options.agsm_guidance_scale is None
-        contrasts = getattr(options, "objective", "") == "softrepa"
-        options.candidates = "in_batch:3" if published or contrasts else "empty"
+        options.candidates = "in_batch:3" if published else "empty"
     Competitors.read(options.candidates)
     _temperature(options.temperature)
     if options.ema_decay is None and (tokens_alone or options.neg_scale):

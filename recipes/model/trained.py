@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from agsm_loss import EMA, AGSMRegularizer, Candidates
+from agsm_loss import EMA, AGSMRegularizer, Candidates, caption_pool
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.base import AGSMBatch, adapters_off
 from agsm_loss.integrations.noise import prediction_type
@@ -235,8 +234,12 @@ class TrainedModel:
             return self.pipeline.encode_prompts(batch.captions), {}
         competitors = Competitors.read(self.options.candidates)
         hard = batch.hard if competitors.hard else None
-        pool = [*batch.captions, *chain.from_iterable(hard or ())]
-        ids = iter(caption_ids(self.pipeline.pipe, pool, **self.pipeline.arguments))
+        pool = caption_pool(batch.captions, hard or ())
+        # Against the empty caption alone it does not matter which captions are alike.
+        alike = competitors.rule is not None
+        ids = iter(
+            caption_ids(self.pipeline.pipe, pool, **self.pipeline.arguments) if alike else pool
+        )
         # The empty caption with the others, so that all are as long.
         encoded = self.pipeline.encode_prompts([*pool, ""])
         return {name: value[:-1] for name, value in encoded.items()}, {
