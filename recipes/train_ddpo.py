@@ -70,7 +70,6 @@ class Options:
     guidance_scale: float = option(
         5.0, "Guidance scale of the samples; 1: no guidance, in training either.", at_least=0
     )
-    eta: float = option(1.0, "Noise of the sampling steps, in units of DDIM's.", above=0)
     train_batch_size: int = option(4, "Sampled images per process and micro-step.", at_least=1)
     train_timestep_fraction: float = option(
         1.0, "Share of an image's sampling steps to train on.", above=0, at_most=1
@@ -79,7 +78,6 @@ class Options:
     clip_range: float = option(
         1e-4, "Distance from 1 at which likelihood ratios are clipped.", above=0
     )
-    train_adv_clip_max: float = option(5.0, "Size to which advantages are clipped.", above=0)
     per_prompt_stat_tracking: bool = option(
         False, "Compare rewards with those of the same prompt, not with the epoch's."
     )
@@ -287,7 +285,6 @@ def trl_config(options: Any, tracker: GeneralTracker, resumed: Path | None) -> A
         mixed_precision=options.mixed_precision,
         resume_from="" if resumed is None else str(resumed),
         sample_num_steps=options.num_inference_steps,
-        sample_eta=options.eta,
         sample_guidance_scale=options.guidance_scale,
         sample_batch_size=options.sample_batch_size,
         sample_num_batches_per_epoch=options.sample_num_batches_per_epoch,
@@ -299,7 +296,6 @@ def trl_config(options: Any, tracker: GeneralTracker, resumed: Path | None) -> A
         train_max_grad_norm=options.max_grad_norm or float("inf"),
         train_num_inner_epochs=options.train_num_inner_epochs,
         train_cfg=options.guidance_scale > 1,
-        train_adv_clip_max=options.train_adv_clip_max,
         train_clip_range=options.clip_range,
         train_timestep_fraction=options.train_timestep_fraction,
         per_prompt_stat_tracking=options.per_prompt_stat_tracking,

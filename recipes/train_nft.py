@@ -47,19 +47,12 @@ class Options:
         "model's. Published: 1; 0.1 for several rewards.",
         above=0,
     )
-    train_adv_clip_max: float = option(5.0, "Size to which advantages are clipped.", above=0)
-    old_decay_slope: float = option(
-        0.001, "Rise per optimizer step of the old policy's decay, from 0.", at_least=0
-    )
     old_decay_max: float = option(
         0.5,
-        "Largest decay of the old policy, which moves once per rollout; 0: it is the model as each "
-        "rollout begins.",
+        "Largest decay of the old policy, which moves once per rollout and whose decay rises by "
+        "0.001 a step; 0: it is the model as each rollout begins.",
         at_least=0,
         at_most=1,
-    )
-    old_decay_start: int = option(
-        0, "Optimizer steps in which the old policy's decay is 0 still.", at_least=0
     )
 
 
@@ -151,11 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
             old=EMA(model.denoiser),
             reference=model.reference,
             beta=options.beta,
-            clip=options.train_adv_clip_max,
             kl_weight=options.kl_weight,
-            old_decay=rising_decay(
-                options.old_decay_slope, options.old_decay_max, options.old_decay_start
-            ),
+            old_decay=rising_decay(most=options.old_decay_max),
             steps_per_epoch=steps,
             agsm=own.agsm,
             autocast=run.accelerator.autocast,

@@ -49,7 +49,6 @@ class Options:
         "Classifier-free guidance scale of sampling and of the loss; 1: no guidance.",
         at_least=0,
     )
-    eta: float = option(1.0, "Noise of the sampling steps, in units of DDIM's.", above=0)
     max_pairs: int = option(
         16, "Pairs per micro-step to train on, drawn at random from those found.", at_least=1
     )
@@ -58,9 +57,6 @@ class Options:
         "beta of {title}: scale of the difference to the reference in the loss. Larger: stronger "
         "gradients at first, and a model that stays closer to the reference.",
         above=0,
-    )
-    clip_range: float = option(
-        0.1, "Distance from 1 at which likelihood ratios are clipped.", above=0, below=1
     )
 
 
@@ -143,8 +139,6 @@ def main(arguments: list[str] | None = None) -> None:
             scheduler,
             reference=model.reference,
             beta=options.beta,
-            clip=options.clip_range,
-            eta=options.eta,
             guidance_scale=options.guidance_scale,
             agsm=agsm,
         )
@@ -186,7 +180,6 @@ def main(arguments: list[str] | None = None) -> None:
                 num_candidates=options.num_candidates,
                 first_step=options.first_step,
                 threshold=options.threshold,
-                eta=options.eta,
                 generator=generator,
             )
             number = len(rollout.pairs.noisy)
