@@ -66,6 +66,7 @@ class Table(nn.Module):
         return conditioning @ self.rows
 
 
+@pytest.mark.unchecked_shapes
 def test_a_model_trained_with_the_regularizer_predicts_what_guidance_would_sample():
     """Noisy targets, an EMA that lags, SGD: the mean of the targets at scale 2."""
     torch.manual_seed(0)
@@ -79,15 +80,15 @@ def test_a_model_trained_with_the_regularizer_predicts_what_guidance_would_sampl
         AGSMLoss(pos_scale=1, temperature=FLAT),
         seed=0,
     )
-    captions, total = ["a dog", "a cat"] * 32, torch.zeros(2, 2)
-    conditioning, empty = torch.eye(3)[[0, 1] * 32], torch.eye(3)[[2]]
-    for step in range(1500):
-        target = means.repeat(32, 1) + torch.randn(64, 2)
+    captions, total = ["a dog", "a cat"] * 8, torch.zeros(2, 2)
+    conditioning, empty = torch.eye(3)[[0, 1] * 8], torch.eye(3)[[2]]
+    for step in range(700):
+        target = means.repeat(8, 1) + torch.randn(16, 2)
         model.zero_grad()
-        agsm(target, torch.zeros(64), target, conditioning, captions, null=empty).loss.backward()
+        agsm(target, torch.zeros(16), target, conditioning, captions, null=empty).loss.backward()
         with torch.no_grad():
             model.rows -= 0.1 * model.rows.grad
         agsm.update_ema()
-        total += model.rows.detach()[:2] / 1000 if step >= 500 else 0
+        total += model.rows.detach()[:2] / 500 if step >= 200 else 0
     torch.testing.assert_close(model.rows[2].detach(), null)  # the negatives are not trained
     torch.testing.assert_close(total, null + 2 * (means - null), atol=0.1, rtol=0)

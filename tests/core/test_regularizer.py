@@ -397,12 +397,12 @@ def test_drawn_subsets_are_uniform_and_of_the_asked_size():
     )
     agsm = regularizer(denoiser, ema=EMA([weight]), passes=Passes(negatives_per_step=2), seed=0)
     images = torch.tensor([[0.0], [1.0]])
-    for _ in range(600):
+    for _ in range(300):
         before = trained.clone()
         agsm(images, torch.zeros(2), images, torch.arange(4), candidates)
         assert (trained - before).sum(1).tolist() == [3, 2]
-    assert trained[0, 0] == 600 and trained[1].tolist() == [600, 600, 0, 0]
-    assert ((trained[0, 1:] / 600 - 2 / 3).abs() < 0.07).all()
+    assert trained[0, 0] == 300 and trained[1].tolist() == [300, 300, 0, 0]
+    assert ((trained[0, 1:] / 300 - 2 / 3).abs() < 0.1).all()
 
 
 def test_subset_runs_fewer_student_passes_and_the_full_ema_pass():
@@ -577,7 +577,7 @@ def test_training_lowers_the_loss():
     agsm = regularizer(net, loss, decay=0.9)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     losses = []
-    for _ in range(300):
+    for _ in range(150):
         optimizer.zero_grad()
         out = agsm(*batch, CAPTIONS)
         out.loss.backward()

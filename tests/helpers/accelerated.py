@@ -2,8 +2,9 @@
 
     accelerated.py RUNS.json
 
-RUNS.json: a list of {"recipe", "flags", "kill"}; kill: the micro-step before which the run ends as
-if it had been killed, or none. An error ends that run; how each ended is in RUNS.told.
+RUNS.json: a list of {"recipe", "flags", "kill", "environment"}; kill: the micro-step before which
+the run ends as if it had been killed, or none; environment: of its engine. An error ends that run;
+how each ended is in RUNS.told.
 """
 
 import faulthandler
@@ -56,7 +57,8 @@ def deepspeed_on_the_cpu():
     loop.fit = fitted
 
 
-def run(recipe, flags, kill):
+def run(recipe, flags, kill, environment):
+    os.environ.update(environment)
     faulthandler.dump_traceback_later(PATIENCE, exit=True)
     of_accelerate.AcceleratorState._reset_state(reset_partial_state=True)
     of_accelerate.GradientState._reset_state()

@@ -23,7 +23,7 @@ def main():
     pred, ema_pred = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
     target, columns = torch.randn(2, 4, 4), torch.tensor([1, 0])
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    for extra in ((), (columns,), (columns, mask)):
+    for extra in ((), (columns, mask)):
         compare(AGSMLoss(neg_scale=0.3), pred, ema_pred, target, *extra)
     print("AGSMLoss")
     follows = AGSMLoss(neg_scale=1.0, temperature=AdaptiveTemperature(momentum=0.0))

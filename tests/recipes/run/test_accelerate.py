@@ -1,6 +1,7 @@
 """Recipes under `accelerate launch` with the configs that are shipped, on two CPU processes.
 
-Each run trains, validates, checkpoints and saves. Another is killed in its fourth step and resumed.
+Each run trains, validates, checkpoints and saves. An engine's first task is also killed in its
+fourth step and resumed. Two engines share a launch: the second is asked for as its config does.
 """
 
 import importlib
@@ -13,6 +14,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from joint import joint
@@ -38,11 +40,13 @@ slow = pytest.mark.slow
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
 )
-ENGINES = [
-    pytest.param("fsdp2", ("lora", "full", "tokens"), id="fsdp2"),
-    pytest.param("ddp", ("lora",), id="ddp", marks=slow),
-    pytest.param("zero2", ("full",), id="zero2", marks=[slow, needs_deepspeed]),
-    pytest.param("zero3", ("lora", "reference"), id="zero3", marks=[slow, needs_deepspeed]),
+LAUNCHES = [  # engine -> tasks; the first is the launch's own
+    pytest.param({"fsdp2": ("lora", "full", "tokens"), "ddp": ("lora",)}, id="fsdp2"),
+    pytest.param(
+        {"zero3": ("reference", "lora"), "zero2": ("full",)},
+        id="zero3",
+        marks=[slow, needs_deepspeed],
+    ),
 ]
 
 
@@ -51,10 +55,18 @@ def flags(task, folder, model, *more):
     return recipe, ["--model", str(model), "--output_dir", str(folder), *FEW, *own, *more]
 
 
+def asked(engine, recipes):
+    """What `accelerate launch` puts into the environment for the engine's config."""
+    config = load_config_from_file(str(recipes / "configs" / "accelerate" / f"{engine}.yaml"))
+    if config.distributed_type == DistributedType.DEEPSPEED:
+        return {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(config.deepspeed_config["zero_stage"])}
+    return {"ACCELERATE_USE_FSDP": str(config.distributed_type == DistributedType.FSDP).lower()}
+
+
 def launch(engine, folder, runs, recipes):
     """The runs in one launch; how each ended."""
     file = folder / "runs.json"
-    names = ("recipe", "flags", "kill")
+    names = ("recipe", "flags", "kill", "environment")
     file.write_text(json.dumps([dict(zip(names, run, strict=True)) for run in runs]))
     config = recipes / "configs" / "accelerate" / f"{engine}.yaml"
     script = recipes.parent / "tests" / "helpers" / "accelerated.py"
@@ -69,15 +81,23 @@ def launch(engine, folder, runs, recipes):
     return json.loads(file.with_suffix(".told").read_text())
 
 
-def train(engine, tasks, folder, model, recipes):
-    """Each task in whole, and killed and resumed, in one launch."""
-    runs = []
-    for task in tasks:
-        cut = folder / f"{task}_cut"
-        runs.append((*flags(task, folder / task, model), None))
-        runs.append((*flags(task, cut, model), 4))
-        runs.append((*flags(task, cut, model, "--resume_from_checkpoint", "latest"), None))
-    assert launch(engine, folder, runs, recipes) == ["done", "killed", "done"] * len(tasks)
+def train(engines_of, folder, model, recipes):
+    """Each engine's tasks in whole, its first one also killed and resumed, in one launch."""
+    runs, expected, resumed = [], [], ("--resume_from_checkpoint", "latest")
+    for engine, tasks in engines_of.items():
+        environment, own = asked(engine, recipes), folder / engine
+        for task in tasks:
+            runs.append((*flags(task, own / task, model), None, environment))
+            expected.append("done")
+        cut = own / f"{tasks[0]}_cut"
+        runs.append((*flags(tasks[0], cut, model), 4, environment))
+        runs.append((*flags(tasks[0], cut, model, *resumed), None, environment))
+        # On one process the error is raised before the others wait for it.
+        runs.append((*flags(tasks[0], cut, model, *resumed, "--seed", "1"), None, environment))
+        expected += ["killed", "done", "ValueError"]
+    told = launch(next(iter(engines_of)), folder, runs, recipes)
+    assert [one.split(":")[0] for one in told] == expected
+    assert all("seed 0 -> 1" in one for one in told if one.startswith("ValueError"))
 
 
 def both_batches(recipe, its_flags):
@@ -102,24 +122,29 @@ def apart(one, other):
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
-@pytest.mark.parametrize(("engine", "tasks"), ENGINES)
-def test_recipes_in(engine, tasks, flow_base, recipes, tmp_path):
-    """In one test, as the engine is launched once."""
-    train(engine, tasks, tmp_path, flow_base, recipes)
-    for task in tasks:
-        assert apart(tmp_path / task, tmp_path / f"{task}_cut") == 0
-        assert log(tmp_path / task) == log(tmp_path / f"{task}_cut")
-        equals_one_process(task, tmp_path, flow_base)
-    goes_on_in_one_process(engine, tasks[0], tmp_path, flow_base)
-    if "full" in tasks and "lora" in tasks:
-        stock_diffusers_loads(tmp_path, flow_base)
+@pytest.mark.parametrize("engines_of", LAUNCHES)
+def test_recipes_in(engines_of, flow_base, recipes, tmp_path):
+    """In one test, as the engines are launched once."""
+    train(engines_of, tmp_path, flow_base, recipes)
+    alone = set()
+    for engine, tasks in engines_of.items():
+        folder, first = tmp_path / engine, tasks[0]
+        assert apart(folder / first, folder / f"{first}_cut") == 0
+        assert log(folder / first) == log(folder / f"{first}_cut")
+        for task in tasks:
+            equals_one_process(task, folder, tmp_path / "one", flow_base, task not in alone)
+            alone.add(task)
+        goes_on_in_one_process(engine, first, folder, flow_base)
+        if {"full", "lora"} <= {*tasks}:
+            stock_diffusers_loads(folder, flow_base)
 
 
-def equals_one_process(task, folder, model):
-    """Two processes, and one that trained on both's batches."""
-    both_batches(*flags(task, folder / "one" / task, model))
-    assert apart(folder / task, folder / "one" / task) < 3e-5
-    ours, theirs = log(folder / task), log(folder / "one" / task)
+def equals_one_process(task, folder, one, model, first):
+    """Two processes, and one that trained on both's batches: in one, made the first time."""
+    if first:
+        both_batches(*flags(task, one / task, model))
+    assert apart(folder / task, one / task) < 3e-5
+    ours, theirs = log(folder / task), log(one / task)
     for place in (0, -1):
         assert ours[place]["scores"] == theirs[place]["scores"]
     norms = [[line["grad_norm"] for line in lines[1:]] for lines in (ours, theirs)]
