@@ -1,8 +1,8 @@
 """Checks of user input: what was expected, what came, what to do about it.
 
 Checks of shapes and dtypes are free and always made. Checks of tensor *values* are made where the
-tensor lives (keep `positives` and `mask` on the CPU to avoid a device synchronisation) and are
-left out while `torch.compile` traces, where they would break the graph.
+tensor lives (keep `positives` and `mask` on the CPU to avoid a device synchronisation). They are
+left out where values cannot be looked at: while `torch.compile` traces, and in `torch.func.vmap`.
 """
 
 import math
@@ -98,13 +98,11 @@ def check_positives(positives: Any, shape: Sequence[int]) -> None:
             f"positives: expected column indices of shape ({batch},), got "
             f"{tuple(positives.shape)}. For several positives an image pass a bool (B, K) tensor."
         )
-    elif not torch.compiler.is_compiling():
-        low, high = int(positives.min()), int(positives.max())
-        if low < 0 or high >= num_candidates:
-            raise ValueError(
-                f"positives: expected column indices in 0..{num_candidates - 1}, got values from "
-                f"{low} to {high}."
-            )
+    elif (found := _values(positives)) and not 0 <= min(found) <= max(found) < num_candidates:
+        raise ValueError(
+            f"positives: expected column indices in 0..{num_candidates - 1}, got values from "
+            f"{min(found)} to {max(found)}."
+        )
 
 
 def check_one_positive(positives: Any) -> None:
@@ -119,17 +117,15 @@ def check_one_positive(positives: Any) -> None:
 
 def check_rows(positive: Tensor, mask: Tensor | None) -> None:
     """Every row has a candidate, and a matching one among its candidates."""
-    if torch.compiler.is_compiling():
-        return
     if mask is not None:
-        empty = (~mask.any(1)).nonzero().flatten().tolist()
+        empty = [row for row, kept in enumerate(_values(mask.any(1))) if not kept]
         if empty:
             raise ValueError(
                 f"mask: every candidate of row(s) {_some(empty)} is masked, so there is nothing to "
                 "rank. Keep at least the matching caption (True) in each row, or drop the row."
             )
         positive = positive & mask.to(positive.device)
-    lost = (~positive.any(1)).nonzero().flatten().tolist()
+    lost = [row for row, kept in enumerate(_values(positive.any(1))) if not kept]
     if lost:
         raise ValueError(
             f"positives: row(s) {_some(lost)} have no unmasked matching caption. Mark one and set "
@@ -151,14 +147,14 @@ def check_guidance_scale(value: float | int) -> None:
 
 
 def check_weight(name: str, value: Tensor) -> None:
-    if not torch.compiler.is_compiling() and not bool((value.isfinite() & (value >= 0)).all()):
+    if not all(_values((value.isfinite() & (value >= 0)).flatten())):
         raise ValueError(f"{name}: expected finite numbers ≥ 0, got {value.tolist()}.")
 
 
 def check_temperature(name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor):
         check_floating(**{name: value})
-        good = torch.compiler.is_compiling() or bool((value.isfinite() & (value > 0)).all())
+        good = all(_values((value.isfinite() & (value > 0)).flatten()))
     else:
         good = isinstance(value, (int, float)) and 0 < value < math.inf
     if not good:
@@ -176,6 +172,17 @@ def _check_bool_grid(name: str, value: Any, shape: Sequence[int]) -> None:
         raise ValueError(
             f"{name}: expected shape (B, K) = {tuple(shape)}, got {tuple(value.shape)}."
         )
+
+
+def _values(tensor: Tensor) -> list[Any]:
+    """Of a tensor (N,); none of them where they cannot be looked at."""
+    if torch.compiler.is_compiling():
+        return []
+    try:
+        found: list[Any] = tensor.tolist()
+    except RuntimeError:  # in vmap
+        return []
+    return found
 
 
 def _some(rows: list[int]) -> str:

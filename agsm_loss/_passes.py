@@ -9,6 +9,7 @@ from torch import distributed as dist
 from torch.utils._pytree import (
     MappingKey,
     tree_flatten_with_path,
+    tree_leaves,
     tree_map,
     tree_structure,
 )
@@ -121,6 +122,21 @@ def with_rows_of(null: Any, conditioning: Any, pool_size: int, batch: int) -> An
         return torch.cat([leaf, row.to(leaf).expand(batch, *leaf.shape[1:])])
 
     return tree_map(join, conditioning, null)
+
+
+def own_is_null(conditioning: Any, candidates: Candidates) -> list[bool]:
+    """Which images' own captions are encoded as the empty one is.
+
+    conditioning: of `with_rows_of`. candidates: without the empty caption.
+    """
+    own = candidates.index.gather(1, candidates.positives.unsqueeze(1)).squeeze(1)
+    null = candidates.pool_size + torch.arange(len(own))
+    same = torch.ones(len(own), dtype=torch.bool)
+    for leaf in tree_leaves(conditioning):
+        if isinstance(leaf, Tensor):
+            alike = leaf[own.to(leaf.device)] == leaf[null.to(leaf.device)]
+            same &= alike.flatten(1).all(1).cpu()
+    return list(same.tolist())
 
 
 def _rows(tree: Any, index: Tensor) -> Any:

@@ -228,7 +228,7 @@ def alignment_guidance(
     first, w_first = next(columns)
     mean = first * _expand(w_first, first)
     for column, w in columns:
-        mean.addcmul_(column, _expand(w, column))
+        mean.add_(column * _expand(w, column))
     return ema_pred - mean.unsqueeze(1)
 
 
@@ -253,7 +253,8 @@ def guided_targets(
     _checks.check_scale("neg_scale", neg_scale)
     target, guidance = _in_float32(target, guidance)
     positive, _ = candidate_masks(positives, None, guidance.shape[:2], guidance.device)
-    return _guided_targets(target, guidance, positive, pos_scale, neg_scale)
+    scale = _signed_scales(guidance, positive, pos_scale, neg_scale)
+    return guidance * scale + target.unsqueeze(1)
 
 
 def guidance_scale(
@@ -337,14 +338,17 @@ def guide(
         weights = plackett_luce_weights(rewards, mask)
         moved = positive
         if guidance_scale is None:
-            guidance = alignment_guidance(ema_pred, weights)
+            # `where` changes nothing, but in vmap it has the batches of `positive` too.
+            chosen = torch.where(positive, weights, weights)
+            guidance = alignment_guidance(ema_pred, chosen)
         else:
             others = valid & ~positive
             moved = positive & others.any(1, keepdim=True)
             # Of the rewards, since the weights of the others can all round to 0.
             guidance = alignment_guidance(ema_pred, _weights_among(rewards, others))
         norm = _root_mean_square(guidance)
-        targets = _guided_targets(target, guidance, moved, pos_scale, neg_scale, out=guidance)
+        scale = _signed_scales(guidance, moved, pos_scale, neg_scale)
+        targets = guidance.mul_(scale).add_(target.unsqueeze(1))  # in place: it may be large
     coefficients = loss_coefficients(positive, valid, neg_scale=neg_scale, dtype=targets.dtype)
     return Guidance(rewards, weights, norm, targets, coefficients, positive, mask)
 
@@ -588,16 +592,12 @@ def candidate_masks(
     return positive & valid, valid
 
 
-def _guided_targets(
-    target: Tensor,
-    guidance: Tensor,
-    positive: Tensor,
-    pos_scale: float | int,
-    neg_scale: float | int,
-    out: Tensor | None = None,
+def _signed_scales(
+    guidance: Tensor, positive: Tensor, pos_scale: float | int, neg_scale: float | int
 ) -> Tensor:
+    """γ⁺ at matching captions and −γ⁻ at the others, with axes of length one for `*D`."""
     scale = guidance.new_full(positive.shape, -neg_scale).masked_fill(positive, pos_scale)
-    return torch.addcmul(target.unsqueeze(1), guidance, _expand(scale, guidance), out=out)
+    return _expand(scale, guidance)
 
 
 def _weights_among(rewards: Tensor, chosen: Tensor) -> Tensor:

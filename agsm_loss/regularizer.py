@@ -33,7 +33,7 @@ from agsm_loss._engines import (
     spared_by_negatives,
     without_gradient,
 )
-from agsm_loss._passes import Cells, NoisedBatch, checked, split_alike, with_rows_of
+from agsm_loss._passes import Cells, NoisedBatch, checked, own_is_null, split_alike, with_rows_of
 from agsm_loss._random import draws
 from agsm_loss._storage import Place, several_ranks
 from agsm_loss.candidates import (
@@ -255,6 +255,8 @@ class AGSMRegularizer:
             )
         if null is not None:
             conditioning = with_rows_of(null, conditioning, candidates.pool_size, len(noisy))
+            if isinstance(captions, Candidates | Tensor):  # texts that are not known
+                empty = own_is_null(conditioning, candidates)
             candidates = with_null(candidates, empty)
         if int(candidates.mask.sum()) == len(candidates.mask):
             self._warn(

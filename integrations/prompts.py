@@ -78,16 +78,30 @@ def caption_ids(pipe: Any, captions: Sequence[str], **arguments: Any) -> list[Ha
     texts = [*dict.fromkeys(captions), ""]
     read = [
         # As the pipelines do: CLIP's own limit, max_sequence_length for the others.
-        one(
-            texts,
-            truncation=True,
-            max_length=one.model_max_length if "CLIP" in type(one).__name__ or not most else most,
-        ).input_ids
+        (
+            one(
+                texts,
+                truncation=True,
+                max_length=one.model_max_length
+                if "CLIP" in type(one).__name__ or not most
+                else most,
+            ).input_ids,
+            one.pad_token_id,
+        )
         for one in tokenizers
     ]
-    ids = [tuple(map(tuple, row)) for row in zip(*read, strict=True)]
+    # All are padded to one length, and CLIP's padding may be a token of a text.
+    columns = [[_without_padding(row, pad) for row in rows] for rows, pad in read]
+    ids = list(zip(*columns, strict=True))
     found = dict(zip(texts, ids, strict=True))
     return ["" if found[text] == found[""] else found[text] for text in captions]
+
+
+def _without_padding(ids: Sequence[int], pad: int | None) -> tuple[int, ...]:
+    length = len(ids)
+    while length and ids[length - 1] == pad:
+        length -= 1
+    return tuple(ids[:length])
 
 
 def image_conditioning(

@@ -55,7 +55,9 @@ def read_picture(source: str | Path | bytes) -> Image.Image:
     """
     name = "an image" if isinstance(source, bytes) else str(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+        # Bytes always: Pillow maps files that it is given by name, and damaged ones then differ.
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        with Image.open(io.BytesIO(content)) as file:
             upright = ImageOps.exif_transpose(file)
             return _in_srgb(_in_eight_bits(upright, file.format), file.info.get("icc_profile"))
     except Exception as error:  # each format of PIL has errors of its own

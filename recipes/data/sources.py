@@ -45,19 +45,27 @@ def _may_be_id(name: str) -> bool:
 _ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".tar", ".safetensors", ".yaml"}
 
 
+def found_here(name: str) -> Path | None:
+    """The file or folder of a name; of a hub id, its snapshot in the hub's cache; None: neither."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
 def content_of(name: str) -> str | None:
     """A hash of a file or a folder of weights and configs; of a hub id, the commit that is here.
 
     None where it is not here; "" for "".
     """
-    path = Path(name)
     if not name:
         return ""
-    if not path.exists():
-        try:
-            return Path(snapshot_download(name, local_files_only=True)).name
-        except (OSError, ValueError):
-            return None
+    path = found_here(name)
+    if path is None or not Path(name).expanduser().exists():
+        return path and path.name
     digest = xxhash.xxh3_128()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file() and file.suffix in _HELD:

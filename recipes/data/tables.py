@@ -7,6 +7,7 @@ table = open_table("coco/annotations/captions_train2017.json", "train")
 from __future__ import annotations
 
 import glob
+import io
 import logging
 import os
 import re
@@ -32,9 +33,13 @@ LOGGER = logging.getLogger(__name__)
 AT_ONCE = 10_000
 """Rows in memory as Python's objects."""
 OF_LIBRARIES = (DatasetsError, pyarrow.ArrowException, tarfile.TarError)
+ENDS = 2**16
+"""Bytes at an image's beginning, and at its end, by which it is known."""
 LISTS = pyarrow.list_(pyarrow.string())
 KINDS = (".parquet", ".tar", ".jsonl", ".csv", ".tsv", ".json")
 """Endings of tables. A folder with files of several has those of the first."""
+BESIDE = (".txt", ".caption")
+"""Endings of a caption beside its picture."""
 SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 """Names of folders and shards, and the split that they are."""
@@ -109,9 +114,9 @@ def as_images(table: Any, columns: Sequence[str]) -> Any:
 
 
 def fingerprint(table: Any, *others: Any) -> str:
-    """A hash of a table's rows in their order: texts, names of files, and sizes of bytes.
+    """A hash of a table's rows in their order: texts, names of files, and what is in images.
 
-    others: arrays that belong to it. It is made of what is read fast: of no image's pixels.
+    others: arrays that belong to it. Of an image, a file or bytes, its size and `ENDS` are read.
     """
     digest = xxhash.xxh3_128(repr((len(table), table.column_names)).encode())
     for column in table.data.columns:
@@ -125,7 +130,7 @@ def fingerprint(table: Any, *others: Any) -> str:
 
 
 def _lean(values: Any) -> Iterator[list[Any]]:
-    """An arrow array's values; of images the sizes and the names alone."""
+    """An arrow array's values; of images their names and their sizes and ends."""
     kind = values.type
     if not pyarrow.types.is_struct(kind):
         yield values.to_pylist()
@@ -133,9 +138,32 @@ def _lean(values: Any) -> Iterator[list[Any]]:
     for name in (kind.field(place).name for place in range(kind.num_fields)):
         part = pyarrow.compute.struct_field(values, name)
         if name == "bytes":
-            part = pyarrow.compute.binary_length(part)
-        found = part.to_pylist()
-        yield [one and os.path.basename(one) for one in found] if name == "path" else found
+            yield [one.is_valid and _ends(io.BytesIO(one.as_buffer())) for one in part]
+        elif name == "path":
+            found = part.to_pylist()
+            yield [one and os.path.basename(one) for one in found]
+            yield [one and _ends_of_file(one) for one in found]
+        else:
+            yield part.to_pylist()
+
+
+def _ends_of_file(path: str) -> str | None:
+    """None where it is no file here."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return _ends(file)
+    except OSError:
+        return None
+
+
+def _ends(file: Any) -> str:
+    """A hash of a file's size, and of its first and last bytes."""
+    size = file.seek(0, os.SEEK_END)
+    digest = xxhash.xxh3_128(str(size).encode())
+    for start in {0, max(0, size - ENDS)}:
+        file.seek(start)
+        digest.update(file.read(ENDS))
+    return digest.hexdigest()
 
 
 def _says_its_files(folder: Path) -> bool:
@@ -172,10 +200,13 @@ def _open_pictures(
     """A row for each of the files `told`, and for each other picture with a text beside it."""
     rows = [one for file in told for one in _rows_of_metadata(file)]
     every, seen = set(files), {picture for picture, _, _ in rows}
-    bare = 0
+    bare, texts = 0, {one for one in files if one.suffix.lower() in BESIDE}
     for picture in files:
-        if picture.suffix.lower() in SUFFIXES and picture not in seen:
-            beside = [one for one in map(picture.with_suffix, (".txt", ".caption")) if one in every]
+        if picture.suffix.lower() in SUFFIXES:
+            beside = [one for one in map(picture.with_suffix, BESIDE) if one in every]
+            texts -= {*beside}
+            if picture in seen:
+                continue
             bare += not beside
             for one in beside[:1]:
                 row = {"image": str(picture), "caption": "".join(lines_of(one))}
@@ -186,6 +217,7 @@ def _open_pictures(
             f"and caption, or a .txt beside each picture, got {bare} pictures without a caption."
         )
     _tell(folder, bare, "pictures without a caption")
+    _tell(folder, len(texts), "texts without a picture")
     kept = set(_of_split([picture for picture, _, _ in rows], folder, split))
     return _table(((where, row) for one, where, row in rows if one in kept), columns, text)
 
@@ -246,6 +278,7 @@ def _open_files(files: Sequence[Path], columns: Collection[str], text: str) -> A
 
 
 def _open_parquet(files: Sequence[Path]) -> Any:
+    rows = {}
     for file in files:
         if "::" in str(file):
             raise ValueError(
@@ -253,8 +286,10 @@ def _open_parquet(files: Sequence[Path]) -> Any:
                 "`datasets`. Rename it."
             )
         with _readable(file):
-            pyarrow.parquet.read_metadata(file)
-    escaped = [glob.escape(str(file)) for file in files]
+            rows[file] = pyarrow.parquet.read_metadata(file).num_rows
+    escaped = [glob.escape(str(file)) for file in files if rows[file]]  # `datasets` takes no others
+    if not escaped:
+        return datasets.Dataset.from_dict({})
     with _readable(*files):
         return datasets.load_dataset("parquet", data_files={"train": escaped}, split="train")
 

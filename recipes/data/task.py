@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -139,12 +139,17 @@ class Task:
 
         return Captions(len(column), caption, table)
 
+    def every_caption(self) -> Iterator[str]:
+        """All of the data's captions, of each row all of them."""
+        for cell in self._texts()[self.text]:
+            with suppress(ValueError):
+                yield from texts_of(cell)
+
     def one_caption(self) -> str | None:
         """The caption that all rows have; None where there are several, or none."""
         found: set[str] = set()
-        for cell in self._texts()[self.text]:
-            with suppress(ValueError):
-                found.update(texts_of(cell))
+        for text in self.every_caption():
+            found.add(text)
             if len(found) > 1:
                 return None
         return next(iter(found), None)

@@ -6,6 +6,7 @@ It imports the recipes' parts, and none of them imports it: `data.sources.world`
     python recipes/study.py --config recipes/configs/demo.yaml
     python -m recipes.lab.train_base --config recipes/lab/configs/base_flow.yaml
     python -m recipes.lab.bench.step --models sd15
+    python -m recipes.lab.fuzz --seconds 3600 --seed 0
 """
 
 import sys

@@ -59,8 +59,8 @@ The same for tools that read kohya's names, such as ComfyUI and A1111:
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 
-lora = load_file("{folder}/pytorch_lora_weights.safetensors")
-save_file(convert_state_dict_to_kohya(lora), "{folder}_kohya.safetensors")
+lora = load_file({weights})
+save_file(convert_state_dict_to_kohya(lora), {kohya})
 ```
 """
 
@@ -89,7 +89,10 @@ def write_cards(saved: Mapping[str, Path], run: Trained) -> None:
     for kind, folder in saved.items():
         more = ""
         if kind == "lora" and hasattr(run.pipe, "unet"):
-            more += _KOHYA.format(folder=folder)
+            more += _KOHYA.format(
+                weights=_quoted(folder / "pytorch_lora_weights.safetensors"),
+                kohya=_quoted(f"{folder}_kohya.safetensors"),
+            )
         if sheets:
             shutil.copyfile(sheets[-1], folder / "sheet.png")
             more += "\nValidation prompts after training:\n\n![sheet](sheet.png)\n"
@@ -122,22 +125,23 @@ def _code(saved: Mapping[str, Path], run: Trained) -> str:
             "from agsm_loss.integrations.tokens.pipelines import (",
             *("    Sampling,", "    load_soft_tokens,", "    set_sampling,", ")"),
         ]
+    base = _quoted(saved.get("pipeline", options.model))
     lines += [
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{saved.get("pipeline", options.model)}")',
+        f"pipe = DiffusionPipeline.from_pretrained({base})",
         f"dtype = torch.{_DTYPES[options.mixed_precision]}",
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu", dtype)',
     ]
     if options.merge_lora and "pipeline" not in saved:
         lines += [
-            f'pipe.load_lora_weights("{options.merge_lora}")  # training began with it',
+            f"pipe.load_lora_weights({_quoted(options.merge_lora)})  # training began with it",
             "pipe.fuse_lora()",
             "pipe.unload_lora_weights()",
         ]
     if "lora" in saved:
-        lines.append(f'pipe.load_lora_weights("{saved["lora"]}")')
+        lines.append(f"pipe.load_lora_weights({_quoted(saved['lora'])})")
     if "tokens" in saved:
-        lines.append(f'attached = load_soft_tokens(pipe, "{saved["tokens"]}")')
+        lines.append(f"attached = load_soft_tokens(pipe, {_quoted(saved['tokens'])})")
     call = {
         "num_inference_steps": options.validation_inference_steps,
         **guidance(run.pipe, options.validation_guidance_scale),
@@ -145,11 +149,17 @@ def _code(saved: Mapping[str, Path], run: Trained) -> str:
     }
     lines += [
         "image = pipe(",
-        f"    {json.dumps(run.prompt, ensure_ascii=False)},",
+        f"    {_quoted(run.prompt)},",
         *(f"    {name}={value!r}," for name, value in call.items()),
         ").images[0]",
     ]
     return "\n".join(lines) + (_TOKENS if "tokens" in saved else "")
+
+
+def _quoted(text: str | Path) -> str:
+    """As a string of Python."""
+    text = str(text)
+    return json.dumps(text, ensure_ascii=False) if text.isprintable() else ascii(text)
 
 
 def _metadata(kind: str, run: Trained) -> ModelCardData:

@@ -82,6 +82,17 @@ def _stored(name: str, dtype: torch.dtype) -> Any:
         raise error from None
 
 
+def _without_values(pipe: Any) -> list[str]:
+    """Names of weights that are in none of its files."""
+    parts = {n: one for n, one in pipe.components.items() if isinstance(one, nn.Module)}
+    return [
+        f"{name}.{key}"
+        for name, part in parts.items()
+        for key, value in part.named_parameters()
+        if value.is_meta
+    ]
+
+
 def _changes(part: Any) -> bool:
     """Whether a part of a pipeline has a LoRA whose weights are not all zero."""
     return isinstance(part, nn.Module) and any(
@@ -141,6 +152,8 @@ class TextToImage:
             )
         with loading("model", model, Exception) as name:
             pipe = _stored(name, dtype)
+            if lost := _without_values(pipe):
+                raise ValueError(f"its files lack {len(lost)} weights, such as {lost[0]}")
         if getattr(pipe, "safety_checker", None) is not None:
             pipe.safety_checker = None
             pipe.register_to_config(requires_safety_checker=False)
@@ -153,7 +166,10 @@ class TextToImage:
         if dtype is not torch.float32:
             hold_in_float32(pipe.vae)
         pipe.set_progress_bar_config(disable=True)
-        return cls(pipe)
+        made = cls(pipe)
+        with loading("model", model, Exception):  # a damaged tokenizer shows when it is used
+            made.encode_text([""])
+        return made
 
     def add_lora(self, rank: int) -> None:
         """A trainable LoRA (arXiv 2106.09685) in float32 on every attention projection."""

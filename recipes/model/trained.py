@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,7 +25,7 @@ from agsm_loss.integrations.prompts import caption_ids
 from agsm_loss.integrations.tokens.attach import backbone_of
 from agsm_loss.integrations.tokens.unet import bos_embedding
 from data.batches import Batch, PairBatch
-from data.sources import check_source, given_model
+from data.sources import check_source, found_here, given_model
 from data.task import Task
 from model.agsm import Competitors, make_agsm, resolve_agsm
 from model.families import image_side
@@ -168,9 +167,10 @@ class TrainedModel:
         prediction_type(model.pipe.scheduler)  # one whose noise is not known is refused at once
         if is_sharded(state):  # FSDP2 takes no channels_last
             model.denoiser.to(memory_format=torch.contiguous_format)
-        self.fingerprint = _fingerprint(model, options.merge_lora)
+        self.fingerprint = _fingerprint(model)
         if options.merge_lora:
             model.merge_lora(options.merge_lora)
+            self.fingerprint += _content(options.merge_lora)  # a hub's is in the cache by now
         if options.full:
             model.denoiser.requires_grad_(True)
         if options.rank:
@@ -293,8 +293,8 @@ class TrainedModel:
         )
 
 
-def _fingerprint(model: TextToImage, merged: str) -> str:
-    """Of the pipeline's weights and scheduler, and of the files of a LoRA that is merged."""
+def _fingerprint(model: TextToImage) -> str:
+    """Of the pipeline's weights and scheduler."""
     pipe = model.pipe
     weights = {
         f"{name}.{key}": value
@@ -303,8 +303,14 @@ def _fingerprint(model: TextToImage, merged: str) -> str:
         for key, value in part.named_parameters()
     }
     scheduler = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
-    files = Path(merged).expanduser().rglob("*.safetensors") if merged else ()
-    return fingerprint_of(weights, scheduler, [digest_of(file) for file in sorted(files)])
+    return fingerprint_of(weights, scheduler)
+
+
+def _content(lora: str) -> str:
+    """Of the files of a LoRA, a folder or a hub id that is in the cache."""
+    place = found_here(lora)
+    files = [] if place is None else [place] if place.is_file() else place.rglob("*.safetensors")
+    return fingerprint_of({}, [digest_of(one) for one in sorted(files)])
 
 
 def _attach(options: ModelOptions, model: TextToImage) -> TokenDenoiser:

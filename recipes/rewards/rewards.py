@@ -96,8 +96,9 @@ class Reward:
     def check(self, prompts: Iterable[str]) -> None:
         """ValueError on prompts that a part cannot judge."""
         checks = [getattr(score, "check", None) for _, score in self.parts.values()]
-        for judge in filter(None, checks):
-            for prompt in prompts:
+        judges = [judge for judge in checks if judge is not None]
+        for prompt in prompts if judges else ():
+            for judge in judges:
                 judge(prompt)
 
 

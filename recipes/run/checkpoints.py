@@ -121,6 +121,10 @@ def check_output(options: Any) -> None:
     place = next(one for one in (output, *output.absolute().parents) if one.exists())
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise _not_writable(output, f"{place} is {'read-only' if place.is_dir() else 'a file'}")
+    for name in ("log.jsonl", "options.json", "checkpoints"):
+        if (taken := output / name).exists() and taken.is_dir() != (name == "checkpoints"):
+            kind = "folder" if taken.is_dir() else "file"
+            raise _not_writable(output, f"{name} there is a {kind}, no run's")
     if not _checkpoints(output):
         return
     if not options.resume_from_checkpoint:
@@ -354,13 +358,13 @@ class RunState:
                 scaler=self.accelerator.scaler,
                 map_location="cpu",
             )
-        if broken or _broken(others):
-            raise ValueError(
-                f"{folder}: expected finite numbers, got others. Remove the folder to go on from "
-                "the checkpoint before it, or start anew with a lower --learning_rate."
-            )
-        for name, one in self.others.items():
-            one.load_state_dict(others[name])
+            if broken or _broken(others):
+                raise ValueError(
+                    f"{folder}: expected finite numbers, got others. Remove the folder to go on "
+                    "from the checkpoint before it, or start anew with a lower --learning_rate."
+                )
+            for name, one in self.others.items():
+                one.load_state_dict(others[name])
 
     def _load_whole(self, folder: Path) -> int:
         """Loads weights and optimizer; how many of their tensors are not finite."""
@@ -396,7 +400,7 @@ def data_only(folder: Path) -> Iterator[None]:
     """What torch, accelerate or DeepSpeed unpickles inside is data; code in it is not run.
 
     Raises:
-        ValueError: there is code in it.
+        ValueError: there is code in it, or it cannot be loaded.
     """
     safe = []
     if "ACCELERATE_USE_DEEPSPEED" in os.environ:  # classes that its files name
@@ -417,6 +421,15 @@ def data_only(folder: Path) -> Iterator[None]:
             f"{folder}: expected numbers alone, got {named[1] if named else 'code'} in a pickle, "
             "which could run anything. It is not loaded. Resume from checkpoints of your own."
         ) from None
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file can raise any
+        told = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{folder}: expected a checkpoint of this run, got what cannot be loaded "
+            f"({type(error).__name__}: {told}). Remove the folder to go on from the checkpoint "
+            "before it."
+        ) from error
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor], *others: Any) -> str:
@@ -454,9 +467,9 @@ def _changed_options(options: Any, file: Path) -> dict[str, str]:
         return {}
     try:
         stored = dict(json.loads(file.read_text()))
-    except ValueError as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file}: expected the run's options, got {error}. Remove the file to resume with the "
+            f"{file}: expected the run's options, got {error}. Remove it to resume with the "
             "options that you give."
         ) from None
     defaults = options.of.defaults
@@ -481,7 +494,11 @@ def _tell_of_options(options: Any, file: Path) -> None:
 def _check_made_of(found: Checkpoint, made_of: Mapping[str, str]) -> None:
     for name in found.made_of.keys() & made_of.keys():
         if found.made_of[name] != made_of[name]:
-            why = "its weights differ" if name == "model" else "other rows, or in another order"
+            why = (
+                "its weights differ"
+                if name == "model"
+                else "other rows or images, or in another order"
+            )
             raise ValueError(
                 f"{name}: expected that which the run in {found.folder.parents[1]} began with, got "
                 f"another: {why}. Give the old one, or choose another --output_dir."

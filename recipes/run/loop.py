@@ -220,7 +220,7 @@ class Run:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda at: rate(at, options))
         others = {"schedule": schedule, "log": self.log, "averages": step}
         state = RunState(accelerator, module, optimizer, others)
-        both = {"data": batches, "model": trained}
+        both = {"data": batches, "model": trained} if accelerator.is_main_process else {}
         made_of = {name: text for name, one in both.items()
                    if (text := getattr(one, "fingerprint", ""))}  # fmt: skip
         done = self._resume(state, made_of)

@@ -262,6 +262,33 @@ def test_compiles_without_a_graph_break():
     assert done.stdout.split() == ["AGSMLoss", "AdaptiveTemperature", "SoftREPALoss"]
 
 
+@pytest.mark.unchecked_shapes
+@pytest.mark.parametrize("settings", [{"guidance_scale": 3}, {"neg_scale": 0.1}])
+@pytest.mark.parametrize("batched", [(0, 1, 2), (0,), (1,), (2,), (3,), (4,), (0, 1, 2, 3, 4)])
+def test_vmap_and_its_gradient_are_those_of_a_loop(settings, batched):
+    number = 3
+    given = [torch.randn(number, 2, 3, 4), torch.randn(number, 2, 3, 4), torch.randn(number, 2, 4)]
+    columns = torch.tensor([[0, 1], [2, 1], [1, 0]])
+    mask = (torch.rand(number, 2, 3) < 0.5).scatter(2, columns.unsqueeze(2), True)
+    if 4 not in batched:
+        mask[:] = True
+    elif 3 not in batched:
+        mask = mask.scatter(2, columns[:1].expand(number, 2).unsqueeze(2), True)
+    every = [*given, columns, mask]
+    arguments = [one if i in batched else one[0] for i, one in enumerate(every)]
+    axes = tuple(0 if i in batched else None for i in range(5))
+    loss = AGSMLoss(**settings)
+    for function in (loss, torch.func.grad(loss)):
+        found = torch.func.vmap(function, in_dims=axes)(*arguments)
+        looped = [
+            function(*(one[n] if i in batched else one for i, one in enumerate(arguments)))
+            for n in range(number)
+        ]
+        torch.testing.assert_close(found, torch.stack(looped))
+    with pytest.raises(ValueError, match=r"positives: expected column indices in 0\.\.2"):
+        torch.func.grad(loss)(*(one[0] for one in given), torch.tensor([0, 3]))
+
+
 def test_loss_moves_down_a_free_prediction():
     pred, ema_pred, target = batch()
     optimizer, loss = torch.optim.SGD([pred], lr=1.0), AGSMLoss(neg_scale=1.0)

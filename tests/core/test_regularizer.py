@@ -585,3 +585,22 @@ def test_training_lowers_the_loss():
         agsm.update_ema()
         losses.append(float(out.loss.detach()))
     assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("settings", [{"neg_scale": 1.0}, {"guidance_scale": 3}])
+def test_the_empty_caption_never_competes_with_an_empty_one(settings):
+    """Also where the texts are not known: with `Candidates` or ids, by what is encoded."""
+    net, (x, t, target, cond) = problem()
+    null = {"text": torch.randn(1, 3, W).double(), "name": "kept"}
+    cond["text"][1] = null["text"][0]
+    texts = ["one", "", "three", "four"]
+    known = regularizer(net, AGSMLoss(**settings), candidates=InBatch(2))
+    loss = known(x, t, target, cond, texts, null=null).loss
+    rule = InBatch(2)(texts, generator=draws(known.seed, 1))
+    given = regularizer(net, AGSMLoss(**settings))(x, t, target, cond, rule, null=null)
+    torch.testing.assert_close(given.loss, loss)
+    alone = regularizer(net, AGSMLoss(guidance_scale=3))
+    torch.testing.assert_close(
+        alone(x, t, target, cond, torch.arange(4), null=null).loss,
+        alone(x, t, target, cond, texts, null=null).loss,
+    )

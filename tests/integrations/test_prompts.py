@@ -24,6 +24,7 @@ def test_captions_that_are_encoded_alike_are_one_caption(pipe):
     )
     long = " ".join(["two red circles"] * min(longest, 600))
     texts = [long, f"{long} and a cat", "two red circles", "two blue circles", "", "  "]
+    texts.append("two red circles<|endoftext|>")  # CLIP's padding
     ids = caption_ids(pipe, texts)
     rows = encode_prompts(pipe, texts)["prompt_embeds"]
     for i, one in enumerate(ids):

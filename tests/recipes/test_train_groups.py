@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pipelines_tiny import speaking_pipeline
 from recipe_runs import killing, log, trained
 
 import train_flow_grpo
@@ -15,6 +16,8 @@ from data.task import open_task
 from lab.world.captions import caption
 from lab.world.prompts import specs
 from lab.world.scene import TAGS
+from model.families import image_side
+from model.pipeline import TextToImage
 from model.trained import TrainedModel
 from rewards import rewards
 from rewards import rollout as on_policy
@@ -239,3 +242,18 @@ def test_all_of_the_denoiser_can_be_trained(flow_base, tmp_path):
     flags = ["--full", "--rank", "0", "--num_tokens", "0", "--kl_weight", "1"]
     train(train_nft, flow_base, tmp_path, *flags)
     assert (tmp_path / "pipeline" / "transformer").is_dir() and log(tmp_path)[-1]["kl"] > 0
+
+
+def test_prompts_of_a_file_are_sampled_at_the_models_own_size(tmp_path, monkeypatch):
+    """Not at that of the world's images, which are the default data."""
+    model, seen = speaking_pipeline("sd3", tmp_path / "model"), []
+
+    def watching(pixels, prompts):
+        seen.append(pixels.shape[-1])
+        return pixels.mean((1, 2, 3))
+
+    monkeypatch.setattr(rewards, "redness", watching)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    flags = ["--sampling_prompts", str(tmp_path / "prompts.txt"), "--max_train_steps", "1"]
+    train(train_flow_grpo, model, tmp_path / "run", *flags)
+    assert seen == [image_side(TextToImage.load(str(model), torch.float32).pipe)] != [24]

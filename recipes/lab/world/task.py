@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,11 @@ class World(Task):
         return Captions(
             2**31, lambda seed: caption(draw_spec(np.random.default_rng(seed), "train"))
         )
+
+    def every_caption(self) -> Iterator[str]:
+        """Ten of them: they are all alike, and never end."""
+        texts = self.captions()
+        return (texts[seed] for seed in range(10))
 
     def one_caption(self) -> None:
         """There are many."""

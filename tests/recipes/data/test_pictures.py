@@ -121,3 +121,20 @@ def test_hidden_files_are_left_out_and_links_followed(tmp_path):
 def test_nan_is_no_picture():
     with pytest.raises(FloatingPointError, match="got NaN"):
         to_uint8(torch.tensor([0.0, float("nan")]))
+
+
+def test_a_damaged_file_and_its_bytes_are_the_same_picture(tmp_path):
+    """Pillow maps what is not compressed: it reads other pixels where the file's tags are wrong."""
+    picture = Image.frombytes("CMYK", (2, 40), bytes(range(160)) * 2)
+    content = saved(picture, "TIFF")
+    for place, bit in ((96, 1), (96, 8), (102, 8), (102, 32)):  # in the tags of its strip
+        damaged = content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+        file = tmp_path / "a.tif"
+        file.write_bytes(damaged)
+        try:
+            found = read_picture(damaged)
+        except ValueError:
+            with pytest.raises(ValueError, match=r"a\.tif cannot be read"):
+                read_picture(file)
+        else:
+            assert found.tobytes() == read_picture(file).tobytes()

@@ -6,6 +6,8 @@ import tarfile
 from types import SimpleNamespace
 
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 from PIL import Image
@@ -149,6 +151,15 @@ def test_what_cannot_be_read_is_named_in_one_line(name, content, told, tmp_path)
     assert "\n" not in str(error.value)
 
 
+def test_an_empty_parquet_is_no_damage(tmp_path):
+    for name, captions in (("a", ["a"]), ("b", [])):
+        frame = pyarrow.table({"image": [b"x"] * len(captions), "caption": captions})
+        pyarrow.parquet.write_table(frame, tmp_path / f"{name}.parquet")
+    assert len(open_table(str(tmp_path), "train")) == 1
+    with pytest.raises(ValueError, match=r"at least one row in .*b.parquet, got none"):
+        open_table(str(tmp_path / "b.parquet"), "train")
+
+
 def test_damaged_parquets_and_those_with_brackets(tmp_path):
     file = tmp_path / "[1]*.parquet"
     pd.DataFrame({"image": [b"x" * 999] * 9, "caption": ["a"] * 9}).to_parquet(file)
@@ -284,3 +295,29 @@ def test_the_fingerprint_of_prompts_is_of_their_file_or_of_the_captions(tmp_path
     (tmp_path / "p.txt").write_text("b\na\n")
     assert of("p.txt") != first
     assert World("world").captions().fingerprint == ""
+
+
+def test_the_fingerprint_is_of_the_images_contents(tmp_path):
+    """Under the same name and of the same size; files that are not here are known by name."""
+    file = tmp_path / "a.bmp"
+    picture = Image.new("RGB", (300, 300), "red")
+
+    def of(cell):
+        rows = [{"image": cell, "caption": "a"}]
+        return TableBatches(Dataset.from_list(rows), 1, 0, seed=0, size=8).fingerprint
+
+    seen = set()
+    for place in ((0, 0), (299, 299)):
+        picture.putpixel(place, (0, 0, 255))
+        picture.save(file)
+        seen |= {of(str(file)), of(file.read_bytes()), of({"bytes": None, "path": str(file)})}
+    assert len(seen) == 4 and of(str(file)) in seen
+    assert of("nowhere.bmp") == of("else/nowhere.bmp") not in seen
+
+
+def test_texts_whose_picture_is_missing_are_told(tmp_path, caplog):
+    pictures(tmp_path, "a.jpg")
+    for name in ("a.txt", "b.txt", "c.caption"):
+        (tmp_path / name).write_text("a dog")
+    assert captions(tmp_path) == ["a dog"]
+    assert "2 texts without a picture are not read" in caplog.text

@@ -1,10 +1,14 @@
 """Cards of what recipes save: they tell how it was made, and their code runs as it stands."""
 
+import ast
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image, ImageChops
 from pipelines_tiny import speaking_pipeline
@@ -137,3 +141,18 @@ def test_what_the_run_used_is_no_score(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
     told = model_card._scores(tmp_path / "log.jsonl")
     assert "0.25" in told and "gpu_memory" not in told and "seconds" not in told
+
+
+def test_any_path_is_a_string_of_python():
+    for text in ('a "b".png', "a\\n'b\\", "a\nb", "\u2028\U0001f600", "caf\xe9", "\udcff", "{x}"):
+        assert ast.literal_eval(model_card._quoted(Path(text))) == text
+    folder = Path('runs/"it\'s"\\n\n')
+    options = SimpleNamespace(
+        model='m"\\', merge_lora='l"\n', mixed_precision="no", validation_inference_steps=2,
+        validation_guidance_scale=3.0,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline.__new__(StableDiffusionPipeline)
+    run = model_card.Trained(options, "", pipe, 1, 1, 'a "red"\ncircle', {})
+    code = model_card._code({"lora": folder / "lora", "tokens": folder / "tokens"}, run)
+    texts = {one.value for one in ast.walk(ast.parse(code)) if isinstance(one, ast.Constant)}
+    assert texts >= {'m"\\', 'l"\n', str(folder / "lora"), str(folder / "tokens"), run.prompt}

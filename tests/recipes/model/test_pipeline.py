@@ -11,11 +11,14 @@ import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from peft import LoraConfig, get_peft_model_state_dict
 from pipelines_tiny import speaking_pipeline
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train_agsm
+from data import sources
 from data.sources import given_model
 from lab.world.export import captioned
+from model import trained as model_trained
 from model.pipeline import TextToImage
 from model.sampling import sample
 
@@ -308,3 +311,36 @@ def test_unknown_noise_is_refused_before_training(epsilon_base, tmp_path):
     pipe.save_pretrained(tmp_path / "edm")
     with pytest.raises(ValueError, match="got EDMEulerScheduler with other noise"):
         train_agsm.main(["--model", str(tmp_path / "edm"), "--output_dir", str(tmp_path / "run")])
+
+
+def test_a_merged_lora_of_the_hub_is_known_by_its_content(tmp_path, monkeypatch):
+    def here(name, **_):
+        assert name == "owner/lora"
+        return str(tmp_path)
+
+    monkeypatch.setattr(sources, "snapshot_download", here)
+    file, seen = tmp_path / "pytorch_lora_weights.safetensors", []
+    for content in (b"one", b"two", b"one"):
+        file.write_bytes(content)
+        seen.append(model_trained._content("owner/lora"))
+    assert seen[0] == seen[2] != seen[1]
+    assert model_trained._content(str(file)) == model_trained._content(str(tmp_path)) == seen[0]
+
+
+def test_a_tokenizer_that_cannot_be_used_is_found_when_the_model_is_loaded(flow_base, tmp_path):
+    broken = shutil.copytree(flow_base, tmp_path / "p")
+    config = broken / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 10**30}))
+    with pytest.raises(ValueError, match=r"model: expected a folder.*OverflowError"):
+        TextToImage.load(str(broken), torch.float32)
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_weights_that_are_in_no_file_are_told(part, flow_base, tmp_path):
+    broken = shutil.copytree(flow_base, tmp_path / "p")
+    (file,) = (broken / part).glob("*.safetensors")
+    weights = load_file(file)
+    del weights[max(weights)]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model: expected a folder.*(lack 1 weights|missing)"):
+        TextToImage.load(str(broken), torch.float32)

@@ -1,5 +1,6 @@
 """Rewards by name: models on tiny random weights, packages that are missing, sums with weights."""
 
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -10,7 +11,7 @@ from torch import nn
 
 import train_nft
 from agsm_loss.integrations.hosts.rollouts import group_advantages
-from data.task import Captions
+from data.task import Task
 from model.pipeline import TextToImage
 from rewards import models as reward_models
 from rewards import rewards
@@ -250,8 +251,9 @@ def test_prompts_are_checked_before_any_is_sampled(monkeypatch, tmp_path):
     ocr = object.__new__(reward_models.OCR)
     ocr.check = quoted
     monkeypatch.setitem(rewards.REWARDS, "ocr", lambda device: ocr)
-    task = SimpleNamespace(captions=lambda: Captions(3, ['"a"', "a sign", '"b"'].__getitem__))
-    options = SimpleNamespace(data="table.parquet")
+    cells = [['"a"', '"c"'], ['"b"', "a sign"]]  # each caption of an image may be drawn
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"caption": one}) for one in cells))
+    task, options = Task(str(tmp_path / "t.jsonl")), SimpleNamespace(data="table.parquet")
     for name in ("redness", "measures_tiny:counted"):
         on_policy.check_prompts(rewards.load(name), options, task)
     for name, bad in (("redness,ocr", "'a sign'"), ("detector", "embedded world, got '\"a\"'")):

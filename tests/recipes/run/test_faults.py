@@ -411,3 +411,43 @@ def test_tensorboard_has_each_point_once(tmp_path):
     run(resumed(chosen))
     events = EventAccumulator(str(tmp_path / "agsm-loss")).Reload()
     assert [one.step for one in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("name", ["others.bin", "optimizer.bin", "trainable.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(60), b"\x80\x02N."])
+def test_what_cannot_be_loaded_is_one_line(name, content, tmp_path):
+    """Although its checksum is right: somebody has written both."""
+    chosen, folder = cut_run(tmp_path), tmp_path / "checkpoints" / "checkpoint_4"
+    (folder / name).write_bytes(content)
+    marker = json.loads((folder / "complete").read_text())
+    marker["sha256"][name] = checkpoints.digest_of(folder / name)
+    (folder / "complete").write_text(json.dumps(marker))
+    with pytest.raises(ValueError, match=r"checkpoint_4: expected .*, got ") as error:
+        run(resumed(chosen))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["options.json", "log.jsonl", "checkpoints"])
+def test_an_output_folder_with_other_things_of_these_names_is_named(name, tmp_path):
+    (tmp_path / name).write_text("") if name == "checkpoints" else (tmp_path / name).mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=rf"output_dir: expected .*{name} there is a (file|fold)"):
+        run(options(tmp_path))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_read_only_output_folder_is_named_and_left_as_it_is(tmp_path, monkeypatch):
+    """Found before anything is loaded, or when it turns out; root may write everywhere."""
+    chosen = cut_run(tmp_path)
+    files = {one: one.read_bytes() for one in tmp_path.rglob("*") if one.is_file()}
+    with monkeypatch.context() as before, pytest.raises(ValueError, match=r"is read-only. Choose"):
+        before.setattr(os, "access", lambda *_: False)
+        run(resumed(chosen))
+
+    def refuses(*_):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(FileLock, "acquire", lambda *_, **__: refuses())
+    with pytest.raises(ValueError, match=r"output_dir: expected .*Permission denied.*Choose"):
+        run(resumed(chosen))
+    assert {one: one.read_bytes() for one in files} == files
