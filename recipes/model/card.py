@@ -145,7 +145,7 @@ def _code(saved: Mapping[str, Path], run: Trained) -> str:
     }
     lines += [
         "image = pipe(",
-        f"    {json.dumps(run.prompt, ensure_ascii=False)},",
+        f"    prompt={json.dumps(run.prompt, ensure_ascii=False)},",
         *(f"    {name}={value!r}," for name, value in call.items()),
         ").images[0]",
     ]

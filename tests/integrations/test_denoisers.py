@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, QwenImagePipeline
-from integrations_tiny import NAMES, TEXT, tiny
+from integrations_tiny import NAMES, TEXT, run, tiny
 from peft import LoraConfig, get_peft_model
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank, InBatch, Passes, SoftTokens
@@ -24,18 +24,19 @@ def denoiser_of(name, **settings):
 
 def batch_for(name, batch=3):
     """(noisy, timesteps, conditioning, image conditioning), with the pipelines' names."""
-    size = 4 if name == "sana" else 8
-    channels = {"flux": 1, "qwen": 4}.get(name, 4)
+    size = 4 if name in ("sana", "flux2", "z_image") else 8
+    channels = {"flux": 1, "flux2": 8}.get(name, 4)
     noisy = torch.randn(batch, channels, size, size).double()
-    cond = {"prompt_embeds": torch.randn(batch, TEXT, 16).double()}
+    width = 12 if name == "flux2" else 16
+    cond = {"prompt_embeds": torch.randn(batch, TEXT, width).double()}
     image = {}
     if name in ("unet_sdxl", "sd3", "sd3.5", "flux"):
         cond["pooled_prompt_embeds"] = torch.randn(batch, 12).double()
     if name == "unet_sdxl":
         image["add_time_ids"] = torch.tensor([[8.0, 8, 0, 0, 8, 8]] * batch).double()
-    if name == "flux":
+    if name in ("flux", "flux2"):
         image["guidance"] = torch.full((batch,), 3.5).double()
-    if name == "qwen":
+    if name in ("qwen", "z_image"):
         cond["prompt_embeds_mask"] = torch.tensor([[1] * TEXT, [1] * 4 + [0] * 2, [1] * TEXT])
     if name == "sana":
         cond["prompt_attention_mask"] = torch.tensor(
@@ -235,26 +236,26 @@ def hosts_inputs(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_call_makes_and_attaches_and_detach_restores_bit_for_bit(name):
     made, x = tiny(name), tiny(name).inputs()
-    bare, state = made.model(**x)[0], {n: v.clone() for n, v in made.model.state_dict().items()}
+    bare, state = run(made.model, **x), {n: v.clone() for n, v in made.model.state_dict().items()}
     torch.manual_seed(4)
     denoiser = TokenDenoiser(made.model, num_tokens=2)
-    out = made.model(**x)[0]
+    out = run(made.model, **x)
     assert not torch.equal(out, bare)
     with denoiser.using(Bank.OFF):
-        assert torch.equal(made.model(**x)[0], bare)
+        assert torch.equal(run(made.model, **x), bare)
     denoiser.detach()
     denoiser.detach()
-    assert torch.equal(made.model(**x)[0], bare)
+    assert torch.equal(run(made.model, **x), bare)
     after = made.model.state_dict()
     assert after.keys() == state.keys() and all(torch.equal(after[n], state[n]) for n in state)
     torch.manual_seed(4)
     by_hand = attach_soft_tokens(made.model, make_soft_tokens(made.model, num_tokens=2))
-    assert torch.equal(made.model(**x)[0], out)
+    assert torch.equal(run(made.model, **x), out)
     by_hand.detach()
     with pytest.raises(RuntimeError, match=r"were detached.*tokens=denoiser\.tokens"):
         denoiser(**hosts_inputs(name), bank=Bank.POSITIVE)
     again = TokenDenoiser(made.model, tokens=denoiser.tokens)
-    assert torch.equal(made.model(**x)[0], out) and again.tokens is denoiser.tokens
+    assert torch.equal(run(made.model, **x), out) and again.tokens is denoiser.tokens
 
 
 def test_the_settings_of_new_tokens():
