@@ -97,9 +97,10 @@ def bytes_tokenizer():
     vocabulary = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *bytes_]
     tokenizer = Qwen2Tokenizer(vocab={one: i for i, one in enumerate(vocabulary)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": vocabulary[1:3]})
-    tokenizer.chat_template = (
+    tokenizer.chat_template = (  # little of a system's message, so that few tokens are enough
         "{% for m in messages %}<|im_start|>{{ m.content if m.content is string else "
-        "m.content[0].text[:99] }}<|im_end|>{% endfor %}"
+        "m.content[0].text[:4] if m.role == 'system' else m.content[0].text }}<|im_end|>"
+        "{% endfor %}"
     )
     return tokenizer
 
