@@ -56,7 +56,7 @@ from agsm_loss.integrations.tokens.attach import (
     make_soft_tokens,
     move_to,
 )
-from agsm_loss.integrations.tokens.hooks import Backbone, unwrap
+from agsm_loss.integrations.tokens.hooks import Backbone, parameter_names, unwrap
 from agsm_loss.integrations.tokens.saved import SavedTokens
 from agsm_loss.soft_tokens import Banks
 
@@ -98,13 +98,15 @@ class TokenDenoiser(nn.Module):
         attached: the `AttachedTokens`, e.g. for `set_sampling`.
 
     forward:
-        noisy: x_t (N, C, H, W); Flux and Qwen-Image latents are packed here.
+        noisy: x_t (N, C, H, W); Flux, FLUX.2 and Qwen-Image latents are packed here. FLUX.2's are
+            2x2 patches, scaled, as its pipeline's `latents`.
         timesteps: (N,) in 0..1000.
         conditioning: what the pipeline's `encode_prompt` returns, by its names:
             prompt_embeds (N, S, d); pooled_prompt_embeds (N, d) for SDXL, SD3 and Flux;
-            prompt_attention_mask (N, S) for Sana; prompt_embeds_mask (N, S) for Qwen-Image.
+            prompt_attention_mask (N, S) for Sana; prompt_embeds_mask (N, S) for Qwen-Image, and for
+            Z-Image, whose pipeline has lists of texts instead.
         bank: (N,) of `agsm_loss.Bank`, or one for all.
-        image: add_time_ids (N, 6) for SDXL, guidance (N,) for Flux.
+        image: add_time_ids (N, 6) for SDXL, guidance (N,) for Flux and FLUX.2-dev.
 
     Raises:
         TypeError: no adapter for the model; tokens of another type.
@@ -246,6 +248,22 @@ def _warn_of_ddp(model: nn.Module) -> None:
         )
 
 
+CALLABLE = """\
+def denoiser(noisy, timesteps, conditioning, bank, **image):
+    return -transformer(  # the prediction of the target: its pipeline turns time and sign round
+        hidden_states=noisy,  # (N, C, H, W), in rows where its pipeline packs latents
+        timestep=1 - timesteps / 1000,
+        encoder_hidden_states=conditioning["prompt_embeds"],
+        encoder_attention_mask=conditioning["prompt_attention_mask"],
+        return_dict=False,
+    )[0]
+
+
+agsm = AGSMRegularizer(denoiser, loss=AGSMLoss(guidance_scale=3))
+"""
+"""What to write for a transformer that has no adapter here."""
+
+
 class PlainDenoiser(nn.Module):
     """A denoiser without soft tokens as the same kind of module. `bank` changes nothing.
 
@@ -255,6 +273,9 @@ class PlainDenoiser(nn.Module):
         model: a stock denoiser, or one that DDP, torch.compile or PEFT has wrapped.
 
     forward: as `TokenDenoiser`'s.
+
+    Raises:
+        TypeError: a model of another class; the message is the callable to write in its place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -263,11 +284,11 @@ class PlainDenoiser(nn.Module):
         try:
             self._backbone = backbone_of(unwrap(model))
         except TypeError:
+            takes = ", ".join(parameter_names(unwrap(model)))
             raise TypeError(
                 f"model: expected a denoiser of a known class, got {type(unwrap(model)).__name__}. "
-                "Give AGSMRegularizer a callable in its place: denoiser(noisy, timesteps, "
-                "conditioning, bank, **image) -> prediction, e.g. lambda x, t, text, bank: "
-                "transformer(x, t, **text).sample."
+                "Give AGSMRegularizer a callable in its place, which calls the model as its "
+                f"pipeline does. For Lumina2:\n\n{CALLABLE}\nThis one's forward takes: {takes}."
             ) from None
         _keep_buffers(self)
 

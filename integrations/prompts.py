@@ -13,8 +13,8 @@
 >>> first == second
 True
 
-Known: Stable Diffusion 1.x and 2.x, SDXL, SD3 and SD3.5, Flux.1, Qwen-Image, Sana, by the public
-`encode_prompt` of their pipelines.
+Known: Stable Diffusion 1.x and 2.x, SDXL, SD3 and SD3.5, Flux.1, FLUX.2 (dev, klein), Qwen-Image,
+Sana, Z-Image, by the public `encode_prompt` of their pipelines.
 """
 
 import inspect
@@ -37,8 +37,9 @@ ENCODED = 8
 def encode_prompts(pipe: Any, prompts: Sequence[str], **arguments: Any) -> Row:
     """One row a prompt in every tensor, named as the denoisers take them.
 
-    Qwen-Image's rows are as long as the longest text. Encode its empty caption with the others, and
-    split: `rows = encode_prompts(pipe, [*captions, ""])`, `rows[name][:-1]` and `rows[name][-1:]`.
+    Qwen-Image's and Z-Image's rows are as long as the longest text. Encode their empty caption with
+    the others, and split: `rows = encode_prompts(pipe, [*captions, ""])`, `rows[name][:-1]` and
+    `rows[name][-1:]`.
 
     Args:
         pipe: a pipeline of a known family.
@@ -71,9 +72,9 @@ def caption_ids(pipe: Any, captions: Sequence[str], **arguments: Any) -> list[Ha
     most = arguments.get("max_sequence_length")
     if most is None and "max_sequence_length" in known:
         most = known["max_sequence_length"].default
-    tokenizers = [
-        part for part in pipe.components.values() if isinstance(part, PreTrainedTokenizerBase)
-    ]
+    # FLUX.2-dev's is inside a processor.
+    parts = (getattr(part, "tokenizer", part) for part in pipe.components.values())
+    tokenizers = [part for part in parts if isinstance(part, PreTrainedTokenizerBase)]
 
     texts = [*dict.fromkeys(captions), ""]
     read = [
@@ -109,8 +110,8 @@ def image_conditioning(
 ) -> Row:
     """What the denoiser takes besides, a row for each of `number` images; {} for most.
 
-    SDXL: add_time_ids (N, 6), for uncropped images of height x width pixels. Flux.1-dev: guidance
-    (N,), its distilled guidance scale.
+    SDXL: add_time_ids (N, 6), for uncropped images of height x width pixels. Flux.1-dev and
+    FLUX.2-dev: guidance (N,), the distilled guidance scale.
 
     Raises:
         TypeError: a pipeline of another family.
@@ -158,8 +159,11 @@ class Family:
     outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0}
     prompts_a_pass = ENCODED
 
-    def encode(self, pipe: Any, prompts: list[str], arguments: Mapping[str, Any]) -> Row:
-        """One row a prompt in every tensor. arguments: of `encode_prompt`; others are left out."""
+    def encode(self, pipe: Any, prompts: list[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """One row a prompt in every tensor or list.
+
+        arguments: of `encode_prompt`; others are left out.
+        """
         known = inspect.signature(pipe.encode_prompt).parameters
         wanted = {
             "prompt": prompts,
@@ -194,9 +198,13 @@ class Flux(Family):
     outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0, "pooled_prompt_embeds": 1}
 
     def image_rows(self, pipe: Any, number: int, height: int, width: int, guidance: float) -> Row:
-        if not pipe.transformer.config.guidance_embeds:  # Flux.1-schnell
+        if not pipe.transformer.config.guidance_embeds:  # Flux.1-schnell, FLUX.2-klein
             return {}
         return {"guidance": torch.full((number,), guidance)}
+
+
+class Flux2(Flux):
+    outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0}
 
 
 class QwenImage(Family):
@@ -235,13 +243,26 @@ class Sana(Family):
         return encoded
 
 
+class ZImage(Family):
+    """Its pipeline has a list of texts, each of its own length; in a tensor they need a mask."""
+
+    def encode(self, pipe: Any, prompts: list[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+        encoded = super().encode(pipe, prompts, arguments)
+        texts = encoded["prompt_embeds"]
+        ones = [torch.ones(len(text), dtype=torch.long, device=text.device) for text in texts]
+        return {**encoded, "prompt_embeds_mask": ones}
+
+
 _FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": Family(),
     "StableDiffusionXLPipeline": SDXL(),
     "StableDiffusion3Pipeline": SD3(),
     "FluxPipeline": Flux(),
+    "Flux2Pipeline": Flux2(),
+    "Flux2KleinPipeline": Flux2(),
     "QwenImagePipeline": QwenImage(),
     "SanaPipeline": Sana(),
+    "ZImagePipeline": ZImage(),
 }
 
 

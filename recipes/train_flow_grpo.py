@@ -115,6 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
                 num_steps=options.num_inference_steps,
                 sde_type=options.sde_type,
                 noise_level=options.noise_level,
+                **own.levels(options.num_inference_steps),
                 generator=generator,
             )
             rewards = own.rewards(trajectory.last, captions, index)

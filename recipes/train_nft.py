@@ -165,6 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
                             model.scheduler,
                             own.noise(options.sample_batch_size, generator),
                             num_steps=options.num_inference_steps,
+                            **own.levels(options.num_inference_steps),
                             generator=generator,
                         )
                     )

@@ -18,7 +18,7 @@ torch.Size([4])
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -82,6 +82,7 @@ def sample_latents(
     *,
     num_steps: int = 10,
     mu: float | None = None,
+    sigmas: Sequence[float] | None = None,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "B *D"]:
     """Clean latents x_0 (B, *D), in float32 at least, by the scheduler's own solver.
@@ -91,13 +92,13 @@ def sample_latents(
         scheduler: any diffusers scheduler. Its `set_timesteps` is called.
         noise: N(0, 1), (B, *D).
         num_steps: calls of `denoise`, for a solver that calls it once a step; 1 at least.
-        mu: as in `sample_sde`.
+        mu, sigmas: as in `sample_sde`.
         generator: CPU generator of the draws of a solver that draws; default: torch's own.
 
     Raises:
         ValueError: mu for a scheduler with a fixed shift.
     """
-    _set_timesteps(scheduler, num_steps, noise, mu)
+    _set_timesteps(scheduler, num_steps, noise, mu, sigmas)
     known = inspect.signature(scheduler.step).parameters
     draw = {"generator": generator} if "generator" in known else {}
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
@@ -141,6 +142,7 @@ def sample_sde(
     sde_type: SDEType = "sde",
     noise_level: float | None = None,
     mu: float | None = None,
+    sigmas: Sequence[float] | None = None,
     generator: torch.Generator | None = None,
 ) -> Trajectory:
     """A rollout whose steps have likelihoods. Its last step is Euler's, without noise.
@@ -153,6 +155,8 @@ def sample_sde(
         sde_type, noise_level: as in `Dynamics.of`.
         mu: the shift, for a scheduler with dynamic shifting. Default: that of Flux's pipeline, by
             the number of 2×2 patches of the latents.
+        sigmas: σ of the `num_steps` steps before that shift. Default: the scheduler's own, or
+            evenly from 1 to 1/T where its shift is dynamic.
         generator: CPU generator of all draws; default: torch's own.
 
     Raises:
@@ -165,11 +169,11 @@ def sample_sde(
             f"{type(scheduler).__name__} and {num_steps}."
         )
     dynamics = Dynamics.of(sde_type, noise_level)
-    _set_timesteps(scheduler, num_steps, noise, mu)
-    sigmas = scheduler.sigmas.to(noise.device)
+    _set_timesteps(scheduler, num_steps, noise, mu, sigmas)
+    levels = scheduler.sigmas.to(noise.device)
     x = noise.to(torch.promote_types(noise.dtype, torch.float32))
     states, log_probs = [x], []
-    for sigma, following in pairwise(sigmas):
+    for sigma, following in pairwise(levels):
         here, there = sigma.expand(len(x)), following.expand(len(x))
         pred = denoise(x, here * scheduler.config.num_train_timesteps)
         last = following == 0
@@ -182,15 +186,17 @@ def sample_sde(
         log_probs.append(
             torch.full((len(x),), torch.nan).to(x) if last else dynamics.log_prob(x, mean, std)
         )
-    return Trajectory(torch.stack(states), sigmas, torch.stack(log_probs), dynamics)
+    return Trajectory(torch.stack(states), levels, torch.stack(log_probs), dynamics)
 
 
-def _set_timesteps(scheduler: Any, number: int, noise: Tensor, mu: float | None) -> None:
+def _set_timesteps(
+    scheduler: Any, number: int, noise: Tensor, mu: float | None, sigmas: Sequence[float] | None
+) -> None:
     config = scheduler.config
     if not config.get("use_dynamic_shifting", False):
         if mu is not None:
             raise ValueError("mu: the scheduler's shift is fixed (use_dynamic_shifting is False).")
-        scheduler.set_timesteps(number)
+        scheduler.set_timesteps(number, **({} if sigmas is None else {"sigmas": sigmas}))
         return
     if mu is None:
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -198,4 +204,6 @@ def _set_timesteps(scheduler: Any, number: int, noise: Tensor, mu: float | None)
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
         patches = (noise.shape[-2] // 2) * (noise.shape[-1] // 2)
         mu = calculate_shift(patches, *(config[name] for name in names))
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / number, number).tolist(), mu=mu)
+    if sigmas is None:
+        sigmas = torch.linspace(1, 1 / number, number).tolist()
+    scheduler.set_timesteps(sigmas=sigmas, mu=mu)

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_map
 
 from agsm_loss import Bank, SoftTokens
 from agsm_loss.integrations.tokens.flux import FluxBackbone
+from agsm_loss.integrations.tokens.flux2 import Flux2Backbone
 from agsm_loss.integrations.tokens.hooks import (
     Arguments,
     Backbone,
@@ -47,14 +48,17 @@ from agsm_loss.integrations.tokens.qwen_image import QwenImageBackbone
 from agsm_loss.integrations.tokens.sana import SanaBackbone
 from agsm_loss.integrations.tokens.sd3 import SD3Backbone
 from agsm_loss.integrations.tokens.unet import UNetBackbone
+from agsm_loss.integrations.tokens.z_image import ZImageBackbone
 from agsm_loss.soft_tokens import Banks
 
 BACKBONES: tuple[Callable[[], Backbone], ...] = (
     UNetBackbone,
     SD3Backbone,
     FluxBackbone,
+    Flux2Backbone,
     QwenImageBackbone,
     SanaBackbone,
+    ZImageBackbone,
 )
 
 BankLike = int | Sequence[int] | Tensor
@@ -139,7 +143,7 @@ class AttachedTokens:
         """Before the denoiser: make the call's tokens, or split off the samples without any."""
         self.pending = self._off_part = None
         call = Arguments(self._names, args, kwargs)
-        batch = call[self._names[0]].shape[0]
+        batch = len(call[self._names[0]])
         banks = self._banks
         if callable(self._bank):
             self.text = call[self.backbone.text]
@@ -190,13 +194,13 @@ class AttachedTokens:
             batched = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch
             return leaf[rows] if batched else leaf
 
-        whole = self.backbone.unbatched
-        args = tuple(
-            a if n in whole else tree_map(select, a)
-            for n, a in zip(call.names[: len(call.args)], call.args, strict=True)
-        )
-        kwargs = {n: a if n in whole else tree_map(select, a) for n, a in call.kwargs.items()}
-        return args, kwargs
+        def chosen(name: str, value: Any) -> Any:
+            if name in self.backbone.listed:
+                return [value[i] for i in rows]
+            return value if name in self.backbone.unbatched else tree_map(select, value)
+
+        args = tuple(map(chosen, call.names, call.args))
+        return args, {name: chosen(name, value) for name, value in call.kwargs.items()}
 
     def after(self, output: Any) -> Any:
         """Behind the denoiser: put the samples together again."""
@@ -205,7 +209,11 @@ class AttachedTokens:
             return None
         off, on, bare = part
         order = torch.tensor(off + on).argsort()
-        merged = torch.cat([bare[0], output[0]])[order.to(output[0].device)]
+        if isinstance(output[0], list):
+            rows = [*bare[0], *output[0]]
+            merged: Any = [rows[i] for i in order.tolist()]
+        else:
+            merged = torch.cat([bare[0], output[0]])[order.to(output[0].device)]
         return (merged,) if isinstance(output, tuple) else type(output)(sample=merged)
 
 
@@ -229,9 +237,10 @@ def attach_soft_tokens(
     """Attach soft tokens to a denoiser. Its calls use ψ⁺ until another bank is chosen.
 
     Args:
-        model: a `UNet2DConditionModel`, `SD3Transformer2DModel`, `FluxTransformer2DModel`,
-            `QwenImageTransformer2DModel` or `SanaTransformer2DModel`, also inside torch.compile,
-            DDP or PEFT wrappers. Attach before the first compiled call.
+        model: a `UNet2DConditionModel`, or an `SD3Transformer2DModel`, `FluxTransformer2DModel`,
+            `Flux2Transformer2DModel`, `QwenImageTransformer2DModel`, `SanaTransformer2DModel` or
+            `ZImageTransformer2DModel`, also inside torch.compile, DDP or PEFT wrappers. Attach
+            before the first compiled call.
         tokens: `make_soft_tokens(model)`, or loaded ones.
         blocks: for a UNet, which of "down", "mid" and "up" get them; default down and mid.
         backbone: an adapter of your own for another architecture.

@@ -128,6 +128,8 @@ class Backbone(ABC):
     """Name of the text stream among the denoiser's and its blocks' arguments."""
     unbatched: ClassVar[tuple[str, ...]] = ()
     """The denoiser's tensor arguments without a batch axis."""
+    listed: ClassVar[tuple[str, ...]] = ()
+    """Those that are lists of one tensor a sample."""
 
     @abstractmethod
     def width(self, model: nn.Module) -> int:

@@ -37,6 +37,7 @@ branch knows the branches by the texts that one pipeline encodes: give `load_sof
 `set_sampling` the one that you call. Calls on other texts are refused.
 """
 
+import inspect
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,8 @@ class _Branches:
         self.pipe = pipe
         self.attached = attached
         self.unconditional = int(unconditional)
-        self.prompts: Tensor | None = None
-        self.negative: Tensor | None = None
+        self.prompts: Tensor | list[Tensor] | None = None
+        self.negative: Tensor | list[Tensor] | None = None
         self.found: list[tuple[Any, list[int]]] = []
         pipe.encode_prompt = self.encode_prompt
         attached._handles.append(self)
@@ -144,7 +145,8 @@ class _Branches:
     def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
         """The pipeline's; every one returns the prompts' embeddings, then the negative ones."""
         encoded = type(self.pipe).encode_prompt(self.pipe, *args, **kwargs)
-        texts = [one for one in encoded if isinstance(one, Tensor) and one.ndim == 3]
+        # Z-Image's are lists.
+        texts = [one for one in encoded if isinstance(one, list) or getattr(one, "ndim", 0) == 3]
         self.prompts, self.negative = (*texts, None)[:2]
         self.found = []
         return encoded
@@ -166,14 +168,17 @@ class _Branches:
 
     def _banks(self, text: Any) -> list[int]:
         prompts, negative = self.prompts, self.negative
-        if prompts is None or not isinstance(text, Tensor):
+        if prompts is None or not isinstance(text, (Tensor, list)):
             raise self._unknown()
         if negative is None or not self.pipe.do_classifier_free_guidance:
             negative = prompts[:0]
         halves = [self.unconditional] * len(negative) + [int(Bank.POSITIVE)] * len(prompts)
-        if torch.equal(text, torch.cat([negative, prompts]).to(text)):
+        rows = [*negative, *prompts]
+        if len(text) == len(rows) and all(map(_same, text, rows)):
             return halves
-        given, without = (_rows_among(text, known) for known in (prompts, negative))
+        given, without = (
+            [any(_same(row, one) for one in known) for row in text] for known in (prompts, negative)
+        )
         if any(one == other for one, other in zip(given, without, strict=True)):
             raise self._unknown()
         return [int(Bank.POSITIVE) if one else self.unconditional for one in given]
@@ -187,13 +192,9 @@ class _Branches:
         )
 
 
-def _rows_among(text: Tensor, known: Tensor) -> list[bool]:
-    """Whether each row (S, d) of a text (N, S, d) is one of the known ones (M, S, d)."""
-    if text.shape[1:] != known.shape[1:] or not len(known):
-        return [False] * len(text)
-    same = [(text == row).flatten(1).all(1) for row in known.to(text)]
-    found: list[bool] = torch.stack(same).any(0).tolist()
-    return found
+def _same(row: Tensor, known: Tensor) -> bool:
+    """Whether a text (S, d) is a known one."""
+    return row.shape == known.shape and torch.equal(row, known.to(row))
 
 
 def _check_branches(pipe: Any, sampling: Sampling) -> None:
@@ -201,8 +202,9 @@ def _check_branches(pipe: Any, sampling: Sampling) -> None:
         raise TypeError(f"sampling: expected a Sampling, got {sampling!r}.")
     uniform = sampling in (Sampling.BOTH, Sampling.OFF)
     # Asked of the class: on a pipeline that has not run yet the property itself fails.
-    known = ("do_classifier_free_guidance", "encode_prompt")
-    if not uniform and not all(hasattr(type(pipe), name) for name in known):
+    encode = getattr(type(pipe), "encode_prompt", None)
+    at_once = encode is not None and "negative_prompt" in inspect.signature(encode).parameters
+    if not uniform and not (at_once and hasattr(type(pipe), "do_classifier_free_guidance")):
         raise ValueError(
             f"sampling: {type(pipe).__name__} calls its denoiser separately for each branch of "
             "guidance, and the calls look alike; or it has no encode_prompt. Use Sampling.BOTH, or "

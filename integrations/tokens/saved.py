@@ -103,7 +103,7 @@ from agsm_loss.integrations.tokens.pipelines import Sampling, load_soft_tokens, 
 
 pipe = DiffusionPipeline.from_pretrained({source}).to(torch.float32)
 attached = load_soft_tokens(pipe, "this folder or repository")
-image = pipe("two cats on a sofa").images[0]
+image = pipe(prompt="two cats on a sofa").images[0]
 
 set_sampling(pipe, attached, Sampling.OFF)  # no tokens; other uses under guidance: see Sampling
 attached.detach()  # the pipeline without them

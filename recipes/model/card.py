@@ -149,7 +149,7 @@ def _code(saved: Mapping[str, Path], run: Trained) -> str:
     }
     lines += [
         "image = pipe(",
-        f"    {_quoted(run.prompt)},",
+        f"    prompt={_quoted(run.prompt)},",
         *(f"    {name}={value!r}," for name, value in call.items()),
         ").images[0]",
     ]

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from agsm_loss._random import draws
 from agsm_loss.integrations.noise import prediction_type
+from agsm_loss.integrations.prompts import Flux2, family_of
 from data.batches import read_image, to_model
 from data.prompts import texts_of
 from data.tables import as_images, open_table
@@ -208,8 +209,16 @@ def inversion(
 
     captions: of the images; the way to noise is taken under them without guidance, the way back
     under `prompts` with it.
+
+    Raises:
+        ValueError: FLUX.2, whose pipeline gives out other latents than it takes.
     """
     pipe, latents = model.pipe, encode(model, images)
+    if isinstance(family_of(pipe), Flux2):
+        raise ValueError(
+            f"model: expected one whose pipeline takes the latents that it gives, got a "
+            f"{type(pipe).__name__}, which edits images itself: pipe(image=..., prompt=...)."
+        )
     if hasattr(pipe, "_pack_latents"):  # Flux, Qwen-Image
         latents = pipe._pack_latents(latents, *latents.shape)
     arguments, own = _arguments(model, pipe, images), pipe.scheduler
@@ -217,7 +226,7 @@ def inversion(
     try:
         pipe.scheduler = there
         arguments["latents"] = pipe(
-            list(captions),
+            prompt=list(captions),
             latents=latents.to(model.denoiser.dtype),
             num_inference_steps=sampled["num_inference_steps"],
             **guidance(pipe, 1.0, len(captions)),

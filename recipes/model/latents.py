@@ -6,8 +6,9 @@
 
 The VAE runs in its own precision, in autocast too: some overflow in half precision.
 
-Known: AutoencoderKL, AutoencoderTiny, AutoencoderDC (Sana) and AutoencoderKLQwenImage, whose images
-are videos of one frame.
+Known: AutoencoderKL, AutoencoderTiny, AutoencoderDC (Sana), AutoencoderKLQwenImage, whose images
+are videos of one frame, and AutoencoderKLFlux2: the denoiser's latents are 2x2 patches of its own,
+four times the channels, scaled by the statistics of a batch norm.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -45,6 +47,8 @@ def encode_image(vae: Any, image: Tensor) -> dict[str, Tensor]:
 def scale_latents(vae: Any, latents: Tensor) -> Tensor:
     """Unscaled latents (B, C, h, w) -> the denoiser's, in float32."""
     shift, scale = _shift_and_scale(vae, latents)
+    if hasattr(vae, "bn"):
+        latents = rearrange(latents, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2)
     return (latents.float() - shift) * scale
 
 
@@ -52,6 +56,8 @@ def decode_latents(vae: Any, latents: Tensor) -> Tensor:
     """The denoiser's latents (B, C, h, w) -> (B, 3, H, W) around [-1, 1], in float32."""
     shift, scale = _shift_and_scale(vae, latents)
     plain = (latents / scale + shift).to(vae.dtype)
+    if hasattr(vae, "bn"):
+        plain = rearrange(plain, "b (c p q) h w -> b c (h p) (w q)", p=2, q=2)
     with torch.autocast(vae.device.type, enabled=False):
         if _is_of_videos(vae):
             return vae.decode(plain[:, :, None]).sample[:, :, 0].float()
@@ -64,6 +70,9 @@ def _is_of_videos(vae: Any) -> bool:
 
 def _shift_and_scale(vae: Any, like: Tensor) -> tuple[Any, Any]:
     """What is taken off, then multiplied by: one number, or one a channel (C, 1, 1)."""
+    if hasattr(vae, "bn"):  # FLUX.2
+        mean, variance = (one[:, None, None] for one in (vae.bn.running_mean, vae.bn.running_var))
+        return mean.to(like.device), (variance.to(like.device) + vae.bn.eps).rsqrt()
 
     def channels(name: str) -> Tensor | None:
         values = getattr(vae.config, name, None)

@@ -44,6 +44,7 @@ from run.log import say
 _ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    "to_qkv_mlp_proj",  # of FLUX.2's single-stream blocks, one with their feed-forward
 )
 _LORA = "lora"
 """The adapter's name in the pipeline."""
@@ -58,7 +59,11 @@ def _bytes_of(encoded: Row) -> int:
 
 def add_lora(denoiser: Any, rank: int) -> None:
     """A trainable LoRA (arXiv 2106.09685) in float32 on every attention projection."""
-    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_ATTENTION)))
+    # A bare "to_out" is a linear layer in FLUX.2's single-stream blocks alone.
+    out = [name for name, part in denoiser.named_modules()
+           if name.endswith(".to_out") and isinstance(part, nn.Linear)]  # fmt: skip
+    targets = [*_ATTENTION, *out]
+    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     cast_training_params(denoiser, torch.float32)
 
 
@@ -223,7 +228,10 @@ class TextToImage:
     def check_side(self, side: int) -> None:
         """ValueError where the model takes no images of `side` pixels."""
         config = self.denoiser.config
-        patch = 2 if hasattr(self.pipe, "_pack_latents") else config.get("patch_size") or 1
+        listed = hasattr(config, "all_patch_size")
+        patch = (
+            2 if hasattr(self.pipe, "_pack_latents") or listed else config.get("patch_size") or 1
+        )
         step, most = self.pipe.vae_scale_factor * patch, config.get("pos_embed_max_size")
         if side % step or (most and side > most * step):
             limit = f" up to {most * step}" if most else ""

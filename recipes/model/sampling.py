@@ -132,7 +132,7 @@ def calls(
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
         images = pipe(
-            part,
+            prompt=part,  # by name: FLUX.2's first argument is an image
             num_inference_steps=num_inference_steps,
             **guidance(pipe, guidance_scale, len(part)),
             generator=[draws(seed) for seed in seeds[start : start + batch_size]],

@@ -40,7 +40,7 @@ from data.pictures import sheet, to_uint8
 from data.prompts import read_prompts
 from data.task import Captions, Task
 from model.agsm import Competitors, agsm_weight, check_competitors
-from model.families import image_side
+from model.families import image_side, levels_of
 from model.pipeline import TextToImage
 from model.trained import TrainedModel
 from rewards.rewards import Reward, load
@@ -222,6 +222,10 @@ class OnPolicy:
         """N(0, 1) in the shape of so many images' latents."""
         drawn = torch.randn(number, *self._shape, generator=generator)
         return drawn.to(self.accelerator.device)
+
+    def levels(self, steps: int) -> dict[str, Any]:
+        """What a rollout is called with for the noise levels of the pipeline's call."""
+        return levels_of(self.trained.pipeline.pipe, self._shape, steps)
 
     def denoise(self, text: Any, image: Any) -> Callable[[Tensor, Tensor], Tensor]:
         """The model in training with ψ⁺, as rollouts call it."""

@@ -4,12 +4,12 @@ The backend "eager" stops at the graph; recipes/test_train_agsm.py compiles a ru
 """
 
 import torch
-from integrations_tiny import tiny
+from integrations_tiny import run, tiny
 
 from agsm_loss import Bank
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
-COMPILED = ("unet", "sd3", "flux", "qwen", "sana")
+COMPILED = ("unet", "sd3", "flux", "flux2", "qwen", "sana", "z_image")
 
 
 def main():
@@ -23,7 +23,7 @@ def main():
         for bank in (torch.tensor([1, 0]), *split, Bank.OFF):
             x = made.inputs()
             with attached.using(bank):
-                eager, ours = made.model(**x)[0], compiled(**x)[0]
+                eager, ours = run(made.model, **x), run(compiled, **x)
             torch.testing.assert_close(ours, eager)
             if bank is Bank.OFF:
                 continue

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from diffusers import (
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 
 TEXT = 6  # rows of text
@@ -54,6 +56,21 @@ class Tiny:
                 "txt_ids": torch.zeros(TEXT, 3).double(),
                 "guidance": torch.full((batch,), 3.5).double(),
             }
+        if self.name == "flux2":
+            return common | {
+                "hidden_states": randn(9, 8),
+                "encoder_hidden_states": randn(TEXT, 12),
+                "img_ids": torch.cartesian_prod(*map(torch.arange, (1, 3, 3, 1))),
+                "txt_ids": torch.cartesian_prod(*map(torch.arange, (1, 1, 1, TEXT))),
+                "guidance": torch.full((batch,), 3.5).double(),
+            }
+        if self.name == "z_image":
+            images, texts = randn(4, 1, 4, 4), randn(40, 16)
+            return {
+                "x": list(images), "t": (1000 - t) / 1000, "return_dict": False,
+                # padded to 32 and 64
+                "cap_feats": [*texts[:-1], texts[-1, :TEXT]],
+            }  # fmt: skip
         if self.name == "qwen":
             mask = torch.ones(batch, TEXT, dtype=torch.long)
             mask[-1, 4:] = 0
@@ -103,6 +120,12 @@ SD3 = {
 }
 
 
+def run(model, **inputs):
+    """Its prediction; of Z-Image's list of images a tensor."""
+    out = model(**inputs)[0]
+    return torch.stack(out) if isinstance(out, list) else out
+
+
 def tiny(name, dtype=torch.float64) -> Tiny:
     """One of NAMES, seeded, in evaluation mode."""
     torch.manual_seed(0)
@@ -129,6 +152,31 @@ def tiny(name, dtype=torch.float64) -> Tiny:
             axes_dims_rope=(4, 4, 4),
         )
         made = Tiny(name, model, 24, 1e-3)
+    elif name in ("flux2", "klein"):
+        model = Flux2Transformer2DModel(
+            in_channels=8,
+            num_layers=3,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=12,
+            guidance_embeds=name == "flux2",
+            axes_dims_rope=(4, 4, 4, 4),
+        )
+        made = Tiny(name, model, 32, 1e-3)
+    elif name == "z_image":
+        model = ZImageTransformer2DModel(
+            in_channels=4,
+            dim=24,
+            n_layers=3,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[4, 4, 4],
+            axes_lens=[600, 32, 32],
+        )
+        made = Tiny(name, model, 24)
     elif name == "qwen":
         model = QwenImageTransformer2DModel(
             in_channels=16,
@@ -162,5 +210,5 @@ def tiny(name, dtype=torch.float64) -> Tiny:
     return made
 
 
-NAMES = ("unet", "unet_sdxl", "sd3", "sd3.5", "flux", "qwen", "sana")
+NAMES = ("unet", "unet_sdxl", "sd3", "sd3.5", "flux", "flux2", "qwen", "sana", "z_image")
 LAYERED = NAMES[2:]

@@ -4,16 +4,20 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
     FluxPipeline,
     QwenImagePipeline,
     SanaPipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
 )
 from integrations_tiny import tiny
 from tokenizers import AddedToken, pre_tokenizers, processors
@@ -25,9 +29,14 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -82,14 +91,73 @@ def t5_parts(width=16):
     return T5EncoderModel(config), tokenizer
 
 
-def qwen_pipeline(model):
-    """Its tokenizer has bytes; its scheduler's shift is that of the released model."""
+def bytes_tokenizer():
+    """It has bytes, a chat template, and padding on the right."""
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *bytes_]
     tokenizer = Qwen2Tokenizer(vocab={one: i for i, one in enumerate(vocabulary)}, merges=[])
     tokenizer.add_special_tokens({"additional_special_tokens": vocabulary[1:3]})
+    tokenizer.chat_template = (  # little of a system's message, so that few tokens are enough
+        "{% for m in messages %}<|im_start|>{{ m.content if m.content is string else "
+        "m.content[0].text[:4] if m.role == 'system' else m.content[0].text }}<|im_end|>"
+        "{% endfor %}"
+    )
+    return tokenizer
+
+
+def decoder_config(layers):
+    return {
+        "vocab_size": 259, "hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": layers,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4, "pad_token_id": 0,
+    }  # fmt: skip
+
+
+def flux2_pipeline(model):
+    """dev's, or klein's for a model without guidance input; as many layers as they read from.
+
+    dev's tokenizer is one here, in place of a processor that needs torchvision.
+    """
+    parts = {"vae": AutoencoderKLFlux2(
+        block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",), norm_num_groups=4, latent_channels=2,
+        layers_per_block=1, sample_size=8,
+    )}  # fmt: skip
+    parts["vae"].bn.running_mean.normal_()
+    parts["vae"].bn.running_var.uniform_(0.5, 2.0)
+    parts |= {
+        "transformer": model,
+        "tokenizer": bytes_tokenizer(),
+        # as the released models'
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+    if not model.config.guidance_embeds:
+        encoder = Qwen3ForCausalLM(Qwen3Config(**decoder_config(27)))
+        return Flux2KleinPipeline(**parts, text_encoder=encoder)
+    vision = {"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8,
+              "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}  # fmt: skip
+    text = {"model_type": "mistral", **decoder_config(30)}
+    encoder = Mistral3ForConditionalGeneration(
+        Mistral3Config(text_config=text, vision_config=vision)
+    )
+    return Flux2Pipeline(**parts, text_encoder=encoder)
+
+
+def z_image_pipeline(model):
+    config = Qwen3Config(**{**decoder_config(2), "hidden_size": 16})
+    return ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(scaling=0.36),
+        text_encoder=Qwen3Model(config),
+        tokenizer=bytes_tokenizer(),
+        transformer=model,
+    )
+
+
+def qwen_pipeline(model):
+    """Its scheduler's shift is that of the released model."""
+    tokenizer = bytes_tokenizer()
     text = {
-        "vocab_size": len(vocabulary), "hidden_size": 16, "intermediate_size": 16,
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16,
         "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
@@ -150,15 +218,15 @@ def sana_pipeline(model):
 
 
 def speaking_pipeline(name, folder):
-    """As `saved_pipeline`, with real tokenizers and text encoders; also flux, qwen and sana."""
+    """As `saved_pipeline`, with real tokenizers and text encoders; also of the other models."""
     torch.manual_seed(0)
     model = tiny(name, torch.float32).model
     if name == "unet":
         return saved_pipeline(name, folder)
-    if name == "qwen":
-        pipe = qwen_pipeline(model)
-    elif name == "sana":
-        pipe = sana_pipeline(model)
+    made = {"qwen": qwen_pipeline, "sana": sana_pipeline, "z_image": z_image_pipeline,
+            "flux2": flux2_pipeline, "klein": flux2_pipeline}  # fmt: skip
+    if name in made:
+        pipe = made[name](model)
     elif name == "flux":
         tokenizer, encoder = text_parts(width=12)
         t5, t5_tokenizer = t5_parts()

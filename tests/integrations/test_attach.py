@@ -2,12 +2,14 @@
 
 import copy
 import io
+from functools import partial
 
 import pytest
 import torch
-from integrations_tiny import NAMES, TEXT, tiny
+from integrations_tiny import NAMES, TEXT, run, tiny
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_map
 
 from agsm_loss import Bank, SoftTokens
 from agsm_loss.integrations.denoisers import TokenDenoiser
@@ -32,21 +34,21 @@ def hooks(model):
 def test_off_is_the_bare_model_and_detaching_restores_it(name):
     made = tiny(name)
     x, before, state = made.inputs(), hooks(made.model), dict(made.model.state_dict())
-    bare = made.model(**x)[0]
+    bare = run(made.model, **x)
     attached = attach_soft_tokens(made.model, tokens_for(made))
-    assert not torch.equal(made.model(**x)[0], bare)
+    assert not torch.equal(run(made.model, **x), bare)
     for off in (Bank.OFF, [-1, -1], torch.tensor([-1, -1])):
         with attached.using(off):
-            assert torch.equal(made.model(**x)[0], bare)
+            assert torch.equal(run(made.model, **x), bare)
     assert made.model.state_dict().keys() == state.keys()
     attached.detach()
     attached.detach()
     assert hooks(made.model) == before
-    assert torch.equal(made.model(**x)[0], bare)
+    assert torch.equal(run(made.model, **x), bare)
     again = attach_soft_tokens(made.model, tokens_for(made))
     assert again.is_attached and not attached.is_attached
     attached.detach()  # of no effect on the second tokens
-    assert not torch.equal(made.model(**x)[0], bare)
+    assert not torch.equal(run(made.model, **x), bare)
     again.detach()
 
 
@@ -58,12 +60,12 @@ def test_a_bank_for_each_sample(name):
     whole = {}
     for bank in Bank:
         with attached.using(bank):
-            whole[bank] = made.model(**x)[0]
+            whole[bank] = run(made.model, **x)
     assert not torch.allclose(whole[Bank.POSITIVE], whole[Bank.NEGATIVE])
     mixes = [[0, 1, 1, 0], [-1, 0, 1, -1], [1, -1, -1, -1]]
     for mix in [*mixes, torch.tensor(mixes[1])]:
         with attached.using(mix):
-            out = made.model(**x)[0]
+            out = run(made.model, **x)
         for i, bank in enumerate(torch.as_tensor(mix).tolist()):
             torch.testing.assert_close(out[i], whole[Bank(bank)][i])
     attached.detach()
@@ -104,21 +106,21 @@ def pickled(model):
 def test_a_copy_has_the_tokens_and_its_own(name, copied):
     made = tiny(name)
     tokens, x = tokens_for(made), made.inputs()
-    bare = made.model(**x)[0]
+    bare = run(made.model, **x)
     attached = attach_soft_tokens(made.model, tokens)
     with attached.using(Bank.NEGATIVE):
-        expected, copy_ = made.model(**x)[0], copied(made.model)
-    assert torch.equal(copy_(**x)[0], expected)
+        expected, copy_ = run(made.model, **x), copied(made.model)
+    assert torch.equal(run(copy_, **x), expected)
     other = copy_._agsm_attached
     assert other.model is copy_ and other.tokens is not tokens
     other.bank = Bank.POSITIVE
     with torch.no_grad():
         tokens.tokens.normal_()  # the original's, alone
-    assert not torch.allclose(made.model(**x)[0], copy_(**x)[0])
+    assert not torch.allclose(run(made.model, **x), run(copy_, **x))
     attached.detach()
-    assert torch.equal(made.model(**x)[0], bare) and not torch.allclose(copy_(**x)[0], bare)
+    assert torch.equal(run(made.model, **x), bare) and not torch.allclose(run(copy_, **x), bare)
     other.detach()
-    assert torch.equal(copy_(**x)[0], bare)
+    assert torch.equal(run(copy_, **x), bare)
 
 
 def test_an_averaged_model_has_averaged_tokens():
@@ -209,27 +211,30 @@ def test_positions_in_sd3_are_text_tokens(checkpointing):
     attached.detach()
 
 
-@pytest.mark.parametrize("name", ["unet", "sd3", "flux", "qwen", "sana"])
+def cast(dtype, leaf):
+    floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    return leaf.to(dtype) if floating else leaf
+
+
+@pytest.mark.parametrize("name", ["unet", "sd3", "flux", "flux2", "qwen", "sana", "z_image"])
 def test_float32_tokens_in_a_bfloat16_model(name):
     tokens = make_soft_tokens(tiny(name).model, num_tokens=2, std=1.0)
 
-    def run(dtype, bank):
+    def computed(dtype, bank):
         made = tiny(name, dtype)
-        x = {
-            n: v.to(dtype)
-            if isinstance(v, torch.Tensor) and v.is_floating_point() and n != "timestep"
-            else v
-            for n, v in made.inputs().items()
-        }
+        x = {n: v if n in ("timestep", "t") else tree_map(partial(cast, dtype), v)
+             for n, v in made.inputs().items()}  # fmt: skip
         attached = attach_soft_tokens(made.model, tokens)
         with attached.using(bank):
-            return made.model(**x)[0]
+            return run(made.model, **x)
 
     def error(bank):
-        exact = run(torch.float64, bank)
-        return float((run(torch.bfloat16, bank) - exact).detach().norm() / exact.detach().norm())
+        exact = computed(torch.float64, bank)
+        return float(
+            (computed(torch.bfloat16, bank) - exact).detach().norm() / exact.detach().norm()
+        )
 
-    out = run(torch.bfloat16, Bank.POSITIVE)
+    out = computed(torch.bfloat16, Bank.POSITIVE)
     assert out.dtype == torch.bfloat16 and tokens.tokens.dtype == torch.float32
     out.float().sum().backward()
     assert tokens.tokens.grad.isfinite().all() and tokens.tokens.grad[0].abs().max() > 0

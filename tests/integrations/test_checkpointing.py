@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from integrations_tiny import NAMES, tiny
+from integrations_tiny import NAMES, run, tiny
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from agsm_loss import Bank
@@ -14,9 +15,10 @@ def two_forwards(made, tokens, attached):
     outs = []
     for bank, t in (([0, 1], 37.0), ([1, 1], 905.0), ([-1, 0], 400.0)):
         x = made.inputs(timestep=t)
-        x["sample" if "sample" in x else "hidden_states"].requires_grad_()  # for use_reentrant
+        for name in {"sample", "hidden_states", "x", "cap_feats"} & set(x):  # for use_reentrant
+            tree_map(torch.Tensor.requires_grad_, x[name])
         with attached.using(bank):
-            outs.append(made.model(**x)[0])
+            outs.append(run(made.model, **x))
     loss = sum((i + 1) * out.square().sum() for i, out in enumerate(outs))
     tokens.zero_grad()
     with attached.using(Bank.OFF):

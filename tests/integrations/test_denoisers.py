@@ -4,12 +4,26 @@ import inspect
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, QwenImagePipeline
-from integrations_tiny import NAMES, TEXT, tiny
+from diffusers import (
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
+    QwenImagePipeline,
+)
+from integrations_tiny import NAMES, TEXT, run, tiny
 from peft import LoraConfig, get_peft_model
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank, InBatch, Passes, SoftTokens
-from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser, compute_dtype
+from agsm_loss.integrations.denoisers import (
+    CALLABLE,
+    PlainDenoiser,
+    TokenDenoiser,
+    compute_dtype,
+)
+from agsm_loss.integrations.hosts.rollouts import sample_latents
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens, unwrap
 from agsm_loss.integrations.tokens.hooks import patches, unpatched
 from agsm_loss.integrations.tokens.saved import SavedTokens
@@ -24,18 +38,19 @@ def denoiser_of(name, **settings):
 
 def batch_for(name, batch=3):
     """(noisy, timesteps, conditioning, image conditioning), with the pipelines' names."""
-    size = 4 if name == "sana" else 8
-    channels = {"flux": 1, "qwen": 4}.get(name, 4)
+    size = 4 if name in ("sana", "flux2", "z_image") else 8
+    channels = {"flux": 1, "flux2": 8}.get(name, 4)
     noisy = torch.randn(batch, channels, size, size).double()
-    cond = {"prompt_embeds": torch.randn(batch, TEXT, 16).double()}
+    width = 12 if name == "flux2" else 16
+    cond = {"prompt_embeds": torch.randn(batch, TEXT, width).double()}
     image = {}
     if name in ("unet_sdxl", "sd3", "sd3.5", "flux"):
         cond["pooled_prompt_embeds"] = torch.randn(batch, 12).double()
     if name == "unet_sdxl":
         image["add_time_ids"] = torch.tensor([[8.0, 8, 0, 0, 8, 8]] * batch).double()
-    if name == "flux":
+    if name in ("flux", "flux2"):
         image["guidance"] = torch.full((batch,), 3.5).double()
-    if name == "qwen":
+    if name in ("qwen", "z_image"):
         cond["prompt_embeds_mask"] = torch.tensor([[1] * TEXT, [1] * 4 + [0] * 2, [1] * TEXT])
     if name == "sana":
         cond["prompt_attention_mask"] = torch.tensor(
@@ -235,26 +250,26 @@ def hosts_inputs(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_call_makes_and_attaches_and_detach_restores_bit_for_bit(name):
     made, x = tiny(name), tiny(name).inputs()
-    bare, state = made.model(**x)[0], {n: v.clone() for n, v in made.model.state_dict().items()}
+    bare, state = run(made.model, **x), {n: v.clone() for n, v in made.model.state_dict().items()}
     torch.manual_seed(4)
     denoiser = TokenDenoiser(made.model, num_tokens=2)
-    out = made.model(**x)[0]
+    out = run(made.model, **x)
     assert not torch.equal(out, bare)
     with denoiser.using(Bank.OFF):
-        assert torch.equal(made.model(**x)[0], bare)
+        assert torch.equal(run(made.model, **x), bare)
     denoiser.detach()
     denoiser.detach()
-    assert torch.equal(made.model(**x)[0], bare)
+    assert torch.equal(run(made.model, **x), bare)
     after = made.model.state_dict()
     assert after.keys() == state.keys() and all(torch.equal(after[n], state[n]) for n in state)
     torch.manual_seed(4)
     by_hand = attach_soft_tokens(made.model, make_soft_tokens(made.model, num_tokens=2))
-    assert torch.equal(made.model(**x)[0], out)
+    assert torch.equal(run(made.model, **x), out)
     by_hand.detach()
     with pytest.raises(RuntimeError, match=r"were detached.*tokens=denoiser\.tokens"):
         denoiser(**hosts_inputs(name), bank=Bank.POSITIVE)
     again = TokenDenoiser(made.model, tokens=denoiser.tokens)
-    assert torch.equal(made.model(**x)[0], out) and again.tokens is denoiser.tokens
+    assert torch.equal(run(made.model, **x), out) and again.tokens is denoiser.tokens
 
 
 def test_the_settings_of_new_tokens():
@@ -360,6 +375,71 @@ def test_what_belongs_to_the_image_is_not_conditioning():
         PlainDenoiser(tiny("unet_sdxl").model)(noisy, t, {**cond, **image}, Bank.POSITIVE)
 
 
-def test_a_model_of_an_unknown_class_is_a_callable():
-    with pytest.raises(TypeError, match="Give AGSMRegularizer a callable"):
-        PlainDenoiser(torch.nn.Linear(2, 2))
+def lumina2():
+    """The callable of the error's text, run as it is written there."""
+    model = Lumina2Transformer2DModel(
+        sample_size=4, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=8, axes_dim_rope=(4, 4, 4),
+        axes_lens=(64, 16, 16), cap_feat_dim=16,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="Give AGSMRegularizer a callable") as caught:
+        PlainDenoiser(model)
+    told = str(caught.value)
+    assert CALLABLE in told and "takes: hidden_states, timestep, encoder" in told
+    names = {"transformer": model, "AGSMRegularizer": AGSMRegularizer, "AGSMLoss": AGSMLoss}
+    exec(CALLABLE, names)  # noqa: S102
+    return Lumina2Pipeline, model, names["denoiser"], names["agsm"]
+
+
+def chroma():
+    model = ChromaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=12,
+        num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 4, 4),
+        approximator_num_channels=8, approximator_hidden_dim=8, approximator_layers=1,
+    )  # fmt: skip
+
+    def denoiser(noisy, timesteps, conditioning, bank, **image):
+        text, mask = conditioning["prompt_embeds"], conditioning["prompt_attention_mask"]
+        rows = patches(noisy)
+        ids = torch.cartesian_prod(
+            *map(torch.arange, (1, noisy.shape[2] // 2, noisy.shape[3] // 2))
+        )
+        out = model(
+            rows, encoder_hidden_states=text, timestep=timesteps / 1000, return_dict=False,
+            img_ids=ids, txt_ids=torch.zeros(text.shape[1], 3),
+            attention_mask=torch.cat([mask, mask.new_ones(rows.shape[:2])], dim=1),
+        )  # fmt: skip
+        return unpatched(out[0], noisy)
+
+    agsm = AGSMRegularizer(denoiser, loss=AGSMLoss(guidance_scale=3))
+    return ChromaPipeline, model, denoiser, agsm
+
+
+@pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning")  # of Chroma's own
+@pytest.mark.parametrize("made", [lumina2, chroma])
+def test_any_other_transformer_is_a_callable(made):
+    """It gives what its pipeline steps with, and trains a LoRA."""
+    kind, model, denoiser, agsm = made()
+    with torch.no_grad():
+        for parameter in model.requires_grad_(False).parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    mask = torch.tensor([[1] * TEXT, [1] * 4 + [0] * 2]).bool()
+    text = {"prompt_embeds": torch.randn(2, TEXT, 16), "prompt_attention_mask": mask}
+    null = {name: rows[1:] for name, rows in text.items()}
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
+    pipe = kind(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    noise, size = torch.randn(2, 4, 4, 4), {"height": 32, "width": 32}
+    given = pipe._pack_latents(noise, 2, 4, 4, 4) if made is chroma else noise
+    wanted = pipe(**text, **size, latents=given, guidance_scale=1.0, num_inference_steps=2,
+                  output_type="latent").images  # fmt: skip
+    with torch.no_grad():
+        got = sample_latents(
+            lambda x, t: denoiser(x, t, text, Bank.OFF), pipe.scheduler, noise, num_steps=2,
+            sigmas=[1.0, 0.5],
+        )  # fmt: skip
+    torch.testing.assert_close(patches(got) if made is chroma else got, wanted)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    t = torch.tensor([100.0, 900.0])
+    agsm(noise, t, noise, text, ["a", "b"], null=null).loss.backward()
+    assert all(p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)

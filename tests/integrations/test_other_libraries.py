@@ -10,7 +10,7 @@ import workers
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers.models.attention_processor import AttnProcessor
-from integrations_tiny import tiny
+from integrations_tiny import run, tiny
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from ranks import run_ranks
 
@@ -24,12 +24,12 @@ def attach(made):
     return tokens, attach_soft_tokens(made.model, tokens)
 
 
-@pytest.mark.parametrize("name", ["unet", "sd3", "flux"])
+@pytest.mark.parametrize("name", ["unet", "sd3", "flux", "flux2", "z_image"])
 @pytest.mark.parametrize("attach_first", [False, True])
 def test_lora_on_off_and_fused(name, attach_first):
     made, x = tiny(name), tiny(name).inputs()
     tokens, attached = attach(made)
-    bare = made.model(**x)[0]
+    bare = run(made.model, **x)
     if not attach_first:
         attached.detach()
     torch.manual_seed(1)
@@ -39,17 +39,17 @@ def test_lora_on_off_and_fused(name, attach_first):
     made.model.double()
     if not attach_first:
         attached = attach_soft_tokens(made.model, tokens)
-    adapted = made.model(**x)[0]
+    adapted = run(made.model, **x)
     assert not torch.allclose(adapted, bare)
     adapted.sum().backward()
     grads = [p.grad for n, p in made.model.named_parameters() if "lora_" in n and p.requires_grad]
     assert len(grads) > 0 and all(g is not None and g.abs().max() > 0 for g in grads)
     assert tokens.tokens.grad.abs().max() > 0
     made.model.disable_adapters()
-    assert torch.equal(made.model(**x)[0], bare)
+    assert torch.equal(run(made.model, **x), bare)
     made.model.enable_adapters()
     made.model.fuse_lora()
-    torch.testing.assert_close(made.model(**x)[0], adapted)
+    torch.testing.assert_close(run(made.model, **x), adapted)
     attached.detach()
 
 
@@ -70,7 +70,7 @@ def test_compiled_equals_eager():
     script = Path(__file__).parents[1] / "helpers" / "compile_backbones_check.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["unet", "sd3", "flux", "qwen", "sana"]
+    assert done.stdout.split() == ["unet", "sd3", "flux", "flux2", "qwen", "sana", "z_image"]
 
 
 @pytest.mark.slow

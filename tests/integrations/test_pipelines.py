@@ -15,7 +15,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
 )
 from peft import LoraConfig
-from pipelines_tiny import saved_pipeline
+from pipelines_tiny import saved_pipeline, speaking_pipeline
 
 from agsm_loss import Bank
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
@@ -200,6 +200,22 @@ def test_rows_are_known_by_their_texts_in_any_order(name, folders):
     set_sampling(variant, attached, Sampling.NEGATIVE_UNCONDITIONAL)
     variant(**other, **inputs)
     assert seen[-1][1] == [1, 1, 0, 0] and "encode_prompt" not in vars(pipe)
+
+
+def test_the_branches_of_z_image_and_klein(tmp_path):
+    """Z-Image's come in one call, in lists and in the other order; klein's in two."""
+    pipe = load(speaking_pipeline("z_image", tmp_path))
+    attached = load_soft_tokens(pipe, tokens_of(pipe), Sampling.NEGATIVE_UNCONDITIONAL)
+    seen = watched(attached)
+    call = {"num_inference_steps": 2, "height": 8, "width": 8, "output_type": "latent"}
+    for guidance, banks in ((3.0, [0, 0, 1, 1]), (0.0, [0, 0])):
+        pipe(prompt=["a cat", "two red circles"], guidance_scale=guidance, **call)
+        assert seen[-1][1] == banks
+    set_sampling(pipe, attached, Sampling.CONDITIONAL_ONLY)
+    assert pipe(prompt=["a cat"], **call).images.isfinite().all()
+    klein = load(speaking_pipeline("klein", tmp_path / "klein"))
+    with pytest.raises(ValueError, match="calls its denoiser separately for each branch"):
+        load_soft_tokens(klein, tokens_of(klein), Sampling.NEGATIVE_UNCONDITIONAL)
 
 
 def test_the_same_prompt_in_both_branches_has_their_usual_order(folders):

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from integrations_tiny import LAYERED, TEXT, tiny
+from integrations_tiny import LAYERED, TEXT, run, tiny
 
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
@@ -19,7 +19,7 @@ def tokens_for(made, **settings):
 def hooked(made, tokens, **settings):
     attached = attach_soft_tokens(made.model, tokens, **settings)
     with attached.using(BANK):
-        out = made.model(**made.inputs())[0]
+        out = run(made.model, **made.inputs())
     attached.detach()
     return out
 
@@ -116,12 +116,13 @@ def put_in(block, own, change):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_flux_with_position_ids_of_its_own(num_layers):
+@pytest.mark.parametrize("name", ["flux", "flux2"])
+def test_flux_with_position_ids_of_its_own(name, num_layers):
     """The rotary rows come from the model's own `pos_embed`, of ids 0 for the tokens."""
-    made = tiny("flux")
+    made = tiny(name)
     tokens, x = tokens_for(made, num_layers=num_layers), made.inputs()
     ours = hooked(made, tokens)
-    ids = torch.cat([torch.zeros(TEXT + 2, 3).double(), x["img_ids"]])
+    ids = torch.cat([x["txt_ids"], torch.zeros_like(x["txt_ids"][:2]), x["img_ids"]])
     rope = made.model.pos_embed(ids)
 
     def change(args, kwargs, own):
@@ -189,6 +190,23 @@ def test_sana(num_layers):
     same(ours, made.model(**x)[0], tokens)
 
 
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_z_image_with_captions_of_two_lengths(num_layers):
+    made = tiny("z_image")
+    tokens = tokens_for(made, num_layers=num_layers)
+    ours = hooked(made, tokens)
+    for layer, block in enumerate(made.model.layers[:num_layers]):
+        own = tokens(T, BANK)[:, layer]
+
+        def forward(x, mask, rope, *rest, original=block.forward, own=own):
+            mask = torch.cat([mask, torch.tensor([[True] * 2] * 2)], dim=1)
+            rope = torch.cat([rope, torch.ones_like(rope[:, :2])], dim=1)
+            return original(torch.cat([x, own], dim=1), mask, rope, *rest)[:, :-2]
+
+        block.forward = forward
+    same(ours, run(made.model, **made.inputs()), tokens)
+
+
 @pytest.mark.parametrize("name", LAYERED)
 def test_every_layer_and_token_gets_a_gradient(name):
     made = tiny(name)
@@ -198,19 +216,20 @@ def test_every_layer_and_token_gets_a_gradient(name):
 
 
 @pytest.mark.parametrize("t", [0, 9, 10, 999, 10.5, 1000])
-@pytest.mark.parametrize("name", ["unet", "sd3", "flux", "sana"])
+@pytest.mark.parametrize("name", ["unet", "sd3", "flux", "sana", "z_image"])
 def test_the_time_token_of_a_call(name, t):
     made = tiny(name)
     tokens = tokens_for(made)
     seen = []
     tokens.time_tokens.register_forward_pre_hook(lambda m, args: seen.append(args[0].tolist()))
     x = made.inputs(timestep=t)
-    before = x["timestep"].clone()
+    key = "t" if name == "z_image" else "timestep"
+    before = x[key].clone()
     attached = attach_soft_tokens(made.model, tokens)
     made.model(**x)
     attached.detach()
     assert seen == [[min(int(t // 10), 99)] * 2]
-    assert torch.equal(x["timestep"], before)
+    assert torch.equal(x[key], before)
 
 
 @pytest.mark.parametrize("timestep", [500, 500.0, torch.tensor(500), torch.tensor([500])])

@@ -14,12 +14,12 @@ from PIL import Image
 from pipelines_tiny import WORDS, speaking_pipeline
 from recipe_runs import log
 
-from model.families import call_of
+from model.families import call_of, image_side
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 CLASSES = {
     "sd15": "unet", "sdxl": "unet_sdxl", "sd3": "sd3", "sd35": "sd3", "flux": "flux",
-    "qwen_image": "qwen", "sana": "sana",
+    "qwen_image": "qwen", "sana": "sana", "flux2": "klein", "z_image": "z_image",
 }  # fmt: skip
 
 
@@ -83,10 +83,13 @@ def test_its_options_are_valid(config):
 @pytest.mark.filterwarnings("ignore:.*_encode_prompt.* is deprecated")
 @pytest.mark.parametrize("config", REAL, ids=lambda one: one.stem)
 def test_it_builds_its_training_and_takes_a_step(config, models, data, tmp_path, monkeypatch):
-    large = ("FluxPipeline", "QwenImagePipeline")  # their own size is 128 pixels here
-    monkeypatch.setattr(
+    monkeypatch.setattr(  # the own size of some is large, and texts are padded
         "model.pipeline.call_of",
-        lambda pipe: {"height": 16, "width": 16} if type(pipe).__name__ in large else call_of(pipe),
+        lambda pipe: (
+            {"height": 16, "width": 16, "max_sequence_length": 32}
+            if image_side(pipe) >= 128
+            else call_of(pipe)
+        ),
     )
     recipe, kind = recipe_of(config), CLASSES[model_of(config)]
     known = vars(recipe.OPTIONS.parse("", ["--config", str(config)]))

@@ -23,7 +23,7 @@ from model.pipeline import TextToImage
 from model.sampling import sample
 
 FIRST = ("unet", "unet_sdxl", "sd3", "flux")
-KINDS = (*FIRST, "qwen", "sana")  # these two: see also test_families.py
+KINDS = (*FIRST, "qwen", "sana", "flux2", "z_image")  # the latter: see also test_families.py
 SMALL = {"height": 16, "width": 16}
 TOLD = ["a red circle", "two blue circles"]
 
@@ -107,7 +107,7 @@ for folder in sys.argv[1:]:
     size = {"height": 16, "width": 16}
     if "Sana" in type(pipe).__name__:
         size = {"height": 32, "width": 32, "use_resolution_binning": False}
-    images = pipe("a red circle", num_inference_steps=2, output_type="np", **size)
+    images = pipe(prompt="a red circle", num_inference_steps=2, output_type="np", **size)
     torch.save(torch.from_numpy(images.images), folder + "/stock.pt")
 """
 
@@ -123,7 +123,7 @@ def test_a_stock_pipeline_loads_a_lora(tmp_path):
         def draw(model):
             torch.manual_seed(0)
             call = {**SMALL, **model.arguments, "num_inference_steps": 2, "output_type": "np"}
-            return torch.from_numpy(model.pipe("a red circle", **call).images)
+            return torch.from_numpy(model.pipe(prompt="a red circle", **call).images)
 
         before = draw(model)
         model.add_lora(2)
@@ -296,7 +296,13 @@ def test_nan_is_no_picture(flow_base):
 
 @pytest.mark.parametrize(
     ("folder", "side", "told"),
-    [("flux", 9, "multiple of 2 for"), ("sana", 12, "multiple of 8 for"), ("sd3", 64, "up to")],
+    [
+        ("flux", 9, "multiple of 2 for"),
+        ("sana", 12, "multiple of 8 for"),
+        ("sd3", 64, "up to"),
+        ("flux2", 9, "multiple of 2 for"),
+        ("z_image", 9, "multiple of 2 for"),
+    ],
     indirect=["folder"],
 )
 def test_a_side_that_the_model_does_not_take_is_one_line(folder, side, told):
