@@ -10,8 +10,11 @@ import random
 import runpy
 import sys
 from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -574,3 +577,91 @@ def test_in_sd_scripts_itself(fresh, tmp_path, monkeypatch):
     for got, expected in seen:
         torch.testing.assert_close(got, expected)
     print(f"sd-scripts: {[[float(one[0]) for one in pair] for pair in seen]}")
+
+
+def stand_in(monkeypatch, *names):
+    """Modules of these names that have everything, where they are not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            module = MagicMock(__spec__=ModuleSpec(name, None), __path__=[])
+            monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # its own
+@pytest.mark.parametrize("scale", [1, 3])
+def test_in_ai_toolkit_itself(scale, fresh, monkeypatch):
+    """Its predict_noise and calculate_loss of a tiny model; three steps, and form A."""
+    root = clone("ai-toolkit")
+    sys.path.insert(0, str(root))
+    stand_in(monkeypatch, "torchaudio", "albumentations", "av", "lycoris")
+    trainers = pytest.importorskip(
+        "extensions_built_in.sd_trainer.DiffusionTrainer", exc_type=ImportError
+    )
+    from toolkit.config_modules import TrainConfig
+    from toolkit.prompt_utils import PromptEmbeds
+
+    def made(kind, **train):
+        """A trainer without a job: what its prediction and its loss read."""
+        torch.manual_seed(0)
+        one = kind.__new__(kind)
+        one.train_config = TrainConfig(dtype="float32", **train)
+        one.device_torch, one.additional_logs = torch.device("cpu"), {}
+        one.dfe = one.adapter = None
+        layer = one.layer = nn.Linear(4 + 3, 4)
+
+        def predict_noise(latents, conditional_embeddings, timestep, **_):
+            text = conditional_embeddings.text_embeds.mean(1)[:, :, None, None]
+            inputs = torch.cat([latents, text.expand(-1, -1, *latents.shape[2:])], dim=1)
+            pred = layer(inputs.movedim(1, -1)).movedim(-1, 1).tanh()
+            return pred * (1 + timestep.view(-1, 1, 1, 1) / 1000)
+
+        one.sd = SimpleNamespace(
+            predict_noise=predict_noise, is_flow_matching=True, prediction_type="flow",
+            scale_loss=lambda loss: loss,
+        )  # fmt: skip
+        one.unconditional_embeds = PromptEmbeds(torch.randn(1, 5, 3))
+        one._guidance_loss_target_batch = 3.0
+        return one
+
+    def loss(one):
+        noise, latents = torch.randn(2, 2, 4, 8, 8)
+        timesteps = torch.tensor([300.0, 800.0])
+        sigma = timesteps.view(-1, 1, 1, 1) / 1000
+        batch = SimpleNamespace(
+            latents=latents, mask_tensor=None, loss_multiplier_list=[1.0, 0.5], audio_pred=None,
+            audio_target=None, audio_pred_slot=None, get_is_reg_list=lambda: [False, False],
+        )  # fmt: skip
+        noisy = (1 - sigma) * latents + sigma * noise
+        pred = one.predict_noise(
+            noisy_latents=noisy, timesteps=timesteps, batch=batch, is_primary_pred=True,
+            conditional_embeds=PromptEmbeds(torch.randn(2, 5, 3)), unconditional_embeds=None,
+        )  # fmt: skip
+        mask = torch.rand(2, 4, 8, 8)
+        return one.calculate_loss(pred, noise, noisy, timesteps, batch, mask_multiplier=mask)
+
+    def first_loss(one):
+        torch.manual_seed(1)
+        return both(loss(one), list(one.layer.parameters()))
+
+    def trained(one):
+        torch.manual_seed(2)
+        optimizer = torch.optim.AdamW(one.layer.parameters(), lr=1e-2)
+        for _ in range(3):
+            loss(one).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for p in one.layer.parameters()]
+
+    ours = made(ai_toolkit.AI_TOOLKIT_EXTENSIONS[0].get_process())
+    ours.agsm_guidance_scale = scale
+    plain = made(trainers.DiffusionTrainer)
+    if scale == 1:
+        assert all(map(torch.equal, trained(ours), trained(plain)))
+        return
+    value, grads = first_loss(ours)
+    value_a, grads_a = first_loss(made(trainers.DiffusionTrainer, do_guidance_loss=True))
+    print(f"ai-toolkit: {value:.9f} {value_a:.9f} {value_a / value:.9f}")
+    torch.testing.assert_close(9 * value, value_a)
+    torch.testing.assert_close(tuple(3 * one for one in grads), grads_a)
+    assert not any(map(torch.equal, trained(ours), trained(plain)))
