@@ -79,7 +79,7 @@ def test_other_names_of_the_same_loss(scale, seed):
 
 @given(SCALES, SEEDS)
 def test_the_prediction_moves_in_place_of_the_target(scale, seed):
-    """Value and gradient, also under a weighting and a mask; guidance makes the prediction again."""
+    """Value and gradient, also under a weighting; and guidance makes the prediction again."""
     v = randn(2, 6, seed=seed).requires_grad_()
     u, target = randn(2, 6, seed=seed + 1), randn(2, 6, seed=seed + 2)
     unguided = AF.undo_guidance(v, u, scale)

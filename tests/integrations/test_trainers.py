@@ -1,13 +1,15 @@
 """AGSM in the trainers that people use: on stand-ins, and in the trainers where they are.
 
 For the latter, TRAINERS names a folder with clones, called as on GitHub: DiffSynth-Studio,
-ai-toolkit, sd-scripts.
+ai-toolkit, sd-scripts, diffusers.
 """
 
+import hashlib
 import inspect
 import os
 import random
 import runpy
+import subprocess
 import sys
 from contextlib import nullcontext
 from importlib.machinery import ModuleSpec
@@ -19,11 +21,24 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import UNet2DConditionModel
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 from PIL import Image
 from pipelines_tiny import text_parts, vae
+from readme import ROOT
+from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
 from torch import nn
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from agsm_loss import AGSMLoss
 from agsm_loss.integrations.trainers import ai_toolkit, sd_scripts
@@ -162,11 +177,10 @@ class Letters:
 
 def tiny_z_image():
     from diffsynth.models.z_image_dit import ZImageDiT
-    from diffsynth.pipelines.z_image import ZImagePipeline
-    from transformers import Qwen3Config, Qwen3Model
+    from diffsynth.pipelines.z_image import ZImagePipeline as Pipeline
 
     torch.manual_seed(0)
-    pipe = ZImagePipeline(device="cpu", torch_dtype=torch.float32)
+    pipe = Pipeline(device="cpu", torch_dtype=torch.float32)
     pipe.dit = ZImageDiT(
         dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
         axes_dims=[4, 6, 6], axes_lens=[512, 64, 64],
@@ -665,3 +679,107 @@ def test_in_ai_toolkit_itself(scale, fresh, monkeypatch):
     torch.testing.assert_close(9 * value, value_a)
     torch.testing.assert_close(tuple(3 * one for one in grads), grads_a)
     assert not any(map(torch.equal, trained(ours), trained(plain)))
+
+
+# diffusers' scripts, with the patches
+
+
+def speaking(kind, transformer, vae, text, **config):
+    """A tiny pipeline of Z-Image or FLUX.2-klein, with a tokenizer of bytes."""
+    symbols = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(vocab={one: i for i, one in enumerate(symbols)}, merges=[])
+    tokenizer.chat_template = "u:{{ messages[0]['content'] }}"
+    sizes = Qwen3Config(
+        vocab_size=len(symbols), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    return kind(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=text(sizes),
+        tokenizer=tokenizer, transformer=transformer, **config,
+    )  # fmt: skip
+
+
+def tiny_pipeline_z_image():
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=16, axes_dims=[4, 6, 6], axes_lens=[512, 64, 64],
+    )  # fmt: skip
+    for name in ("x_pad_token", "cap_pad_token"):
+        nn.init.zeros_(getattr(transformer, name))
+    return speaking(ZImagePipeline, transformer, vae(), Qwen3Model)
+
+
+def tiny_pipeline_flux2_klein():
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, timestep_guidance_channels=8,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    coder = AutoencoderKLFlux2(
+        block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",), layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",), latent_channels=4, norm_num_groups=4, sample_size=16,
+    )  # fmt: skip
+    return speaking(Flux2KleinPipeline, transformer, coder, Qwen3ForCausalLM, is_distilled=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # its own
+@pytest.mark.parametrize("name", ["z_image", "flux2_klein"])
+def test_in_diffusers_scripts_themselves(name, fresh, tmp_path, monkeypatch):
+    """The patched script on a tiny model: three steps of a LoRA, without the patch and with it."""
+    script = f"examples/dreambooth/train_dreambooth_lora_{name}.py"
+    patch = ROOT / f"integrations/patches/diffusers_{name}.diff"
+    upstream = (clone("diffusers") / script).read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(upstream) + upstream).hexdigest()
+    if f"index {blob}.." not in patch.read_text():
+        pytest.skip(f"the clone's {script} is not that of the patch's commit")
+    pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    globals()[f"tiny_pipeline_{name}"]().save_pretrained(tmp_path / "pipeline")
+    images = images_in(tmp_path / "images")
+    (tmp_path / script).parent.mkdir(parents=True)
+    (tmp_path / script).write_bytes(upstream)
+    plain = upstream.decode()
+    subprocess.run(["git", "apply", "--unidiff-zero", patch], check=True, cwd=tmp_path)
+    patched = (tmp_path / script).read_text()
+    losses, grads = [], []
+    backward = Accelerator.backward
+
+    def recorded(self, loss, **kwargs):
+        losses.append(loss.item())
+        backward(self, loss, **kwargs)
+        weights = self._models[0].parameters()
+        grads.append(torch.cat([p.grad.flatten() for p in weights if p.requires_grad]))
+
+    monkeypatch.setattr(Accelerator, "backward", recorded)
+
+    def trained(text):
+        (tmp_path / "train.py").write_text(text)
+        losses.clear()
+        grads.clear()
+        sys.argv = [
+            "train.py",
+            "--pretrained_model_name_or_path", str(tmp_path / "pipeline"), "--instance_data_dir",
+            str(images), "--instance_prompt", "a red circle", "--resolution", "16",
+            "--train_batch_size", "1", "--max_train_steps", "3", "--learning_rate", "1e-2",
+            "--lr_scheduler", "constant", "--lr_warmup_steps", "0", "--max_sequence_length", "16",
+            "--seed", "0", "--mixed_precision", "no", "--output_dir", str(tmp_path / "out"),
+            "--skip_final_inference", "--report_to", "tensorboard",
+            *(["--text_encoder_out_layers", "1"] if name == "flux2_klein" else []),
+        ]  # fmt: skip
+        runpy.run_path(str(tmp_path / "train.py"), run_name="__main__")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        saved = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+        return list(saved.values()), (losses[0], grads[0].clone())
+
+    ours = "undo_guidance(model_pred, null_pred, guidance_scale=3)"
+    assert patched.count(ours) == 1
+    without, _ = trained(plain)
+    one, _ = trained(patched.replace("guidance_scale=3", "guidance_scale=1"))
+    three, (value, grad) = trained(patched)
+    _, (value_free, grad_free) = trained(patched.replace(ours, "(model_pred + 2 * null_pred) / 3"))
+    assert all(map(torch.equal, one, without))
+    assert not all(map(torch.equal, three, without))
+    print(f"{name}: {value:.9f} {value_free:.9f} {(grad.norm() / grad_free.norm()).item():.9f}")
+    assert value == pytest.approx(value_free, rel=1e-5)
+    torch.testing.assert_close(grad, 3 * grad_free, rtol=1e-4, atol=1e-6)
