@@ -55,6 +55,9 @@ prediction sg(v) as the teacher's, the same loss stands elsewhere as follows (g 
                               DiffSynth-Studio: the same value, 1/s of the gradient
     ‖v − (u + s(τ − u))‖²     ai-toolkit (do_guidance_loss), musubi-tuner: s² times the value,
                               s times the gradient
+
+In a loss with a weighting or a mask of its own, move the prediction by as much in place of the
+target: `undo_guidance`.
 """
 
 from collections.abc import Callable, Sequence
@@ -274,6 +277,42 @@ def guidance_scale(
     """
     _checks.check_scale("pos_scale", pos_scale)
     return 1 / (1 - pos_scale * (1 - positive_weight)).clamp(min=0)
+
+
+def undo_guidance(
+    pred: Float[Tensor, "*D"], null_pred: Float[Tensor, "*D"], guidance_scale: float | int
+) -> Float[Tensor, "*D"]:
+    """p − (1 − 1/s)·sg(p − u): put in the place of p in any squared error, it makes that AGSM.
+
+    For a trainer with a weighting, a mask or a target of its own. The value is (p + (s − 1)u)/s, of
+    which guidance at scale s makes p; the gradient is that of p. So the squared error to τ is
+    `agsm_loss` with the empty caption and the student as its own teacher, value and gradient.
+
+    Args:
+        pred: p, the model's prediction under the image's own caption, with its graph.
+        null_pred: u, the same model's under the empty caption, at the same x_t and t.
+        guidance_scale: s ≥ 1, the scale to train in. At 1 `pred` itself is returned.
+
+    Raises:
+        TypeError: predictions that are no floating-point tensors.
+        ValueError: shapes that differ, or a scale below 1.
+
+    >>> pred, null_pred = torch.tensor([3.0]), torch.tensor([1.0])
+    >>> unguided = undo_guidance(pred, null_pred, 2)
+    >>> unguided, null_pred + 2 * (unguided - null_pred)
+    (tensor([2.]), tensor([3.]))
+    """
+    _checks.check_floating(pred=pred, null_pred=null_pred)
+    _checks.check_guidance_scale(guidance_scale)
+    if null_pred.shape != pred.shape:
+        raise ValueError(
+            f"null_pred: expected the shape of pred {tuple(pred.shape)}, got "
+            f"{tuple(null_pred.shape)}. Repeat the empty caption for each image."
+        )
+    if guidance_scale == 1:
+        return pred
+    pred, null_pred = _in_float32(pred, null_pred)
+    return pred - (1 - 1 / guidance_scale) * (pred - null_pred).detach()
 
 
 def guide(

@@ -78,6 +78,32 @@ def test_other_names_of_the_same_loss(scale, seed):
 
 
 @given(SCALES, SEEDS)
+def test_the_prediction_moves_in_place_of_the_target(scale, seed):
+    """Value and gradient, also under a weighting; and guidance makes the prediction again."""
+    v = randn(2, 6, seed=seed).requires_grad_()
+    u, target = randn(2, 6, seed=seed + 1), randn(2, 6, seed=seed + 2)
+    unguided = AF.undo_guidance(v, u, scale)
+    torch.testing.assert_close(u + scale * (unguided - u), v)
+    guidance = AGSMLoss(guidance_scale=scale).guide(torch.stack([v, u], dim=1), target)
+    weight = randn(2, 6, seed=seed + 3).square()
+    moved = (weight * (unguided - target) ** 2).mean()
+    expected = (weight * (v - guidance.targets[:, 0]) ** 2).mean()
+    torch.testing.assert_close(moved, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(one, v)[0] for one in (moved, expected)))
+
+
+@pytest.mark.unchecked_shapes
+def test_undone_guidance_is_float32_and_at_scale_1_the_prediction_itself():
+    pred, null_pred = randn(2, 3).bfloat16(), randn(2, 3, seed=1).bfloat16()
+    assert AF.undo_guidance(pred, null_pred, 1) is pred
+    assert AF.undo_guidance(pred, null_pred, 2).dtype == torch.float32
+    with pytest.raises(ValueError, match=r"null_pred: .*\(2, 3\), got \(1, 3\)"):
+        AF.undo_guidance(pred, null_pred[:1], 2)
+    with pytest.raises(ValueError, match="guidance_scale: expected"):
+        AF.undo_guidance(pred, null_pred, 0.5)
+
+
+@given(SCALES, SEEDS)
 def test_other_names_hold_for_several_competitors(scale, seed):
     """With u the others' weighted mean."""
     v = randn(2, 6, seed=seed).requires_grad_()
