@@ -4,8 +4,8 @@
     accelerate launch recipes/train_agsm.py --config recipes/configs/agsm_sd3.yaml
     python recipes/train_agsm.py --model <folder or hub id> --data <parquet, folder or hub id>
 
-`--model` is any Stable Diffusion, SDXL, SD3, Flux.1, Qwen-Image or Sana pipeline, a
-preference-tuned one too (`--merge_lora` for a tuned LoRA). `--data world` (the default) renders the
+`--model` is any Stable Diffusion, SDXL, SD3, Flux.1, FLUX.2, Qwen-Image, Sana or Z-Image pipeline,
+a preference-tuned one too (`--merge_lora` for a tuned LoRA). `--data world` (the default) renders the
 embedded world and scores validation prompts exactly. With other data, `--validation_prompts FILE`
 are sampled.
 

@@ -5,8 +5,8 @@
 Each step samples `--group_size` images per prompt, scores them by `--reward`, and follows the
 gradient of the better ones' likelihood. Prompts are the data set's captions, or the lines of
 `--sampling_prompts`. AGSM trains on the data set's images (`--agsm_images data`), or on the samples
-with the best rewards (`best`). `--model` is a flow-matching pipeline: SD3, Flux.1, Qwen-Image or
-Sana.
+with the best rewards (`best`). `--model` is a flow-matching pipeline: SD3, Flux.1, FLUX.2,
+Qwen-Image, Sana or Z-Image.
 
 Under `--output_dir`:
     tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights

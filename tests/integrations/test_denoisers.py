@@ -1,6 +1,7 @@
 """Denoisers with and without soft tokens, on every backbone."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -385,7 +386,12 @@ def lumina2():
     with pytest.raises(TypeError, match="Give AGSMRegularizer a callable") as caught:
         PlainDenoiser(model)
     told = str(caught.value)
-    assert CALLABLE in told and "takes: hidden_states, timestep, encoder" in told
+    guide = Path(__file__).parents[2] / "integrations" / "README.md"
+    assert (
+        CALLABLE in told
+        and CALLABLE in guide.read_text()
+        and "takes: hidden_states, timestep, encoder" in told
+    )
     names = {"transformer": model, "AGSMRegularizer": AGSMRegularizer, "AGSMLoss": AGSMLoss}
     exec(CALLABLE, names)  # noqa: S102
     return Lumina2Pipeline, model, names["denoiser"], names["agsm"]
