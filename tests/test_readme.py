@@ -40,12 +40,12 @@ def loaded(kind, folder):
 
 
 @as_users_run_it
-@pytest.mark.parametrize("kind", ["sd3", "unet", "unet_sdxl", "flux", "sana"])
+@pytest.mark.parametrize("kind", ["sd3", "unet", "unet_sdxl", "flux", "flux2", "sana"])
 def test_the_blocks_of_the_readme_train_any_pipeline(kind, tmp_path, monkeypatch):
     """The LoRA is trained at the first attempt, and nothing else."""
     pipe, _ = loaded(kind, tmp_path / kind)
     monkeypatch.chdir(tmp_path)
-    latents = torch.randn(3, 1 if kind == "flux" else 4, 8, 8)
+    latents = torch.randn(3, {"flux": 1, "flux2": 8}.get(kind, 4), 8, 8)
     model = pipe.components.get("transformer") or pipe.unet
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     namespace = {"pipe": pipe, "batches": [(latents, ["a cat", "two cats", ""])] * 2}
