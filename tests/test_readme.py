@@ -54,7 +54,7 @@ def test_the_blocks_of_the_readme_train_any_pipeline(kind, tmp_path, monkeypatch
     assert all(torch.equal(after[name], value) for name, value in before.items())
     trained = [name for name in after if "lora_B" in name]
     assert trained and all(after[name].any() for name in trained)
-    assert namespace["agsm"].loss.guidance_scale == 3
+    assert namespace["agsm"].loss.guidance_scale == 2
 
 
 def of_unet(pipe):
