@@ -24,10 +24,12 @@ from diffusers.training_utils import (
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from agsm_loss.integrations.noise import prediction_type
 from agsm_loss.integrations.prompts import (
     Row,
+    caption_ids,
     encoded_rows,
     family_of,
     image_conditioning,
@@ -98,6 +100,17 @@ def _without_values(pipe: Any) -> list[str]:
     ]
 
 
+def _check_tokenizers(pipe: Any) -> None:
+    """Any error where one cannot be used; ValueError where it has more than its encoder embeds."""
+    caption_ids(pipe, [""], **call_of(pipe))
+    for name, part in pipe.components.items():
+        encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
+        if isinstance(part, PreTrainedTokenizerBase) and encoder is not None:
+            last, rows = max(part.get_vocab().values()), len(encoder.get_input_embeddings().weight)
+            if last >= rows:
+                raise ValueError(f"{name} has a token {last}, its text encoder {rows} tokens")
+
+
 def _changes(part: Any) -> bool:
     """Whether a part of a pipeline has a LoRA whose weights are not all zero."""
     return isinstance(part, nn.Module) and any(
@@ -159,6 +172,7 @@ class TextToImage:
             pipe = _stored(name, dtype)
             if lost := _without_values(pipe):
                 raise ValueError(f"its files lack {len(lost)} weights, such as {lost[0]}")
+            _check_tokenizers(pipe)
         if getattr(pipe, "safety_checker", None) is not None:
             pipe.safety_checker = None
             pipe.register_to_config(requires_safety_checker=False)
@@ -171,10 +185,7 @@ class TextToImage:
         if dtype is not torch.float32:
             hold_in_float32(pipe.vae)
         pipe.set_progress_bar_config(disable=True)
-        made = cls(pipe)
-        with loading("model", model, Exception):  # a damaged tokenizer shows when it is used
-            made.encode_text([""])
-        return made
+        return cls(pipe)
 
     def add_lora(self, rank: int) -> None:
         """A trainable LoRA (arXiv 2106.09685) in float32 on every attention projection."""

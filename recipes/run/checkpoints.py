@@ -469,7 +469,7 @@ def _changed_options(options: Any, file: Path) -> dict[str, str]:
         stored = dict(json.loads(file.read_text()))
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{file}: expected the run's options, got {error}. Remove it to resume with the "
+            f"{file}: expected the run's options, got {error}. Remove the file to resume with the "
             "options that you give."
         ) from None
     defaults = options.of.defaults

@@ -339,6 +339,12 @@ def test_a_tokenizer_that_cannot_be_used_is_found_when_the_model_is_loaded(flow_
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 10**30}))
     with pytest.raises(ValueError, match=r"model: expected a folder.*OverflowError"):
         TextToImage.load(str(broken), torch.float32)
+    config.write_bytes((flow_base / "tokenizer" / "tokenizer_config.json").read_bytes())
+    table = json.loads((broken / "tokenizer" / "tokenizer.json").read_text())
+    table["model"]["vocab"]["red"] = 10**4
+    (broken / "tokenizer" / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=r"tokenizer has a token 10000, its text encoder \d+"):
+        TextToImage.load(str(broken), torch.float32)
 
 
 @pytest.mark.parametrize("part", ["vae", "transformer"])
