@@ -5,9 +5,9 @@
     python recipes/train_agsm.py --model <folder or hub id> --data <parquet, folder or hub id>
 
 `--model` is any Stable Diffusion, SDXL, SD3, Flux.1, FLUX.2, Qwen-Image, Sana or Z-Image pipeline,
-a preference-tuned one too (`--merge_lora` for a tuned LoRA). `--data world` (the default) renders the
-embedded world and scores validation prompts exactly. With other data, `--validation_prompts FILE`
-are sampled.
+a preference-tuned one too (`--merge_lora` for a tuned LoRA). `--data world` (the default) renders
+the embedded world and scores validation prompts exactly. With other data, `--validation_prompts
+FILE` are sampled.
 
 Under `--output_dir`:
     tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights

@@ -1,5 +1,7 @@
 """Captions as the stock pipelines encode them, and what tells them apart."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from pipelines_tiny import speaking_pipeline
@@ -49,3 +51,14 @@ def test_image_conditioning_has_a_row_an_image(pipe):
     assert {n: tuple(v.shape) for n, v in given.items()} == {
         "StableDiffusionXLPipeline": {"add_time_ids": (3, 6)}, "FluxPipeline": {"guidance": (3,)},
     }.get(kind, {})  # fmt: skip
+
+
+def test_a_tokenizer_inside_a_processor_is_found(pipe):
+    """FLUX.2-dev's, whose real processor needs torchvision."""
+    told, wanted = ["a cat", "two  cats", ""], caption_ids(pipe, ["a cat", "two  cats", ""])
+    parts = {
+        name: SimpleNamespace(tokenizer=part) if "tokenizer" in name else part
+        for name, part in pipe.components.items()
+    }
+    held = SimpleNamespace(components=parts, encode_prompt=pipe.encode_prompt)
+    assert caption_ids(held, told) == wanted
