@@ -49,11 +49,16 @@ class AGSMTrainer:
         ValueError: a scale below 1, or `do_guidance_loss`, which would do the same once more.
     """
 
+    concat_prompt_embeds: Any
+    get_conf: Any
+    train_config: Any
+    unconditional_embeds: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.agsm_guidance_scale = self.get_conf("agsm_guidance_scale", 3.0)  # type: ignore[attr-defined]
+        self.agsm_guidance_scale = self.get_conf("agsm_guidance_scale", 3.0)
         _checks.check_guidance_scale(self.agsm_guidance_scale)
-        if self.train_config.do_guidance_loss:  # type: ignore[attr-defined]
+        if self.train_config.do_guidance_loss:
             raise ValueError(
                 "do_guidance_loss: expected false with agsm_guidance_scale, got true. Both train "
                 "guidance in; keep one."
@@ -67,10 +72,9 @@ class AGSMTrainer:
         given |= given.pop("kwargs", {})
         if self.agsm_guidance_scale == 1 or not given.get("is_primary_pred"):
             return pred
-        number, batch = len(given["noisy_latents"]), given.get("batch")
-        given["conditional_embeds"] = self.concat_prompt_embeds(
-            [self.unconditional_embeds] * number
-        )  # type: ignore[attr-defined]
+        batch: Any = given.get("batch")
+        null = [self.unconditional_embeds] * len(given["noisy_latents"])
+        given["conditional_embeds"] = self.concat_prompt_embeds(null)
         given["is_primary_pred"] = False
         sound = getattr(batch, "audio_pred", None)
         if sound is not None:
