@@ -152,7 +152,7 @@ def _ends_of_file(path: str) -> str | None:
     try:
         with open(path, "rb", buffering=0) as file:
             return _ends(file)
-    except OSError:
+    except (OSError, ValueError):  # of a path with a NUL
         return None
 
 

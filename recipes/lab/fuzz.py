@@ -27,7 +27,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
@@ -47,7 +47,7 @@ from agsm_loss.integrations.prompts import caption_ids
 from agsm_loss.integrations.tokens.pipelines import load_soft_tokens
 from data.batches import read_image
 from data.pictures import read_picture
-from data.prompts import is_unicode, normal, read_prompts, texts_of
+from data.prompts import DELIMITERS, is_unicode, normal, read_prompts, texts_of
 from data.task import Task
 from model.pipeline import TextToImage
 from run.checkpoints import RunState, digest_of, opened
@@ -148,11 +148,8 @@ def _write(case: Case, file: Path, rows: list[dict[str, Any]]) -> None:
     """A text file of one of the kinds, half of the time damaged or in another encoding."""
     kind, out, rng = file.suffix.lower()[1:], io.StringIO(), case.rng
     if kind in ("csv", "tsv"):
-        table = csv.DictWriter(
-            out, list(rows[0]) if rows else ["caption"], delimiter=",\t"[kind == "tsv"]
-        )
-        table.writeheader()
-        table.writerows(rows)
+        table = csv.writer(out, delimiter=DELIMITERS[file.suffix.lower()])
+        table.writerows([list(rows[0] if rows else ["caption"]), *(row.values() for row in rows)])
     elif kind == "txt":
         out.write("\n".join(row["prompt"] for row in rows))
     elif kind == "json":
@@ -172,8 +169,8 @@ def _write(case: Case, file: Path, rows: list[dict[str, Any]]) -> None:
 def _rows_in(file: Path) -> int:
     """Rows of a text file that could be read, counted in another way."""
     content, kind = file.read_bytes().decode("utf-8-sig"), file.suffix.lower()
-    if kind in (".csv", ".tsv"):
-        lines = csv.reader(io.StringIO(content, newline=""), delimiter=",\t"[kind == ".tsv"])
+    if kind in DELIMITERS:
+        lines = csv.reader(io.StringIO(content, newline=""), delimiter=DELIMITERS[kind])
         return sum(map(bool, lines)) - 1
     if kind == ".json":
         try:
@@ -203,6 +200,7 @@ class Pair:
 
 def _pairs(case: Case, kind: str) -> list[Pair]:
     rng, made = case.rng, []
+    (case.folder / "data").mkdir()
     listed = kind in ("parquet", "json", "jsonl", "coco") and rng.random() < 0.3
     odd = kind.startswith("json") and rng.random() < 0.1
     for i in range(rng.randrange(9)):
@@ -217,7 +215,6 @@ def _pairs(case: Case, kind: str) -> list[Pair]:
         picture = rng.choice([*[content.getvalue()] * 9, b"", content.getvalue()[:40]])
         pair = Pair(None if rng.random() < 0.1 else cell, picture, case.folder / f"data/{i}.png")
         made.append(pair)
-        pair.file.parent.mkdir(exist_ok=True)
         if picture:
             pair.file.write_bytes(picture)
     return made
@@ -232,7 +229,7 @@ def tables(case: Case) -> None:
     good = [one.good() for one in pairs]
     case.whole = unicode and plain and any(good)
     image, text = ("png", "txt") if kind == "tar" else ("image", "caption")
-    data, files = FORMS[kind](case, pairs)
+    data, files = FORMS[kind](case, pairs, kind)
     if case.whole and kind in ("coco", "parquet", "tar") and case.rng.random() < 0.5:
         case.whole = False
         files[0].write_bytes(case.damaged(files[0].read_bytes()))
@@ -260,34 +257,28 @@ def tables(case: Case) -> None:
             raise RuleError(f"{kind}: rows {sorted(set(shown))} with others' captions: {wrong}")
 
 
-def _text_table(kind: str) -> Callable[[Case, list[Pair]], tuple[Path, list[Path]]]:
-    def write(case: Case, pairs: list[Pair]) -> tuple[Path, list[Path]]:
-        suffix = case.rng.choice([kind, kind.upper()])
-        file = case.folder / f"{case.rng.choice(['a', 'train', '[x] b'])}.{suffix}"
-        _write(case, file, [{"image": str(one.file), "caption": one.cell} for one in pairs])
-        return file, [file]
-
-    return write
+def _text_table(case: Case, pairs: list[Pair], kind: str) -> tuple[Path, list[Path]]:
+    suffix = case.rng.choice([kind, kind.upper()])
+    file = case.folder / f"{case.rng.choice(['a', 'train', '[x] b'])}.{suffix}"
+    _write(case, file, [{"image": str(one.file), "caption": one.cell} for one in pairs])
+    return file, [file]
 
 
-def _metadata(case: Case, pairs: list[Pair]) -> tuple[Path, list[Path]]:
+def _metadata(case: Case, pairs: list[Pair], _: str) -> tuple[Path, list[Path]]:
     file = case.folder / f"data/metadata.{case.rng.choice(['csv', 'jsonl'])}"
-    file.parent.mkdir(exist_ok=True)
     _write(case, file, [{"file_name": one.file.name, "caption": one.cell} for one in pairs])
     return file.parent, [file]
 
 
-def _beside(case: Case, pairs: list[Pair]) -> tuple[Path, list[Path]]:
-    folder = case.folder / "data"
-    folder.mkdir(exist_ok=True)
+def _beside(case: Case, pairs: list[Pair], _: str) -> tuple[Path, list[Path]]:
     for one in pairs:
         if one.cell is not None:
             file = one.file.with_suffix(case.rng.choice([".txt", ".caption"]))
             file.write_bytes(one.cell.encode())
-    return folder, []
+    return case.folder / "data", []
 
 
-def _coco(case: Case, pairs: list[Pair]) -> tuple[Path, list[Path]]:
+def _coco(case: Case, pairs: list[Pair], _: str) -> tuple[Path, list[Path]]:
     lists = [one.cell if isinstance(one.cell, list) else [one.cell] for one in pairs]
     table = {
         "images": [{"id": i, "file_name": one.file.name} for i, one in enumerate(pairs)],
@@ -299,7 +290,7 @@ def _coco(case: Case, pairs: list[Pair]) -> tuple[Path, list[Path]]:
     return file, [file]
 
 
-def _parquet(case: Case, pairs: list[Pair]) -> tuple[Path, list[Path]]:
+def _parquet(case: Case, pairs: list[Pair], _: str) -> tuple[Path, list[Path]]:
     file = case.folder / "a.parquet"
     inside = case.rng.random() < 0.5
     images = [one.picture if inside else str(one.file) for one in pairs]
@@ -308,7 +299,7 @@ def _parquet(case: Case, pairs: list[Pair]) -> tuple[Path, list[Path]]:
     return file, [file]
 
 
-def _tar(case: Case, pairs: list[Pair]) -> tuple[Path, list[Path]]:
+def _tar(case: Case, pairs: list[Pair], _: str) -> tuple[Path, list[Path]]:
     file = case.folder / "a.tar"
     with tarfile.open(file, "w") as tar:
         for i, one in enumerate(pairs):
@@ -330,10 +321,11 @@ def _rows_in_tar(content: bytes) -> int:
     return len(stems)
 
 
-FORMS: dict[str, Callable[[Case, list[Pair]], tuple[Path, list[Path]]]] = {
-    **{kind: _text_table(kind) for kind in ("csv", "tsv", "json", "jsonl")},
+FORMS = {
+    **dict.fromkeys(("csv", "tsv", "json", "jsonl"), _text_table),
     "metadata": _metadata, "beside": _beside, "coco": _coco, "parquet": _parquet, "tar": _tar,
 }  # fmt: skip
+"""What writes a table's files: the path to open, and those of the rows."""
 
 
 def images(case: Case) -> None:
@@ -346,8 +338,8 @@ def images(case: Case) -> None:
     image = image.convert(mode) if mode != "LAB" else Image.frombytes("LAB", size, image.tobytes())
     kind = rng.choice(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "JPEG2000", "DDS",
                        "TGA", "PPM"])  # fmt: skip
-    exif, turned = Image.Exif(), rng.randrange(10)
-    exif[0x0112] = turned
+    exif = Image.Exif()
+    exif[0x0112] = rng.randrange(10)  # how it is turned
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     profile = rng.choice([profile, case.damaged(profile), b""])
     out = io.BytesIO()
@@ -377,7 +369,7 @@ def images(case: Case) -> None:
 
 
 @cache
-def _trained() -> tuple[Path, Any, RunState, Any]:
+def _trained() -> tuple[Path, Any, RunState]:
     """A run's folder, its options, and what loads its checkpoints."""
     from accelerate import Accelerator
 
@@ -395,17 +387,15 @@ def _trained() -> tuple[Path, Any, RunState, Any]:
     shutil.rmtree(folder / "sheets", ignore_errors=True)
     options = train_agsm.OPTIONS.parse("", [*given.split(), "--resume_from_checkpoint", "latest"])
     accelerator = Accelerator()
-    model = Session(options, accelerator, open_task(options, accelerator), method="").prepare(
-        accelerator
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(model.optimizer, lambda at: 1.0)
+    task = open_task(options, accelerator)
+    model = Session(options, accelerator, task, method="").prepare(accelerator)
     others = {
-        "schedule": schedule,
+        "schedule": torch.optim.lr_scheduler.LambdaLR(model.optimizer, lambda at: 1.0),
         "log": Log(folder / "log.jsonl"),
         "averages": train_agsm.make_objective(options, model),
     }
     state = RunState(accelerator, model.module, model.optimizer, others)
-    return folder, options, state, model
+    return folder, options, state
 
 
 class Evil:
@@ -420,7 +410,7 @@ class Evil:
 
 def checkpoints(case: Case) -> None:
     """A checkpoint is loaded as it was saved, or the one before, or none with a message."""
-    rng, (made, options, state, _) = case.rng, _trained()
+    rng, (made, options, state) = case.rng, _trained()
     run = case.folder / "run"
     shutil.copytree(made, run)
     file = rng.choice(sorted(one for one in run.rglob("*") if one.is_file()))
@@ -539,7 +529,8 @@ def attempt(seed: int, kind: str, number: int) -> tuple[str, BaseException | Non
     told.case = case = Case(random.Random(f"{seed} {kind} {number}"), home)
     datasets.config.HF_DATASETS_CACHE = home / "cache"
     try:
-        with _limited(), warnings.catch_warnings(action="ignore"):
+        with _limited(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             KINDS[kind](case)
         return "read", None
     except BaseException as error:
@@ -552,6 +543,7 @@ def attempt(seed: int, kind: str, number: int) -> tuple[str, BaseException | Non
 
 
 def quiet() -> None:
+    """Without the libraries' messages, of which there are thousands."""
     quiet_libraries()
     datasets.disable_progress_bars()
     for name in ("transformers", "diffusers"):  # captions that are cut, weights that are missing

@@ -313,6 +313,7 @@ def test_the_fingerprint_is_of_the_images_contents(tmp_path):
         seen |= {of(str(file)), of(file.read_bytes()), of({"bytes": None, "path": str(file)})}
     assert len(seen) == 4 and of(str(file)) in seen
     assert of("nowhere.bmp") == of("else/nowhere.bmp") not in seen
+    assert of("no\0where.bmp") not in seen
 
 
 def test_texts_whose_picture_is_missing_are_told(tmp_path, caplog):
