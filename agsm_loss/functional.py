@@ -47,6 +47,9 @@ round takes the distance to the fixed point times g (p̄ held). Where the teache
 no loop; the student then rests at its target, and τ* + a(p̂_y − p̄) is guidance at scale s for
 a = s − 1 (`frozen_teacher`).
 
+The loss contains the denoising loss: take it in that loss's place. Added to ‖v − τ‖² with weight λ
+it comes to rest where g is λ/(1 + λ) of itself: s = 3 at λ = 1 trains in 1.5.
+
 Other names. With the empty caption u as the one competitor and the student's own detached
 prediction sg(v) as the teacher's, the same loss stands elsewhere as follows (g = 1 − 1/s):
 

@@ -1,8 +1,9 @@
 """`AGSMRegularizer`: AGSM as one line in somebody's training step.
 
-    loss = loss + agsm(noisy, timesteps, target, prompt_embeds, captions, null=empty).loss
+    loss = agsm(noisy, timesteps, target, prompt_embeds, captions, null=empty).loss
     loss.backward(); optimizer.step(); agsm.update_ema()
 
+In place of a denoising loss, which it contains, or added to a host's (a reward's, a preference's).
 It chooses the candidates, runs the teacher (the student itself, or an EMA of it) on them without
 gradient, turns its predictions into weights and guided targets, and runs the student on the
 matching caption (or takes the host's own prediction) with ψ⁺ and, where γ⁻ > 0, on the others with

@@ -47,9 +47,12 @@ class Options:
 
 
 def resolve_own(options: Any) -> None:
-    """As all recipes' options, but SoftREPA contrasts captions of the batch unless told others."""
+    """As all recipes' options; SoftREPA contrasts captions of the batch, denoising trains scale 1."""
     if options.objective == "softrepa" and not options.candidates:
         options.candidates = "in_batch:3"
+    given = options.agsm_guidance_scale, options.pos_scale, options.neg_scale
+    if options.objective == "denoising" and given == (None, None, None):
+        options.agsm_guidance_scale = 1.0
     resolve(options)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS
 from torch import nn
+from torch.nn import functional as F
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Hard, InBatch, Mixed, Passes
 from agsm_loss import functional as AF
@@ -166,6 +167,17 @@ def test_a_frozen_teacher_rests_at_the_same_scale(scale, seed):
     loss = AGSMLoss(guidance_scale=scale, frozen_teacher=True)
     rest = loss.guide(torch.cat([mean, away], 1), mean.squeeze(1)).targets[:, :1]
     torch.testing.assert_close(rest, away + scale * (mean - away))
+
+
+@pytest.mark.parametrize(("weight", "trained_in"), [(1.0, 1.5), (4.0, 15 / 7)])
+def test_added_to_a_denoising_loss_it_trains_less_in(weight, trained_in):
+    """λ/(1 + λ) of 1 − 1/s: at this scale's prediction the two gradients cancel."""
+    target, null = randn(2, 3, seed=1), randn(2, 3, seed=2)
+    pred = (null + trained_in * (target - null)).requires_grad_()
+    both = torch.stack([pred, null], dim=1)
+    loss = AGSMLoss(guidance_scale=3)(both, both.detach(), target)
+    (F.mse_loss(pred, target) + weight * loss).backward()
+    torch.testing.assert_close(pred.grad, torch.zeros(2, 3).double())
 
 
 class Net(nn.Module):
