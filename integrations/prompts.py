@@ -77,23 +77,18 @@ def caption_ids(pipe: Any, captions: Sequence[str], **arguments: Any) -> list[Ha
     tokenizers = [part for part in parts if isinstance(part, PreTrainedTokenizerBase)]
 
     texts = [*dict.fromkeys(captions), ""]
-    read = [
+
+    def tokens(one: Any) -> list[Sequence[int]]:
         # As the pipelines do: CLIP's own limit, max_sequence_length for the others.
-        (
-            one(
-                texts,
-                truncation=True,
-                max_length=one.model_max_length
-                if "CLIP" in type(one).__name__ or not most
-                else most,
-            ).input_ids,
-            one.pad_token_id,
-        )
-        for one in tokenizers
-    ]
-    # All are padded to one length, and CLIP's padding may be a token of a text.
-    columns = [[_without_padding(row, pad) for row in rows] for rows, pad in read]
-    ids = list(zip(*columns, strict=True))
+        own = "CLIP" in type(one).__name__ or not most
+        limit = one.model_max_length if own else most
+        rows: list[Sequence[int]] = one(texts, truncation=True, max_length=limit).input_ids
+        if any("mask" in name for name in known):
+            return rows
+        # All are padded to one length and read to its end, and CLIP's padding may be in a text.
+        return [_without_padding(row, one.pad_token_id) for row in rows]
+
+    ids = [tuple(map(tuple, row)) for row in zip(*map(tokens, tokenizers), strict=True)]
     found = dict(zip(texts, ids, strict=True))
     return ["" if found[text] == found[""] else found[text] for text in captions]
 

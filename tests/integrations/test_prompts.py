@@ -20,13 +20,12 @@ def pipe(request, tmp_path_factory):
 
 
 def test_captions_that_are_encoded_alike_are_one_caption(pipe):
-    """Cut off at the encoder's limit; blanks dropped, where every tokenizer drops them."""
-    longest = max(
-        part.model_max_length for name, part in pipe.components.items() if "tokenizer" in name
-    )
+    """Cut off at the encoder's limit; blanks dropped, where every tokenizer drops them; padding."""
+    tokenizers = [part for name, part in pipe.components.items() if "tokenizer" in name]
+    longest = max(part.model_max_length for part in tokenizers)
     long = " ".join(["two red circles"] * min(longest, 600))
     texts = [long, f"{long} and a cat", "two red circles", "two blue circles", "", "  "]
-    texts.append("two red circles<|endoftext|>")  # CLIP's padding
+    texts += ["a", *(f"a{part.eos_token}" for part in tokenizers)]  # CLIP pads with it
     ids = caption_ids(pipe, texts)
     rows = encode_prompts(pipe, texts)["prompt_embeds"]
     for i, one in enumerate(ids):

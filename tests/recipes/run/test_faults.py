@@ -414,7 +414,9 @@ def test_tensorboard_has_each_point_once(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["others.bin", "optimizer.bin", "trainable.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(60), b"\x80\x02N."])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04" + bytes(60), b"\x80\x02N."], ids=["empty", "cut", "pickle"]
+)
 def test_what_cannot_be_loaded_is_one_line(name, content, tmp_path):
     """Although its checksum is right: somebody has written both."""
     chosen, folder = cut_run(tmp_path), tmp_path / "checkpoints" / "checkpoint_4"
