@@ -47,7 +47,7 @@ class Options:
 
 
 def resolve_own(options: Any) -> None:
-    """As all recipes' options, but SoftREPA contrasts captions of the batch; denoising is scale 1."""
+    """As all recipes; SoftREPA contrasts captions of the batch, plain denoising is scale 1."""
     if options.objective == "softrepa" and not options.candidates:
         options.candidates = "in_batch:3"
     given = options.agsm_guidance_scale, options.pos_scale, options.neg_scale
