@@ -13,7 +13,7 @@ jaxtyping.install_import_hook("agsm_loss", "beartype.beartype")
 import torch
 from hypothesis import settings
 
-settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
+settings.register_profile("suite", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("suite")
 
 

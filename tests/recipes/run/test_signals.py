@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 import train_agsm
 from lab.studies.plan import folder_of, read_plan
 from lab.studies.run import begin
+from run.stop import PIPED
 
 pytestmark = pytest.mark.slow
 FEW = {"train_batch_size": 2, "num_tokens": 1, "validation_per_category": 1,
@@ -101,13 +102,6 @@ def test_a_study_ends_with_its_runs_and_they_with_it(flow_base, recipes, tmp_pat
     assert free(folder) and (checkpoint(folder, done) / "complete").exists()
     assert not folder_of(read, "AGSM", 1).exists()
 
-    study = started(*command)
-    wait_for(lambda: lines(folder) >= done + 3, study)
-    study.kill()
-    study.communicate()
-    wait_for(lambda: free(folder), seconds=30)
-    assert (checkpoint(folder, lines(folder)) / "complete").exists()
-
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_processes_end_together_where_one_is_asked_to(flow_base, recipes, tmp_path, monkeypatch):
@@ -126,3 +120,21 @@ def test_processes_end_together_where_one_is_asked_to(flow_base, recipes, tmp_pa
     saved = checkpoint(tmp_path, lines(tmp_path))
     assert (saved / "random_states_1.pkl").exists()
     assert json.loads((saved / "complete").read_text())["step"] == lines(tmp_path)
+
+
+def test_a_run_ends_when_the_study_that_started_it_is_killed(recipes):
+    """Its standard input is the study's pipe, which ends with the study."""
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from run.stop import end_with_parent\n"
+        "end_with_parent(); print('watches', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, recipes],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, PIPED: "1"},
+    ) as run:
+        assert run.stdout.readline().strip() == b"watches" and run.poll() is None
+        run.stdin.close()
+        assert run.wait(timeout=30) == -signal.SIGTERM
