@@ -216,7 +216,7 @@ def test_the_make_targets_exist(name):
     assert named <= targets
 
 
-LAB = ["train_base", "bench.loss", "bench.step", "bench.hosts"]  # python -m recipes.lab....
+LAB = ["train_base", "fuzz", "bench.loss", "bench.step", "bench.hosts"]  # python -m recipes.lab....
 
 
 @pytest.fixture(scope="module")

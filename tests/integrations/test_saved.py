@@ -11,8 +11,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from integrations_tiny import NAMES, tiny
+from integrations_tiny import run as predicted
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from agsm_loss import Bank, SoftTokens
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
@@ -25,15 +27,14 @@ def attached_to(name, **settings):
 
 
 def inputs(made):
-    return {
-        n: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for n, v in made.inputs().items()
-    }
+    return tree_map_only(
+        torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, made.inputs()
+    )
 
 
 def run(made, attached, bank):
     with torch.no_grad(), attached.using(bank):
-        return made.model(**inputs(made))[0]
+        return predicted(made.model, **inputs(made))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -290,10 +290,10 @@ def test_large_pictures_are_sampled_few_a_call(size, scale, number):
     class Pipe:
         unet, vae_scale_factor = torch.nn.Identity(), scale
 
-        def __call__(self, prompts, **settings):
-            asked.append(len(prompts))
-            return SimpleNamespace(images=np.zeros((len(prompts), 2, 2, 3)))
+        def __call__(self, prompt, **settings):
+            asked.append(len(prompt))
+            return SimpleNamespace(images=np.zeros((len(prompt), 2, 2, 3)))
 
-    Pipe.unet.config = SimpleNamespace(sample_size=size)
+    Pipe.unet.config = {"sample_size": size}
     images = sample(Pipe(), ["a"] * 70, seeds=range(70), num_inference_steps=1, guidance_scale=1.0)
     assert max(asked) == number and len(images) == sum(asked) == 70

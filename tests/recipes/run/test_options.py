@@ -245,7 +245,7 @@ DERIVED = ("rank", "learning_rate", "agsm_guidance_scale", "pos_scale", "neg_sca
             {"num_tokens": 4, "full": True, "neg_scale": 0.5},
             (0, 1e-5, None, 1.0, 0.5, "empty", 0.995, 3.0),
         ),
-        ({"objective": "denoising"}, (16, 1e-4, 3.0, None, 0.0, "empty", None, 3.0)),
+        ({"objective": "denoising"}, (16, 1e-4, 1.0, None, 0.0, "empty", None, 3.0)),
         (
             {"objective": "softrepa", "num_tokens": 4, "rank": 8},
             (8, 1e-4, 3.0, None, 0.0, "in_batch:3", None, 3.0),
