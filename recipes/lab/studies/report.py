@@ -149,7 +149,8 @@ def _scales_told(plan: Plan) -> str:
         scales = plan.scales(name)
         one = f"{scales[0]:g}" if len(scales) == 1 else f"{best} a category, of {scales}"
         others.setdefault(one, []).append(plain(name))
-    told += "".join(f", but {'; '.join(names)} at {one}" for one, names in others.items())
+    apart = [f"{'; '.join(names)} at {one}" for one, names in others.items()]
+    told += f", but {', '.join(apart)}" if apart else ""
     return f"{told}."
 
 
