@@ -21,6 +21,6 @@ def test_the_variants_of_a_host_have_one_loss(host, monkeypatch):
 def test_with_a_rollout_the_variants_differ_by_what_is_added(host, monkeypatch):
     monkeypatch.setattr(bench_hosts, "BATCH", 2)
     losses = {name: bench_hosts.make(host, name)() for name in bench_hosts.variants_of(host)}
-    assert len(losses) == 3
+    assert len(losses) == 3 and losses["alone"] == bench_hosts.make(host, "alone")()
     assert losses["alone"] < min(losses["denoising"], losses["empty caption"])
     assert losses["denoising"] != losses["empty caption"]
