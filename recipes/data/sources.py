@@ -123,6 +123,11 @@ def world(module: str) -> Any:
     return importlib.import_module(f"lab.world.{module}")
 
 
+def is_world(data: str) -> bool:
+    """Whether `--data` names the embedded world, or a variant of it (`world:novel:200`)."""
+    return data.partition(":")[0] == "world"
+
+
 CLONE = Path(__file__).resolve().parents[2]
 
 
@@ -134,7 +139,7 @@ def given_model(model: str, data: str, of_world: str) -> str:
     Raises:
         ValueError: none is given for other data.
     """
-    if not model and data != "world":
+    if not model and not is_world(data):
         raise ValueError(
             f"model: expected a pipeline for the data {data}, a folder or a hub id, got none. Give "
             f"--model: only the embedded world's data have one of their own, {of_world}."

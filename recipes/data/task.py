@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from data.batches import PAIR_COLUMNS, Batch, PairBatch, TableBatches, TablePairs, one_text
 from data.prompts import read_prompts, texts_of
-from data.sources import world
+from data.sources import is_world, world
 from data.tables import check_columns, fingerprint, open_table
 from run.options import option
 
@@ -197,7 +197,7 @@ def open_task(options: Any, processes: Any) -> Task:
         # Of a command that samples nothing there are none.
         "prompts": getattr(options, "validation_prompts", ""),
     }
-    if options.data == "world":
+    if is_world(options.data):
         made: Task = world("task").World.of(
             settings, getattr(options, "validation_per_category", 1)
         )

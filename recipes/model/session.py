@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator, PartialState
 
 from data.pictures import sheet
+from data.sources import is_world
 from data.task import Task
 from model.agsm import summary_of
 from model.card import Trained, write_cards
@@ -172,7 +173,7 @@ class Session(TrainedModel):
             "model": str(saved.get("pipeline", options.model)),
             "tokens": str(saved.get("tokens", "")),
             "lora": str(saved.get("lora", "" if options.full else options.merge_lora)),
-            "prompts": options.validation_prompts or "prompts.txt" * (options.data != "world"),
+            "prompts": options.validation_prompts or "prompts.txt" * (not is_world(options.data)),
             "output_dir": str(output / "images"),
             "sheet": "true",
         }

@@ -25,7 +25,7 @@ from agsm_loss.integrations.prompts import caption_ids
 from agsm_loss.integrations.tokens.attach import backbone_of
 from agsm_loss.integrations.tokens.unet import bos_embedding
 from data.batches import Batch, PairBatch
-from data.sources import check_source, found_here, given_model
+from data.sources import check_source, found_here, given_model, is_world
 from data.task import Task
 from model.agsm import Competitors, make_agsm, resolve_agsm
 from model.families import image_side
@@ -162,7 +162,7 @@ class TrainedModel:
         held = torch.float32 if options.full and not casts else dtype[options.mixed_precision]
         self.pipeline = model = TextToImage.load(options.model, held, state.device)
         task.size = task.size or image_side(model.pipe)
-        if options.data != "world":
+        if not is_world(options.data):
             model.check_side(task.size)
         prediction_type(model.pipe.scheduler)  # one whose noise is not known is refused at once
         if is_sharded(state):  # FSDP2 takes no channels_last

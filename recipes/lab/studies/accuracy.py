@@ -1,4 +1,4 @@
-"""Implicit accuracy (arXiv 2311.12908) on held-out preference pairs of the world."""
+"""What can be measured of a tuned model without sampling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from agsm_loss import Bank
 from agsm_loss.integrations.denoisers import PlainDenoiser
 from agsm_loss.integrations.hosts.diffusion_dpo import diffusion_dpo_loss
 from agsm_loss.integrations.noise import add_noise, regression_target
-from lab.world.data import WorldPairs
+from lab.world.data import WorldBatches, WorldPairs
 from model.pipeline import TextToImage
 
 
@@ -49,3 +49,35 @@ def implicit_accuracy(
         preds = [PlainDenoiser(model.denoiser)(*inputs) for model in (tuned, reference)]
         right += size * diffusion_dpo_loss(*preds, target).accuracy.item()
     return right / number
+
+
+@torch.no_grad()
+def trained_in_scale(
+    tuned: TextToImage, base: TextToImage, number: int, *, seed: int, batch_size: int = 64
+) -> float:
+    """The guidance scale that `tuned` acts like, by its predictions alone.
+
+    Over `number` held-out images, each at one noise level of the whole schedule: 1 + how far the
+    tuned prediction lies from the base's along the base's guidance, p(caption) - p(no words), as a
+    share of it (least squares). The base itself has 1; its predictions guided at s have s.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    scheduler, along, length = base.pipe.scheduler, 0.0, 0.0
+    for index, first in enumerate(range(0, number, batch_size)):
+        batch = WorldBatches(min(batch_size, number - first), 0, seed=seed, fold="heldout")[index]
+        latents = base.encode_images(batch.pixels, generator)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        timesteps = base.timesteps(len(latents), "uniform", generator)
+        noisy = add_noise(scheduler, latents, noise, timesteps)
+        text = base.encode_prompts([*batch.captions, ""])
+        own = {name: value[:-1] for name, value in text.items()}
+        null = {name: value[-1:].expand_as(own[name]) for name, value in text.items()}
+        before, without = (
+            PlainDenoiser(base.denoiser)(noisy, timesteps, rows, Bank.POSITIVE)
+            for rows in (own, null)
+        )
+        after = PlainDenoiser(tuned.denoiser)(noisy, timesteps, own, Bank.POSITIVE)
+        guidance = before - without
+        along += float(((after - before) * guidance).sum())
+        length += float(guidance.square().sum())
+    return 1 + along / length

@@ -22,6 +22,7 @@ BASE = "base"
 RECIPE, AFTER = "recipe", "after"
 OF, SCALES, STRENGTH = "of", "guidance_scales", "lora_scale"
 SETTINGS = "settings.json"
+RIVALS = "lab.train_rivals"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Plan:
     """A study's YAML file.
 
     methods: name -> options of its recipe over those of `common`, and besides them
-        recipe: the script that trains it, without its ending (default train_agsm);
+        recipe: the script that trains it, without its ending (default train_agsm), or
+            lab.train_rivals;
         after: a method before it, from whose model of the same seed it starts (a LoRA is merged);
         that method trains no tokens, and is itself after none.
         The untrained base is always there, under the name "base".
@@ -46,6 +48,8 @@ class Plan:
     baselines: methods that the others are compared with, image by image, as with the base.
     pairs: held-out preference pairs on which each method's implicit accuracy against the untrained
         model is measured, at `common`'s noise levels; 0: none.
+    scale_images: held-out images on which the guidance scale is measured that each method's
+        predictions have trained in (`trained_in_scale`); 0: none.
     guidance_scales: of the sweep; a single one is taken as it is. per_category,
         sweep_per_category: held-out and validation prompts a category.
     num_inference_steps: sampling steps of both.
@@ -72,6 +76,7 @@ class Plan:
     num_inference_steps: int = 20
     categories: list[str] = field(default_factory=lambda: list(TAGS))
     pairs: int = 0
+    scale_images: int = 0
     title: str = "Soft tokens on the embedded world"
 
     def scales(self, method: str) -> list[float]:
@@ -131,7 +136,8 @@ def recipe_of(where: str, options: dict[str, Any]) -> Any:
     where: what an error's text begins with.
     """
     name = options.get(RECIPE, "train_agsm")
-    known = sorted(file.stem for file in Path(__file__).parents[2].glob("train_*.py"))
+    top = Path(__file__).parents[2]
+    known = [*sorted(file.stem for file in top.glob("train_*.py")), RIVALS]
     if name not in known:
         raise ValueError(f"{where}: {RECIPE}: expected one of {known}, got {name!r}")
     return importlib.import_module(name)
@@ -175,7 +181,7 @@ def _check_order(file: Path, values: dict[str, Any]) -> None:
             )
         chosen = {**common, **methods[before]}
         trained = chosen.get("rank") or chosen.get("full")
-        if not trained or chosen.get("num_tokens") != 0:
+        if not trained or chosen.get("num_tokens", 0) != 0:
             raise ValueError(
                 f"{file}: {name}: {AFTER}: expected a method with rank or full, and num_tokens: 0, "
                 f"as tokens cannot be merged, got {before!r}"
@@ -225,6 +231,8 @@ def settings_of(plan: Plan, method: str) -> dict[str, Any]:
             settings |= {f"{AFTER}.{name}": value for name, value in before.items()}
     else:
         del settings["pairs"]
+    if not plan.scale_images:  # runs that were done before it was measured have none
+        del settings["scale_images"]
     return dict(json.loads(json.dumps(settings, default=str)))
 
 

@@ -20,6 +20,7 @@ from markdown_it import MarkdownIt
 from scipy.stats import t
 
 from lab.studies.figures import chart, curves, frontier, pictures
+from lab.studies.kept import kept_chart, kept_table
 from lab.studies.plan import BASE, OF, Plan, folder_of, images_of, jobs_of, log_of
 from lab.world.detect import palette_error
 from lab.world.prompts import specs
@@ -51,6 +52,8 @@ def write(plan: Plan, config: Path) -> Path:
     pictures(plan, output / "images.png")
     if plan.chart:
         chart(plan, overall(results), output / "chart.png")
+    if plan.scale_images:
+        kept_chart(plan, output / "kept.png")
     text = markdown(plan, results, config)
     (output / "report.md").write_text(text)
     (output / "report.html").write_text(html_page(plan.title, text, output))
@@ -102,10 +105,11 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path) -> str:
         config=config,
         minutes=sum(result["train_seconds"] for result in results) / 60,
         in_short=in_short(plan, groups),
-        guided=_guided(plan),
+        guided=_guided(plan, groups),
         scales=_scales_told(plan),
         prompts=", ".join(prompts),
         heldout=_heldout(plan, groups),
+        kept=kept_table(plan, groups, _told),
         sweep=_sweep(plan, groups),
         preferences=_preferences(plan, groups),
         differences={one: _differences(plan, groups, one) for one in baselines},
@@ -126,16 +130,17 @@ def in_short(plan: Plan, groups: Groups) -> str:
     share = {name: f"{_mean(group, 'overall'):.0%}" for name, group in groups.items()}
     shares = [f"{plain(name)} {share[name]}" for name in groups if name not in plan.sampled]
     text = f"Right pictures, of the held-out ones: {'; '.join(shares)}."
-    if guided := _guided(plan):
+    if guided := _guided(plan, groups):
         up_to = "" if min(result["cfg"] for result in groups[guided]) > 1 else "up to "
         text += f" Classifier-free guidance brings the base to {share[guided]}, at {up_to}twice "
         text += "the cost a picture."
     return text
 
 
-def _guided(plan: Plan) -> str:
-    """The entry of the base under guidance, if there is one."""
-    return next((name for name, one in plan.sampled.items() if one[OF] == BASE), "")
+def _guided(plan: Plan, groups: Groups) -> str:
+    """The base's best entry under guidance, if there is one."""
+    entries = [name for name, one in plan.sampled.items() if one[OF] == BASE]
+    return max(entries, key=lambda name: _mean(groups[name], "overall"), default="")
 
 
 def _scales_told(plan: Plan) -> str:
@@ -240,7 +245,7 @@ def _gaps(plan: Plan, groups: Groups, baseline: str) -> list[Any]:
 
 def _recovered(plan: Plan, groups: Groups) -> str:
     """What each method has of the gain that guidance brings the base, and at which cost."""
-    if not (guided := _guided(plan)):
+    if not (guided := _guided(plan, groups)):
         return ""
 
     gains = {row[0]: row[1:3] for row in _gaps(plan, groups, BASE)}[guided]

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from data.batches import Batch, PairBatch, to_model
 from lab.world.captions import caption, hard_negatives
 from lab.world.export import pair_of_scenes
-from lab.world.prompts import scenes
+from lab.world.prompts import corner_scenes, scenes
 from lab.world.render import render
 from lab.world.scene import Spec
 
@@ -37,11 +37,21 @@ class _Rendered(Dataset[Any]):
 
 
 class WorldBatches(_Rendered):
-    """Scenes with their own captions."""
+    """Scenes with their own captions.
+
+    corner: how many images there are, all of them in the lower left (`corner_scenes`); 0: no end
+    of them, anywhere.
+    """
+
+    def __init__(self, batch_size: int, hard: int, corner: int = 0, **settings: Any) -> None:
+        super().__init__(batch_size, hard, **settings)
+        self.corner = corner
 
     def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng([self.seed, index, self.rank, 3])
-        drawn = list(islice(scenes(int(rng.integers(2**62)), self.fold), self.batch_size))
+        seed = int(rng.integers(2**62))
+        stream = corner_scenes(seed, self.corner) if self.corner else scenes(seed, self.fold)
+        drawn = list(islice(stream, self.batch_size))
         pixels = to_model(np.stack([render(scene) for _, scene in drawn]))
         hard = [world_edits(spec, self.hard, rng) for spec, _ in drawn]
         captions = [caption(spec) for spec, _ in drawn]

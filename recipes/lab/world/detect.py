@@ -17,7 +17,7 @@ import numpy.typing as npt
 from scipy import ndimage  # type: ignore[import-untyped]
 
 from .render import GROUND, MASKS, PALETTE
-from .scene import SHAPE_SIDE
+from .scene import CELL, GRID, SHAPE_SIDE
 
 CLEAR = 100.0  # RGB units; the palette's colours are at least 220 apart, so half of it is clear
 SPECK = 6  # pixels; the smallest shape has 24
@@ -101,6 +101,13 @@ def detect(image: npt.NDArray[np.uint8]) -> list[Detection]:
             corners = (columns.start, rows.start, columns.stop, rows.stop)
             found.append(Detection(shape, colour, corners, overlap))
     return sorted(found, key=lambda one: (one.box[1], one.box[0]))
+
+
+def in_corner(image: npt.NDArray[np.uint8]) -> bool:
+    """Whether an image shows something, and all of it in the lower left two by two cells."""
+    boxes = [one.box for one in detect(image)]
+    edge = (GRID - 1) * CELL
+    return bool(boxes) and all(right <= edge and top >= CELL for _, top, right, _ in boxes)
 
 
 def palette_error(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -83,6 +83,16 @@ def scenes(seed: int, fold: str = ALL) -> Iterator[tuple[Spec, Scene]]:
         yield spec, place(spec, rng)
 
 
+def corner_scenes(seed: int, number: int) -> Iterator[tuple[Spec, Scene]]:
+    """An endless stream of `number` train scenes, the same for all seeds, in the lower left."""
+    few = np.random.default_rng([FOLD_SEED, number])
+    drawn = [draw_spec(few, "train") for _ in range(number)]
+    album = [(spec, place(spec, few, 2)) for spec in drawn]
+    rng = np.random.default_rng(seed)
+    while True:
+        yield album[int(rng.integers(number))]
+
+
 def deal(fold: str, per_category: int, seed: int = 0, tags: Sequence[str] = TAGS) -> list[Spec]:
     """Specs of a fold: `per_category` a category of `tags`, grouped by category.
 

@@ -75,20 +75,22 @@ class Thing:
 Scene = tuple[Thing, ...]
 
 
-def _related_cells(relation: str, rng: np.random.Generator) -> list[tuple[int, int]]:
+def _related_cells(relation: str, rng: np.random.Generator, side: int) -> list[tuple[int, int]]:
     """Two (column, row) cells, the first in `relation` to the second along the dominant axis."""
-    along = int(rng.integers(1, GRID))  # cells between the two, along the relation's axis
+    along = int(rng.integers(1, side))  # cells between the two, along the relation's axis
     across = int(rng.integers(-along, along + 1))
-    start = int(rng.integers(0, GRID - along))
-    other = int(rng.integers(max(0, -across), min(GRID, GRID - across)))
+    start = int(rng.integers(0, side - along))
+    other = int(rng.integers(max(0, -across), min(side, side - across)))
     near, far = (start, other), (start + along, other + across)
     if relation in ("above", "below"):
         near, far = near[::-1], far[::-1]
     return [near, far] if relation in ("left of", "above") else [far, near]
 
 
-def place(spec: Spec, rng: np.random.Generator) -> Scene:
+def place(spec: Spec, rng: np.random.Generator, side: int = GRID) -> Scene:
     """A random scene that shows exactly what `spec` says.
+
+    side: in cells; 2 for scenes in the lower left corner, of two by two cells.
 
     A group without a colour gets one at random, the same for all of its objects.
     """
@@ -96,15 +98,16 @@ def place(spec: Spec, rng: np.random.Generator) -> Scene:
     if spec.relation is not None:
         if total != 2:
             raise ValueError(f"relation: expected two groups of one object, got {total} objects")
-        cells = _related_cells(spec.relation, rng)
+        cells = _related_cells(spec.relation, rng, side)
     else:
-        chosen = rng.choice(GRID * GRID, size=total, replace=False)
-        cells = [(int(cell) % GRID, int(cell) // GRID) for cell in chosen]
+        chosen = rng.choice(side * side, size=total, replace=False)
+        cells = [(int(cell) % side, int(cell) // side) for cell in chosen]
     things: list[Thing] = []
     for group in spec.groups:
         colour = group.colour or COLOURS[int(rng.integers(len(COLOURS)))]
         for _ in range(group.count):
             column, row = cells[len(things)]
+            row += GRID - side
             jitter_x, jitter_y = (int(jitter) for jitter in rng.integers(1, 3, size=2))
             things.append(
                 Thing(group.shape, colour, column * CELL + jitter_x, row * CELL + jitter_y)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from rewards.geneval.rules import relations as relations_of_boxes
 
-from .detect import Detection, detect
+from .detect import Detection, detect, in_corner
 
 REASONS = ("missing", "wrong_colour", "wrong_place", "extra")
 
@@ -26,7 +26,8 @@ REASONS = ("missing", "wrong_colour", "wrong_place", "extra")
 class Verdict:
     """`reason` is None where the image is right; counts are over the classes the row includes.
 
-    `found` is None where the evaluator didn't say.
+    `found` is None where the evaluator didn't say. `cornered`: whether the image shows all that it
+    does in the lower left; None where nobody asked.
     """
 
     tag: str
@@ -34,6 +35,7 @@ class Verdict:
     reason: str | None
     expected: int
     found: int | None
+    cornered: bool | None = None
 
 
 def relations(one: Detection, other: Detection) -> set[str]:
@@ -81,11 +83,21 @@ def judge(found: Sequence[Detection], row: Mapping[str, Any]) -> Verdict:
     )
 
 
-def verdicts(images: npt.NDArray[np.uint8], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    """The verdict on each image (N, H, W, 3) against its GenEval row, by the exact detector."""
+def verdicts(
+    images: npt.NDArray[np.uint8], rows: Sequence[Mapping[str, Any]], corner: bool = False
+) -> list[Verdict]:
+    """The verdict on each image (N, H, W, 3) against its GenEval row, by the exact detector.
+
+    corner: whether it says too if all is in the lower left.
+    """
     if len(images) != len(rows):
         raise ValueError(f"expected one row per image, got {len(images)} images, {len(rows)} rows")
-    return [judge(detect(image), row) for image, row in zip(images, rows, strict=True)]
+    found = [judge(detect(image), row) for image, row in zip(images, rows, strict=True)]
+    if not corner:
+        return found
+    return [
+        replace(one, cornered=in_corner(image)) for one, image in zip(found, images, strict=True)
+    ]
 
 
 def summarize(verdicts: Iterable[Verdict]) -> dict[str, Any]:
@@ -94,7 +106,8 @@ def summarize(verdicts: Iterable[Verdict]) -> dict[str, Any]:
     Returns `overall` (mean of the categories' scores), `n`, and under `categories` for each tag
     present: `score`, `n`, `over` and `under` (shares of its images with too many or too few
     objects of the classes asked for), `count_error` (mean |found - expected|), these three only
-    where `found` is known, and `reasons` (how many wrong images for each reason).
+    where `found` is known, and `reasons` (how many wrong images for each reason). `cornered` where
+    that is known.
     """
     by_tag: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
@@ -115,7 +128,14 @@ def summarize(verdicts: Iterable[Verdict]) -> dict[str, Any]:
         "overall": sum(category["score"] for category in categories.values()) / len(categories),
         "n": sum(category["n"] for category in categories.values()),
         "categories": categories,
+        **_cornered(by_tag),
     }
+
+
+def _cornered(by_tag: Mapping[str, Sequence[Verdict]]) -> dict[str, float]:
+    """The share of images with all in the lower left; nothing where it isn't known."""
+    known = [one.cornered for group in by_tag.values() for one in group if one.cornered is not None]
+    return {"cornered": sum(known) / len(known)} if known else {}
 
 
 def _counts(group: Sequence[Verdict]) -> dict[str, float]:

@@ -28,17 +28,24 @@ class World(Task):
     """The world's training scenes; its validation prompts are scored where there are no others.
 
     per_category: validation prompts of each category.
+    corner: as many images are trained on, all of them with everything in the lower left, for
+        fine-tuning on something new. `--data world:corner:N`.
     """
 
     per_category: int = 32
+    corner: int = 0
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], per_category: int) -> World:
         """With the settings of a `Task`; images have the world's size, whatever is asked for."""
-        return cls(**{**settings, "size": IMAGE_SIDE}, per_category=per_category)
+        kind, _, number = settings["data"].removeprefix("world").partition(":corner:")
+        if kind or (number and not number.isdigit()):
+            raise ValueError(f"data: expected world or world:corner:N, got {settings['data']}.")
+        corner = int(number or 0)
+        return cls(**{**settings, "size": IMAGE_SIDE}, per_category=per_category, corner=corner)
 
     def images(self, batch_size: int, hard: int, image: str = "image") -> Dataset[Batch]:
-        return WorldBatches(batch_size, hard, seed=self.seed, rank=self.rank)
+        return WorldBatches(batch_size, hard, self.corner, seed=self.seed, rank=self.rank)
 
     def pairs(self, batch_size: int, hard: int) -> Dataset[PairBatch]:
         return WorldPairs(batch_size, hard, seed=self.seed, rank=self.rank)
@@ -68,7 +75,7 @@ class World(Task):
     def judge(
         self, images: npt.NDArray[np.uint8], rows: Sequence[Mapping[str, Any]]
     ) -> Sequence[Any] | None:
-        return None if self.prompts else verdicts(images, rows)
+        return None if self.prompts else verdicts(images, rows, corner=bool(self.corner))
 
     def summarize(self, verdicts: Sequence[Any]) -> dict[str, Any]:
         return summarize_with_intervals(verdicts)
