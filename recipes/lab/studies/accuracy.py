@@ -53,13 +53,19 @@ def implicit_accuracy(
 
 @torch.no_grad()
 def trained_in_scale(
-    tuned: TextToImage, base: TextToImage, number: int, *, seed: int, batch_size: int = 64
+    tuned: TextToImage,
+    base: TextToImage,
+    number: int,
+    *,
+    seed: int,
+    low: float = 0.0,
+    batch_size: int = 64,
 ) -> float:
     """The guidance scale that `tuned` acts like, by its predictions alone.
 
-    Over `number` held-out images, each at one noise level of the whole schedule: 1 + how far the
-    tuned prediction lies from the base's along the base's guidance, p(caption) - p(no words), as a
-    share of it (least squares). The base itself has 1; its predictions guided at s have s.
+    Over `number` held-out images, each at one noise level from the share `low` of the schedule on:
+    1 + how far the tuned prediction lies from the base's along the base's guidance, p(caption) -
+    p(no words), as a share of it (least squares). The base has 1; its predictions guided at s, s.
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler, along, length = base.pipe.scheduler, 0.0, 0.0
@@ -67,7 +73,7 @@ def trained_in_scale(
         batch = WorldBatches(min(batch_size, number - first), 0, seed=seed, fold="heldout")[index]
         latents = base.encode_images(batch.pixels, generator)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        timesteps = base.timesteps(len(latents), "uniform", generator)
+        timesteps = base.timesteps(len(latents), "uniform", generator, low)
         noisy = add_noise(scheduler, latents, noise, timesteps)
         text = base.encode_prompts([*batch.captions, ""])
         own = {name: value[:-1] for name, value in text.items()}

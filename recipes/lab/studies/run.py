@@ -90,14 +90,14 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         "correct": [int(verdict.correct) for verdict in judged],
         "reasons": [verdict.reason for verdict in judged],
     }
+    low = plan.common.get("timestep_low", 0.0)
     if plan.pairs and method in plan.methods:
-        low = plan.common.get("timestep_low", 0.0)
         base = TextToImage.load(plan.model, torch.float32)
         found = implicit_accuracy(model, base, plan.pairs, fold="heldout", seed=seed, low=low)
         result["implicit_accuracy"] = found
     if plan.scale_images and method not in plan.sampled:
         base = TextToImage.load(plan.model, torch.float32)
-        found = trained_in_scale(model, base, plan.scale_images, seed=seed)
+        found = trained_in_scale(model, base, plan.scale_images, seed=seed, low=low)
         result["trained_in_scale"] = round(found, 4)
     _write(folder / "result.json", result)
     return result
