@@ -10,6 +10,10 @@ detector_results.jsonl into each folder, in the columns of GenEval's evaluator. 
 GenEval's own: say which detector they are by. `--results` reads what GenEval's `evaluate_images.py`
 wrote (one row an image: filename, tag, correct, reason), or detector_results.jsonl.
 
+`--vqa MODEL` adds VQAScore by a chat model of transformers that reads images. Of prompts from a
+.jsonl with questions, such as GenEval 2's, it adds Soft-TIFA: am, gm, and each skill's. It writes
+vqa_results.jsonl into each folder.
+
 `--metrics clipscore pickscore fid --reference photos` adds columns; without one of the above the
 table has them alone. Intervals of a reward's mean are over the prompts, those of fid and kid by the
 jackknife over the images.
@@ -48,6 +52,11 @@ class Options:
         [],
         "Files of results of GenEval's evaluator, one for each folder, in place of a detector.",
     )
+    vqa: str = option(
+        "",
+        "Model that answers questions about the images, for the columns vqascore and, for prompts "
+        "with questions, soft_tifa: a folder or a hub id, such as Qwen/Qwen3-VL-8B-Instruct.",
+    )
     metrics: list[str] = option(
         [],
         "Further columns: fid, kid (images against --reference), or rewards of the training "
@@ -82,6 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     import numpy as np
 
     from data.pictures import sheet
+    from data.sources import loading
     from lab.world.detect import palette_error
     from lab.world.geneval_folder import (
         judge_folder,
@@ -94,26 +104,35 @@ def main(arguments: list[str] | None = None) -> None:
     from lab.world.score import verdicts
     from lab.world.summary import summarize_with_intervals, table
     from model.pipeline import chosen_device
+    from rewards import soft_tifa
     from rewards.geneval.evaluator import Evaluator
     from rewards.metrics import Metrics, mean_with_interval
+    from rewards.vqascore import VQAScore
 
     folders = [Path(path) for path in options.images]
     contents = [read_images(folder) for folder in folders]
     for folder, (_, rows) in zip(folders, contents, strict=True):
-        if not (options.results or options.detector or options.metrics or of_world(rows)):
+        others = options.results or options.detector or options.vqa or options.metrics
+        if not (others or of_world(rows)):
             raise ValueError(
-                f"{folder}: expected the embedded world's prompts, or --detector, --results or "
-                "--metrics, got none of them."
+                f"{folder}: expected the embedded world's prompts, or --detector, --results, --vqa "
+                "or --metrics, got none of them."
             )
     results = [
         read_results(Path(file), files, folder)
         for file, folder, (files, _) in zip(options.results, folders, contents, strict=False)
     ]
+    questions = [soft_tifa.questions_of(rows) if options.vqa else [] for _, rows in contents]
     device = chosen_device(None)
     evaluator = Evaluator(options.detector, options.clip, device) if options.detector else None
+    judge = None
+    if options.vqa:
+        with loading("vqa", options.vqa) as source:
+            judge = VQAScore(source, device)
     metrics = Metrics(options.metrics, options.clip, options.reference, device)
     summaries = {}
     for index, (folder, (files, rows)) in enumerate(zip(folders, contents, strict=True)):
+        prompts = [row["prompt"] for row in rows]
         judged, found = None, {}
         if results:
             judged = results[index]
@@ -122,8 +141,10 @@ def main(arguments: list[str] | None = None) -> None:
         elif of_world(rows):
             images = world_pixels(files)
             judged = verdicts(images, rows)
-            prompts = [row["prompt"] for row in rows]
             found["palette_error"] = mean_with_interval(palette_error(images), prompts)
+        if judge is not None:
+            told = folder / "vqa_results.jsonl"
+            found |= soft_tifa.scores(files, prompts, questions[index], judge, told)
         summary = {} if judged is None else summarize_with_intervals(judged)
         summary["metrics"] = found | metrics(files, rows)
         (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n")

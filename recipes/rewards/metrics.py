@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from data import pictures
 from data.pictures import read_picture
 from rewards.models import CLIP, CLIPScore
-from rewards.rewards import Score, load
+from rewards.rewards import load
 
 BLOCKS = 20
 """Parts of the images, each left out in turn for an interval."""
@@ -92,15 +92,32 @@ def mean_with_interval(
 
     prompts: each image's; images of a prompt are alike. A single prompt has no interval.
     """
-    by_prompt: dict[str, list[float]] = {}
+    means = np.array([np.mean(group) for group in _by_prompt(values, prompts)])
+    return _ratio(means, np.ones(len(means)))
+
+
+def pooled_with_interval(values: Sequence[float], prompts: Sequence[str]) -> dict[str, float]:
+    """Mean of all values, of which a prompt may have more than another, with such an interval."""
+    groups = _by_prompt(values, prompts)
+    return _ratio(np.array([sum(one) for one in groups]), np.array([len(one) for one in groups]))
+
+
+def _by_prompt(
+    values: Sequence[float] | npt.NDArray[np.floating], prompts: Sequence[str]
+) -> list[list[float]]:
+    found: dict[str, list[float]] = {}
     for value, prompt in zip(values, prompts, strict=True):
-        by_prompt.setdefault(prompt, []).append(float(value))
-    means = np.array([np.mean(group) for group in by_prompt.values()])
-    found = {"score": float(means.mean())}
-    if len(means) > 1:
-        reach = float(sem(means) * t.ppf(0.975, len(means) - 1))
-        found |= {"low": found["score"] - reach, "high": found["score"] + reach}
-    return found
+        found.setdefault(prompt, []).append(float(value))
+    return list(found.values())
+
+
+def _ratio(sums: npt.NDArray[Any], numbers: npt.NDArray[Any]) -> dict[str, float]:
+    """Σ sums / Σ numbers, one of each a prompt; the interval is that of the linearised ratio."""
+    score = float(sums.sum() / numbers.sum())
+    if len(sums) == 1:
+        return {"score": score}
+    reach = float(sem((sums - score * numbers) / numbers.mean()) * t.ppf(0.975, len(sums) - 1))
+    return {"score": score, "low": score - reach, "high": score + reach}
 
 
 class Inception:
@@ -133,8 +150,12 @@ def features_of(files: Sequence[Path], features: Features) -> Tensor:
     return torch.cat(found)
 
 
-def rewards_of(files: Sequence[Path], prompts: Sequence[str], score: Score) -> list[float]:
-    """A reward of each image and its prompt."""
+def rewards_of(
+    files: Sequence[Path],
+    prompts: Sequence[Any],
+    score: Callable[[Tensor, Sequence[Any]], Tensor],
+) -> list[float]:
+    """A reward of each image and its prompt, or what else the score is of."""
     found: list[float] = []
     for images, texts in _batches(files, prompts):
         found += score(images / 127.5 - 1, texts).tolist()

@@ -2,8 +2,9 @@
 
 score = load("jpeg_incompressibility")         DDPO's (arXiv 2305.13301), or ..._compressibility
 score = load("redness")                        an easy one to over-optimise
-score = load("pickscore")                      a model: clipscore, hpsv2, imagereward, ocr, geneval
+score = load("pickscore")        a model: clipscore, hpsv2, vqascore, imagereward, ocr, geneval
 score = load("runs/clip")                      a CLIP-like preference model, by transformers
+score = load("Qwen/Qwen3-VL-2B-Instruct")      VQAScore by this model
 score = load("my_rewards:sharpness")           your own function
 score = load("pickscore:0.5,jpeg_compressibility")        several, with weights
 score(pixels, prompts)                         (N, 3, H, W) in [-1, 1] -> (N,), larger is better
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from data.pictures import to_images
 from data.sources import check_source, load_object, loading
-from rewards import models
+from rewards import models, vqascore
 from rewards.models import PreferenceModel
+from rewards.vqascore import VQAScore
 
 Score = Callable[[Tensor, Sequence[str]], Tensor]
 """May have a `check(prompt)` too, which raises ValueError where it cannot judge that prompt."""
@@ -32,7 +34,8 @@ Score = Callable[[Tensor, Sequence[str]], Tensor]
 def load(name: str, device: torch.device | str = "cpu") -> Reward:
     """A reward by name, or a sum of some.
 
-    name: of `REWARDS`; a folder or a hub id of a CLIP model with its processor; or
+    name: of `REWARDS`; a folder or a hub id of a CLIP model with its processor, or of a model
+        that reads images and whose processor has a chat template (VQAScore); or
         `package.module:function`, a callable like these. For a sum, names with commas between;
         `:WEIGHT` after a name, above 0, multiplies it.
 
@@ -131,7 +134,8 @@ def check(name: str) -> None:
         elif not part or ("/" not in part and not Path(part).is_dir()):
             raise ValueError(
                 f"reward: expected some of {', '.join(REWARDS)}, package.module:function, or a "
-                f"CLIP model as a folder or a hub id such as {models.PICKSCORE}; got {part!r}."
+                f"CLIP or chat model as a folder or a hub id such as {models.PICKSCORE}; got "
+                f"{part!r}."
             )
         else:
             check_source("reward", part)
@@ -145,7 +149,10 @@ def _one(name: str, device: torch.device | str) -> Score:
         found: Score = load_object("reward", name)
         return found
     with loading("reward", name):
-        return PreferenceModel(name, device)
+        from transformers import AutoProcessor
+
+        chats = getattr(AutoProcessor.from_pretrained(name), "chat_template", None)
+        return VQAScore(name, device) if chats else PreferenceModel(name, device)
 
 
 def jpeg_incompressibility(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -177,6 +184,7 @@ REWARDS: dict[str, Callable[[torch.device | str], Score]] = {
     "pickscore": lambda device: PreferenceModel(models.PICKSCORE, device),
     "clipscore": lambda device: models.CLIPScore(models.CLIP, device),
     "hpsv2": lambda device: models.HPSv2(device),
+    "vqascore": lambda device: VQAScore(vqascore.VQA, device),
     "imagereward": lambda device: models.ImageReward(device),
     "ocr": lambda device: models.OCR(),
     "geneval": lambda device: load_object("reward", "rewards.geneval.evaluator:load")(device),

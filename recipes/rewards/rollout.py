@@ -61,10 +61,10 @@ class RewardOptions:
         "detector",
         "What scores the samples, larger is better: detector (for --data world), "
         "jpeg_compressibility, jpeg_incompressibility, redness, pickscore, clipscore, hpsv2, "
-        "imagereward, ocr, geneval; a CLIP model like PickScore, as a folder or a hub id; or "
-        "package.module:function, which is called with pixels (N, 3, H, W) in [-1, 1] and N "
-        "prompts and returns (N,). Several are added, each times its weight: "
-        "pickscore:0.5,redness:1.",
+        "vqascore, imagereward, ocr, geneval; a CLIP model like PickScore, or a chat model for "
+        "vqascore, as a folder or a hub id; or package.module:function, which is called with "
+        "pixels (N, 3, H, W) in [-1, 1] and N prompts and returns (N,). Several are added, each "
+        "times its weight: pickscore:0.5,redness:1.",
     )
     agsm_images: Literal["data", "best"] = option(
         "data", "Images that AGSM trains on: the data set's, or the samples with the best rewards."

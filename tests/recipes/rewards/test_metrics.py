@@ -143,7 +143,7 @@ def test_folders_stand_side_by_side(tmp_path, monkeypatch, capsys):
 
 def test_what_cannot_be_measured_is_said(tmp_path, capsys):
     path = folder(tmp_path / "a", 100)
-    with pytest.raises(ValueError, match="--detector, --results or --metrics"):
+    with pytest.raises(ValueError, match="--detector, --results, --vqa or --metrics"):
         score_images.main(["--images", str(path)])
     for flags in (["--metrics", "kid"], ["--metrics", "redness", "--reference", str(path)]):
         with pytest.raises(SystemExit):
