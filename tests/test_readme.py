@@ -53,7 +53,9 @@ def test_the_blocks_of_the_readme_train_any_pipeline(kind, tmp_path, monkeypatch
     after = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
     assert all(torch.equal(after[name], value) for name, value in before.items())
     trained = [name for name in after if "lora_B" in name]
-    assert trained and all(after[name].any() for name in trained)
+    still = [name for name in trained if not after[name].any()]
+    # SD3's last block throws away what the text's queries are for.
+    assert trained and [name.split(".")[-4] for name in still] == ["add_q_proj"] * (kind == "sd3")
     assert namespace["agsm"].loss.guidance_scale == 2
 
 

@@ -149,14 +149,15 @@ def _scales_told(plan: Plan) -> str:
     if len(plan.guidance_scales) > 1:
         return f"Each at {best} a category, of {plan.guidance_scales}."
     told = f"All at guidance scale (CFG) {plan.guidance_scales[0]:g}"
-    others: dict[str, list[str]] = {}
-    for name in plan.sampled:
-        scales = plan.scales(name)
-        one = f"{scales[0]:g}" if len(scales) == 1 else f"{best} a category, of {scales}"
-        others.setdefault(one, []).append(plain(name))
-    apart = [f"{'; '.join(names)} at {one}" for one, names in others.items()]
-    told += f", but {', '.join(apart)}" if apart else ""
-    return f"{told}."
+    others = {name: plan.scales(name) for name in plan.sampled}
+    if any(scales != plan.guidance_scales for scales in others.values()):
+        told += ", but where the column CFG has another"
+    swept: dict[str, list[str]] = {}
+    for name, scales in others.items():
+        if len(scales) > 1:
+            swept.setdefault(f"{best} a category, of {scales}", []).append(plain(name))
+    apart = [f"{'; '.join(names)} at {one}" for one, names in swept.items()]
+    return f"{told}{': ' if apart else ''}{', '.join(apart)}."
 
 
 def _mean(group: Sequence[Mapping[str, Any]], key: str) -> float:

@@ -38,8 +38,8 @@ class World(Task):
     @classmethod
     def of(cls, settings: Mapping[str, Any], per_category: int) -> World:
         """With the settings of a `Task`; images have the world's size, whatever is asked for."""
-        kind, _, number = settings["data"].removeprefix("world").partition(":corner:")
-        if kind or (number and not number.isdigit()):
+        other, of_corner, number = settings["data"].removeprefix("world").partition(":corner:")
+        if other or bool(of_corner) != number.isdecimal():
             raise ValueError(f"data: expected world or world:corner:N, got {settings['data']}.")
         corner = int(number or 0)
         return cls(**{**settings, "size": IMAGE_SIDE}, per_category=per_category, corner=corner)

@@ -113,7 +113,8 @@ def test_models_of_other_entries_sampled_at_other_scales(flow_base, tmp_path, mo
     assert (passes["base"], passes["guided"]) == ("1", "2")
     assert "Right pictures, of the held-out ones: base " in text
     assert "Classifier-free guidance brings the base to " in text and "at twice the cost" in text
-    assert "All at guidance scale (CFG) 1, but AGSM, guided at the guidance scale" in text
+    assert "(CFG) 1, but where the column CFG has another: AGSM, guided at the guidance" in text
+
     swept = text.split("## By guidance scale")[1].split("##")[0]
     assert "| AGSM, guided |" in swept and "| base |" not in swept
 
@@ -126,6 +127,24 @@ def test_bad_entries_to_sample_are_refused(tmp_path, options):
     file = plan_file(tmp_path, "m", methods={"A": {}}, sampled={"C": options})
     with pytest.raises(ValueError, match="sampled: C: expected"):
         read_plan(file)
+
+
+@pytest.mark.slow
+def test_a_study_of_guidance_kept(flow_base, tmp_path, monkeypatch):
+    learner = {"rank": 1, "num_tokens": 0, "data": "world:corner:4"}
+    rivals = {**learner, "recipe": "lab.train_rivals", "objective": "drift"}
+    methods = {"a start": {"full": True, "num_tokens": 0}, "drift": {**rivals, "after": "a start"}}
+    sampled = {"drift, CFG": {"of": "drift", "guidance_scales": [2.0]}}
+    file = plan_file(tmp_path, flow_base, methods=methods, sampled=sampled, scale_images=6,
+                     guidance_scales=[1.0], seeds=[0])  # fmt: skip
+    monkeypatch.setattr(run.subprocess, "call", lambda command, **_: _in_process(command))
+    study.main(["--config", str(file), "--jobs", "1"])
+    results = {r["method"]: r for r in json.loads((tmp_path / "out/results.json").read_text())}
+    assert results["base"]["trained_in_scale"] == 1.0 and "trained_in_scale" in results["drift"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    table = text.split("## The new thing, and guidance")[1].split("## ")[0]
+    assert "| drift |" in table and "| drift, CFG |" not in table
+    assert (tmp_path / "out" / "kept.png").exists()
 
 
 @pytest.mark.slow

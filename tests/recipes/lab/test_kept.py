@@ -1,0 +1,122 @@
+"""The study of guidance kept: the layout, the rivals' losses, the scale that a model acts like."""
+
+from contextlib import nullcontext
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from agsm_loss import AGSMLoss, Bank
+from lab.studies import accuracy, report
+from lab.train_rivals import Rival
+from lab.world.captions import metadata
+from lab.world.detect import in_corner
+from lab.world.prompts import corner_scenes, rows, scenes
+from lab.world.render import render
+from lab.world.score import summarize, verdicts
+from lab.world.task import World
+from model.pipeline import TextToImage
+from train_agsm import Inputs
+
+
+def test_corner_scenes_are_few_right_and_in_the_lower_left():
+    drawn = list(islice(corner_scenes(3, 5), 40))
+    images = np.stack([render(scene) for _, scene in drawn])
+    judged = verdicts(images, [metadata(spec) for spec, _ in drawn], corner=True)
+    assert all(one.correct and one.cornered for one in judged)
+    assert summarize(judged)["cornered"] == 1.0
+    assert len({image.tobytes() for image in images}) == 5
+    anywhere = [in_corner(render(scene)) for _, scene in islice(scenes(0), 40)]
+    assert 0 < sum(anywhere) < 30 and not in_corner(np.full((24, 24, 3), 128, np.uint8))
+
+
+def test_the_task_trains_on_them_and_says_how_many_are_there():
+    settings = {"data": "world:corner:5", "seed": 1}
+    task = World.of(settings, 2)
+    batch = task.images(16, 1)[0]
+    assert len({image.numpy().tobytes() for image in batch.pixels}) <= 5
+    assert batch.captions == task.images(16, 1)[0].captions and all(batch.hard)
+    asked = rows("validation", 1)
+    blank = np.full((len(asked), 24, 24, 3), 128, np.uint8)
+    assert task.summarize(task.judge(blank, asked))["cornered"] == 0.0
+    assert "cornered" not in summarize(World.of({"data": "world"}, 1).judge(blank, asked))
+    for wrong in ("world:corner:", "world:corner:x", "world:nowhere", "worlds"):
+        with pytest.raises(ValueError, match="data: expected world or world:corner:N"):
+            World.of({"data": wrong}, 1)
+
+
+def text_alone(noisy, timesteps, text, bank, **image):
+    """A denoiser whose prediction is its text; the untrained model's (`Bank.OFF`) is 0."""
+    return text["text"] * (bank[0] != int(Bank.OFF))
+
+
+def rival(name, weight=1.0):
+    torch.manual_seed(0)
+    own, edited = torch.randn(2, 3, 4, dtype=torch.float64)
+    own.requires_grad_()
+    null, target = torch.randn(1, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    captions = {"null": {"text": null}, "hard_negatives": [[7], [8], [9]]}
+    text = {"text": torch.cat([own, edited])}
+    inputs = Inputs(target, torch.zeros(3), target, text, {}, captions)
+    options = SimpleNamespace(objective=name, rival_weight=weight, agsm_guidance_scale=3.0)
+    made = Rival(options, SimpleNamespace(denoiser=text_alone, reference=nullcontext))
+    loss, _ = made(inputs)
+    return loss, torch.autograd.grad(loss, own)[0], own.detach(), edited, null, target
+
+
+def test_the_trainers_losses_are_agsm_but_for_a_factor():
+    """musubi-tuner's and ai-toolkit's has 9 times the value, 3 times AGSM's gradient at s = 3;
+    DiffSynth-Studio's the value, a third of the gradient."""
+    loss, gradient, own, _, null, target = rival("target")
+    pred = own.clone().requires_grad_()
+    both = torch.stack([pred, null.expand_as(pred)], 1)
+    ours = AGSMLoss(guidance_scale=3)(both, both.detach(), target)
+    (same,) = torch.autograd.grad(ours, pred)
+    torch.testing.assert_close(loss, 9 * ours)
+    torch.testing.assert_close(gradient, 3 * same)
+    loss, gradient, *_ = rival("prediction")
+    torch.testing.assert_close(loss, ours)
+    torch.testing.assert_close(gradient, same / 3)
+
+
+def test_the_other_rivals_are_their_formulas():
+    loss, _, own, edited, _, target = rival("drift", 0.3)
+    torch.testing.assert_close(loss, F.mse_loss(own, target) + 0.3 * own.square().mean())
+    loss, _, own, *_ = rival("contrastive", 0.05)
+    torch.testing.assert_close(
+        loss, F.mse_loss(own, target) - 0.05 * F.mse_loss(own, target[[2, 0, 1]])
+    )
+    loss, _, own, edited, _, target = rival("tdpo", 2.0)
+    gap = (edited - target).square().mean(1) - (own - target).square().mean(1)
+    torch.testing.assert_close(loss, -F.logsigmoid(2 * gap).mean())
+
+
+def test_the_trained_in_scale_of_a_guided_model_is_its_scale(flow_base, monkeypatch):
+    base = TextToImage.load(str(flow_base), torch.float32)
+    plain, null = accuracy.PlainDenoiser, base.encode_prompts([""])
+
+    def denoiser(model):
+        if model is not guided.denoiser:
+            return plain(model)
+
+        def call(noisy, timesteps, text, bank):
+            given = [text, {name: value.expand_as(text[name]) for name, value in null.items()}]
+            own, without = (plain(base.denoiser)(noisy, timesteps, one, bank) for one in given)
+            return without + 2.5 * (own - without)
+
+        return call
+
+    guided = SimpleNamespace(denoiser=object())
+    monkeypatch.setattr(accuracy, "PlainDenoiser", denoiser)
+    assert accuracy.trained_in_scale(base, base, 4, seed=0) == pytest.approx(1)
+    assert accuracy.trained_in_scale(guided, base, 4, seed=0, low=0.5) == pytest.approx(2.5, 1e-3)
+
+
+def test_the_report_compares_with_the_best_guided_entry():
+    plan = SimpleNamespace(sampled={"a": {"of": "base"}, "b": {"of": "base"}, "c": {"of": "x"}})
+    groups = {k: [{"heldout": {"overall": v}}] for k, v in (("a", 0.6), ("b", 0.7), ("c", 0.9))}
+    assert report._guided(plan, groups) == "b"
+    assert report._guided(SimpleNamespace(sampled={"c": {"of": "x"}}), groups) == ""
