@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
+import numpy as np
 import torch
 
 from agsm_loss import Bank
 from agsm_loss.integrations.denoisers import PlainDenoiser
 from agsm_loss.integrations.hosts.diffusion_dpo import diffusion_dpo_loss
 from agsm_loss.integrations.noise import add_noise, regression_target
-from lab.world.data import WorldBatches, WorldPairs
+from data.batches import to_model
+from lab.world.captions import caption
+from lab.world.data import WorldPairs
+from lab.world.prompts import scenes
+from lab.world.render import render
+from lab.world.scene import GRID
 from model.pipeline import TextToImage
 
 
@@ -59,6 +67,7 @@ def trained_in_scale(
     *,
     seed: int,
     low: float = 0.0,
+    side: int = GRID,
     batch_size: int = 64,
 ) -> float:
     """The guidance scale that `tuned` acts like, by its predictions alone.
@@ -66,16 +75,20 @@ def trained_in_scale(
     Over `number` held-out images, each at one noise level from the share `low` of the schedule on:
     1 + how far the tuned prediction lies from the base's along the base's guidance, p(caption) -
     p(no words), as a share of it (least squares). The base has 1; its predictions guided at s, s.
+
+    side: of the images' scenes (`scenes`).
     """
     generator = torch.Generator().manual_seed(seed)
     scheduler, along, length = base.pipe.scheduler, 0.0, 0.0
-    for index, first in enumerate(range(0, number, batch_size)):
-        batch = WorldBatches(min(batch_size, number - first), 0, seed=seed, fold="heldout")[index]
-        latents = base.encode_images(batch.pixels, generator)
+    stream = scenes(seed, "heldout", side)
+    for first in range(0, number, batch_size):
+        drawn = list(islice(stream, min(batch_size, number - first)))
+        pixels = torch.from_numpy(to_model(np.stack([render(scene) for _, scene in drawn])))
+        latents = base.encode_images(pixels, generator)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         timesteps = base.timesteps(len(latents), "uniform", generator, low)
         noisy = add_noise(scheduler, latents, noise, timesteps)
-        text = base.encode_prompts([*batch.captions, ""])
+        text = base.encode_prompts([*(caption(spec) for spec, _ in drawn), ""])
         own = {name: value[:-1] for name, value in text.items()}
         null = {name: value[-1:].expand_as(own[name]) for name, value in text.items()}
         before, without = (

@@ -32,6 +32,7 @@ from lab.studies.plan import (
     settings_of,
 )
 from lab.studies.progress import Progress
+from lab.world.scene import GRID
 from lab.world.score import verdicts
 from lab.world.summary import summarize_with_intervals
 from model.pipeline import TextToImage
@@ -97,7 +98,8 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         result["implicit_accuracy"] = found
     if plan.scale_images and method not in plan.sampled:
         base = TextToImage.load(plan.model, torch.float32)
-        found = trained_in_scale(model, base, plan.scale_images, seed=seed, low=low)
+        side = 2 if ":corner:" in plan.common.get("data", "") else GRID
+        found = trained_in_scale(model, base, plan.scale_images, seed=seed, low=low, side=side)
         result["trained_in_scale"] = round(found, 4)
     _write(folder / "result.json", result)
     return result

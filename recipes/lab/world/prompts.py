@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .captions import metadata
-from .scene import COLOURS, MAX_COUNT, RELATIONS, SHAPES, TAGS, Group, Scene, Spec, place
+from .scene import COLOURS, GRID, MAX_COUNT, RELATIONS, SHAPES, TAGS, Group, Scene, Spec, place
 
 FOLD_SEED = 20240
 FOLDS = ("train", "validation", "heldout")
@@ -75,12 +75,15 @@ def draw_spec(rng: np.random.Generator, fold: str = ALL) -> Spec:
     return choices[int(rng.integers(len(choices)))]
 
 
-def scenes(seed: int, fold: str = ALL) -> Iterator[tuple[Spec, Scene]]:
-    """An endless stream of (spec, scene) pairs, the same for the same seed and fold."""
+def scenes(seed: int, fold: str = ALL, side: int = GRID) -> Iterator[tuple[Spec, Scene]]:
+    """An endless stream of (spec, scene) pairs, the same for the same seed and fold.
+
+    side: of `place`; 2 for the lower left corner.
+    """
     rng = np.random.default_rng(seed)
     while True:
         spec = draw_spec(rng, fold)
-        yield spec, place(spec, rng)
+        yield spec, place(spec, rng, side)
 
 
 def corner_scenes(seed: int, number: int) -> Iterator[tuple[Spec, Scene]]:
