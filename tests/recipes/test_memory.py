@@ -35,7 +35,7 @@ def test_the_encoders_have_the_published_parameters():
         assert sum(p.numel() for p in memory.make(*about[name]).parameters()) == number
 
 
-@pytest.fixture(scope="module", params=["unet", "unet_sdxl", "sd3", "flux"])
+@pytest.fixture(scope="module", params=["unet_sdxl", "sd3", "flux"])
 def folder(request, tmp_path_factory):
     return speaking_pipeline(request.param, tmp_path_factory.mktemp(request.param) / "p")
 

@@ -336,9 +336,7 @@ def test_a_study_refuses_before_it_runs_anything(tmp_path, monkeypatch):
             study.main(["--config", str(file), *more])
 
 
-@pytest.mark.parametrize(
-    "name", ["<b>x</b>", "a | b", "<script>alert(1)</script>", "a $ b $\\foo$"]
-)
+@pytest.mark.parametrize("name", ["a | b <script>alert(1)</script>", "a $ b $\\foo$"])
 def test_titles_and_names_are_text_in_every_report(name, tmp_path, monkeypatch):
     plan = Plan(
         "<i>m</i>", str(tmp_path), {name: {}}, per_category=1, guidance_scales=[1.0],
