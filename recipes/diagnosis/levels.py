@@ -58,6 +58,10 @@ class Numbers:
     """RMS of the guidance x_own − x_empty, as a share of the predicted image's."""
     cosine: Floats
     """Of the guidance with x_0 − x_own, from the prediction to the image; nan where it is zero."""
+    held: float
+    """The guidance scale that the own prediction holds: 1 / (1 + <g, x_0 − x_own> / |g|²) over all
+    levels, g the guidance. Where s was trained in it rests s times as far from x_empty as the data
+    are (`agsm_loss.functional`), so that this is s; it is 1 where the data alone were learnt."""
     suspects: list[Suspect]
 
     @property
@@ -65,15 +69,19 @@ class Numbers:
         """The win rate from which captions decide: 0.6, or what chance stays below (95 %)."""
         return 0.5 + max(0.1, 1 / math.sqrt(self.images))
 
-    def decides(self, kind: str) -> npt.NDArray[np.bool_]:
-        """(L,): where the own caption decides against such competitors. Against the empty one:
-        and changes the predicted image by `CHANGED` at least."""
-        found = np.nan_to_num(self.win_rate[kind]) >= self.decided_from
-        return found & (self.size >= CHANGED) if kind == "empty" else found
+    def decides(self, kind: str, changed: bool | None = None) -> npt.NDArray[np.bool_]:
+        """(L,): where the own caption decides against such competitors.
 
-    def start(self, kind: str) -> float | None:
+        changed: whether it has to change the predicted image by `CHANGED` too, from that without
+        words. Left out: where the empty caption competes.
+        """
+        found = np.nan_to_num(self.win_rate[kind]) >= self.decided_from
+        wanted = kind == "empty" if changed is None else changed
+        return found & (self.size >= CHANGED) if wanted else found
+
+    def start(self, kind: str, changed: bool | None = None) -> float | None:
         """Where the longest part of the schedule begins in which all levels decide; None: none."""
-        decides = self.decides(kind)
+        decides = self.decides(kind, changed)
         places = groupby(range(len(decides)), decides.__getitem__)
         parts = [list(part) for decided, part in places if decided]
         return max(parts, key=len)[0] / len(decides) if parts else None
@@ -106,8 +114,15 @@ def summarize(measured: Measured) -> Numbers:
         empty_wins=_win_rate(measured, EMPTY, others),
         size=(guidance / power).sqrt().numpy(),
         cosine=(along / (guidance * away).sqrt()).numpy(),
+        held=held(float(along.sum()), float(guidance.sum())),
         suspects=_suspects(measured, win_rate["in_batch"]),
     )
+
+
+def held(along: float, guidance: float) -> float:
+    """`Numbers.held` of the sums; inf where the prediction is all guidance, or beyond."""
+    rest = 1 + along / guidance if guidance else 1.0
+    return 1 / rest if rest > 0 else math.inf
 
 
 def _win_rate(measured: Measured, first: int, columns: Sequence[int]) -> Floats:

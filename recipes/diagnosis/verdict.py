@@ -16,6 +16,10 @@ from diagnosis.levels import CHANGED, Numbers
 
 GUIDANCE_SCALE = 3.0
 """Where the sampled scale was best in our studies, and train_agsm.py's own default."""
+HELD = 1.25
+"""Of the scale that a model holds: ours with no guidance trained in hold 0.9 to 1.0."""
+MOST = 10.0
+"""A scale that is recommended."""
 FALSE_NEGATIVES = 0.01
 """Share of suspected pairs that is worth a sentence."""
 NAMES = {"empty": "the empty one", "in_batch": "those of other images"}
@@ -50,20 +54,26 @@ def verdict(numbers: Numbers) -> list[Finding]:
             "in our studies they gained less."
         )
         found.append(Finding("empty_unknown", text))
-    judge = kind  # whom the own caption has to beat
-    if numbers.start("empty") is None and numbers.start("in_batch") is not None:
-        judge = "in_batch"
-    if judge != kind:
+    judge, scale = kind, GUIDANCE_SCALE  # judge: whom the own caption has to beat
+    inside = kind == "empty" and numbers.held >= HELD
+    if inside:
+        judge, scale = "in_batch", round(min(numbers.held, MOST), 1)
         text = (
-            "At no noise level would more guidance away from the empty caption help: it is in the "
-            "model already, as after distillation, or many captions are partly wrong. Plain "
-            "training takes it out; AGSM keeps it."
+            f"Guidance is in the model already, as after distillation: its predictions hold a "
+            f"scale of {scale:g}. Plain training takes it out; AGSM at that scale keeps it."
         )
         found.append(Finding("guidance_inside", text))
-    start = numbers.start(judge)
+    elif numbers.start(kind) is None and numbers.start("in_batch") is not None:
+        judge = "in_batch"
+        text = (
+            "At no noise level would guidance away from the empty caption help: many captions may "
+            "be partly wrong."
+        )
+        found.append(Finding("empty_wins", text))
+    start = numbers.start(judge, changed=inside or None)
     if start is None:
         return [_nothing_decides(numbers)]
-    rate, decided = numbers.win_rate[judge], numbers.decides(judge)
+    rate, decided = numbers.win_rate[judge], numbers.decides(judge, changed=inside or None)
     first = round(start * len(rate))
     number = f"{decided[first:].sum()} of {len(rate)}"
     where = f"{number} noise levels, from {start:.0%} of the schedule on"
@@ -72,18 +82,18 @@ def verdict(numbers: Numbers) -> list[Finding]:
         f"{'all noise levels' if decided.all() else where} (at best in {rate[first:].max():.0%} of "
         "the comparisons; chance: 50%)."
     )
-    if (rate[:first] >= numbers.decided_from).any() and judge == "empty":
+    if (rate[:first] >= numbers.decided_from).any() and (judge == "empty" or inside):
         text += f" Below, captions change the predicted image by less than {CHANGED:.0%}."
     if start:
         text += f" Train there alone: --timestep_low {start:g}."
     found.append(Finding("decides", text, {"timestep_low": start}))
     text = (
-        f"Train a guidance scale of {GUIDANCE_SCALE:g} into the model: --agsm_guidance_scale "
-        f"{GUIDANCE_SCALE:g} --candidates {CANDIDATES[kind]}. A step takes about "
+        f"{'Keep it' if inside else f'Train a guidance scale of {scale:g} into the model'}: "
+        f"--agsm_guidance_scale {scale:g} --candidates {CANDIDATES[kind]}. A step takes about "
         f"{(3 + PASSES[kind]) / 3:.2g} times as long as one of plain denoising. Then sample "
         "without guidance (--guidance_scale 1): one pass a step in place of two."
     )
-    options = {"agsm_guidance_scale": GUIDANCE_SCALE, "candidates": CANDIDATES[kind]}
+    options = {"agsm_guidance_scale": scale, "candidates": CANDIDATES[kind]}
     found.append(Finding("scale", text, {"objective": "agsm", **options}))
     edited = numbers.win_rate["edited"][first:].mean()
     if edited >= numbers.decided_from:

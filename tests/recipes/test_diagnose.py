@@ -57,6 +57,21 @@ def test_the_numbers_are_those_of_plain_loops():
         assert got.size[level] == pytest.approx(np.linalg.norm(guidance) / np.linalg.norm(p[:, 0]))
         cosine = guidance @ away / np.linalg.norm(guidance) / np.linalg.norm(away)
         assert got.cosine[level] == pytest.approx(cosine)
+    guidance, away = pred[:, :, 0] - pred[:, :, 5], target - pred[:, :, 0]
+    share = (guidance * away).sum() / (guidance**2).sum()
+    assert got.held == pytest.approx(1 / (1 + share) if share > -1 else np.inf)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5, 3.0])
+def test_the_scale_that_a_model_holds_is_the_one_that_was_trained_in(scale):
+    """Predictions at AGSM's fixed point: the empty caption's, and s times the data's way from it;
+    the data around their mean."""
+    rng = np.random.default_rng(0)
+    pred, _ = predictions(400)
+    data = rng.standard_normal((400, 3, 12))
+    pred[:, :, 0] = pred[:, :, 5] + scale * (data - pred[:, :, 5])
+    target = data + 0.1 * rng.standard_normal(data.shape)
+    assert summarize(measured_of(pred, target)).held == pytest.approx(scale, rel=0.02)
 
 
 def test_captions_that_an_image_does_not_have_are_not_read():
@@ -107,7 +122,7 @@ def numbers(empty=0.8, in_batch=0.8, edited=0.55, *, empty_wins=0.7, size=0.1, *
         return np.broadcast_to(np.asarray(value, float), 10)
 
     rates = {"empty": wide(empty), "in_batch": wide(in_batch), "edited": wide(edited)}
-    usual = {"images": 256, "pairs": 100, "suspects": []} | others
+    usual = {"images": 256, "pairs": 100, "held": 1.0, "suspects": []} | others
     return Numbers(
         win_rate=rates,
         empty_wins=wide(empty_wins),
@@ -154,7 +169,10 @@ EMPTY = {"candidates": "empty", "timestep_low": 0.6}
     ({"empty": HIGH[::-1]}, "decides", "at 4 of 10 noise levels, from 0%", {"timestep_low": 0.0}),
     ({"size": SMALL}, "decides", "change the predicted image by less than 2%.",
      {"timestep_low": 0.6}),
-    ({"empty": 0.45, "in_batch": HIGH}, "guidance_inside", "AGSM keeps it", EMPTY),
+    ({"empty": 0.45, "in_batch": HIGH}, "empty_wins", "may be partly wrong", EMPTY),
+    ({"empty": 0.45, "in_batch": 0.8, "size": SMALL, "held": 2.04}, "guidance_inside",
+     "hold a scale of 2. Plain", EMPTY | {"agsm_guidance_scale": 2.0}),
+    ({"held": np.inf}, "scale", "Keep it: --agsm_guidance_scale 10 --candidates empty.", {}),
     ({}, "scale", "--agsm_guidance_scale 3 --candidates empty. A step takes about 1.3 times",
      {"objective": "agsm", "agsm_guidance_scale": 3.0, "candidates": "empty"}),
     (UNKNOWN, "empty_unknown", "hardly trained without captions", OTHERS),

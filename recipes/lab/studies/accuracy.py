@@ -10,8 +10,9 @@ import torch
 from agsm_loss import Bank
 from agsm_loss.integrations.denoisers import PlainDenoiser
 from agsm_loss.integrations.hosts.diffusion_dpo import diffusion_dpo_loss
-from agsm_loss.integrations.noise import add_noise, regression_target
+from agsm_loss.integrations.noise import add_noise, clean_and_noise, regression_target
 from data.batches import to_model
+from diagnosis.levels import held
 from lab.world.captions import caption
 from lab.world.data import WorldPairs
 from lab.world.prompts import scenes
@@ -60,9 +61,8 @@ def implicit_accuracy(
 
 
 @torch.no_grad()
-def trained_in_scale(
-    tuned: TextToImage,
-    base: TextToImage,
+def held_scale(
+    model: TextToImage,
     number: int,
     *,
     seed: int,
@@ -70,33 +70,37 @@ def trained_in_scale(
     side: int = GRID,
     batch_size: int = 64,
 ) -> float:
-    """The guidance scale that `tuned` acts like, by its predictions alone.
+    """The guidance scale that a model's predictions hold (`diagnosis.levels.Numbers.held`).
 
-    Over `number` held-out images, each at one noise level from the share `low` of the schedule on:
-    1 + how far the tuned prediction lies from the base's along the base's guidance, p(caption) -
-    p(no words), as a share of it (least squares). The base has 1; its predictions guided at s, s.
+    Over `number` held-out images, each at one noise level from the share `low` of the schedule on.
 
     side: of the images' scenes (`scenes`).
     """
     generator = torch.Generator().manual_seed(seed)
-    scheduler, along, length = base.pipe.scheduler, 0.0, 0.0
+    denoiser, scheduler, along, length = (
+        PlainDenoiser(model.denoiser),
+        model.pipe.scheduler,
+        0.0,
+        0.0,
+    )
     stream = scenes(seed, "heldout", side)
     for first in range(0, number, batch_size):
         drawn = list(islice(stream, min(batch_size, number - first)))
         pixels = torch.from_numpy(to_model(np.stack([render(scene) for _, scene in drawn])))
-        latents = base.encode_images(pixels, generator)
+        latents = model.encode_images(pixels, generator)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        timesteps = base.timesteps(len(latents), "uniform", generator, low)
+        timesteps = model.timesteps(len(latents), "uniform", generator, low)
         noisy = add_noise(scheduler, latents, noise, timesteps)
-        text = base.encode_prompts([*(caption(spec) for spec, _ in drawn), ""])
-        own = {name: value[:-1] for name, value in text.items()}
-        null = {name: value[-1:].expand_as(own[name]) for name, value in text.items()}
-        before, without = (
-            PlainDenoiser(base.denoiser)(noisy, timesteps, rows, Bank.POSITIVE)
-            for rows in (own, null)
+        captions = [caption(spec) for spec, _ in drawn]
+        own, without = (
+            clean_and_noise(
+                scheduler,
+                noisy,
+                denoiser(noisy, timesteps, model.encode_prompts(texts), Bank.POSITIVE),
+                timesteps,
+            )[0]
+            for texts in (captions, [""] * len(drawn))
         )
-        after = PlainDenoiser(tuned.denoiser)(noisy, timesteps, own, Bank.POSITIVE)
-        guidance = before - without
-        along += float(((after - before) * guidance).sum())
-        length += float(guidance.square().sum())
-    return 1 + along / length
+        along += float(((own - without) * (latents - own)).sum())
+        length += float((own - without).square().sum())
+    return held(along, length)

@@ -37,10 +37,10 @@ def kept_table(plan: Plan, groups: Groups, told: Callable[[Sequence[float]], str
         if guided := _guided_entry(plan, name):
             best = [one["heldout"]["overall"] for one in groups[guided]]
             cells[2] = told([high - low for high, low in zip(best, old, strict=True)])
-        if "trained_in_scale" in group[0]:
-            cells[3] = told([one["trained_in_scale"] for one in group])
+        if "held_scale" in group[0]:
+            cells[3] = told([one["held_scale"] for one in group])
         rows.append([name, *cells])
-    heads = ["", "in the new layout", "right", "what CFG adds", "trained-in scale"]
+    heads = ["", "in the new layout", "right", "what CFG adds", "held scale"]
     return markdown_table(heads, rows)
 
 

@@ -49,7 +49,7 @@ class Plan:
     pairs: held-out preference pairs on which each method's implicit accuracy against the untrained
         model is measured, at `common`'s noise levels; 0: none.
     scale_images: held-out images on which the guidance scale is measured that each method's
-        predictions have trained in (`trained_in_scale`); 0: none.
+        predictions hold (`held_scale`); 0: none.
     guidance_scales: of the sweep; a single one is taken as it is. per_category,
         sweep_per_category: held-out and validation prompts a category.
     num_inference_steps: sampling steps of both.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lab.studies.accuracy import implicit_accuracy, trained_in_scale
+from lab.studies.accuracy import held_scale, implicit_accuracy
 from lab.studies.plan import (
     AFTER,
     OF,
@@ -97,10 +97,9 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         found = implicit_accuracy(model, base, plan.pairs, fold="heldout", seed=seed, low=low)
         result["implicit_accuracy"] = found
     if plan.scale_images and method not in plan.sampled:
-        base = TextToImage.load(plan.model, torch.float32)
         side = 2 if ":corner:" in plan.common.get("data", "") else GRID
-        found = trained_in_scale(model, base, plan.scale_images, seed=seed, low=low, side=side)
-        result["trained_in_scale"] = round(found, 4)
+        found = held_scale(model, plan.scale_images, seed=seed, low=low, side=side)
+        result["held_scale"] = round(found, 4)
     _write(folder / "result.json", result)
     return result
 
