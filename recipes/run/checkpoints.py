@@ -421,9 +421,10 @@ def data_only(folder: Path) -> Iterator[None]:
             f"{folder}: expected numbers alone, got {named[1] if named else 'code'} in a pickle, "
             "which could run anything. It is not loaded. Resume from checkpoints of your own."
         ) from None
-    except (ValueError, MemoryError):
-        raise
     except Exception as error:  # a damaged file can raise any
+        ours = isinstance(error, ValueError | MemoryError) and not isinstance(error, UnicodeError)
+        if ours:
+            raise
         told = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{folder}: expected a checkpoint of this run, got what cannot be loaded "

@@ -77,13 +77,8 @@ def held_scale(
     side: of the images' scenes (`scenes`).
     """
     generator = torch.Generator().manual_seed(seed)
-    denoiser, scheduler, along, length = (
-        PlainDenoiser(model.denoiser),
-        model.pipe.scheduler,
-        0.0,
-        0.0,
-    )
-    stream = scenes(seed, "heldout", side)
+    denoiser, scheduler = PlainDenoiser(model.denoiser), model.pipe.scheduler
+    stream, along, length = scenes(seed, "heldout", side), 0.0, 0.0
     for first in range(0, number, batch_size):
         drawn = list(islice(stream, min(batch_size, number - first)))
         pixels = torch.from_numpy(to_model(np.stack([render(scene) for _, scene in drawn])))

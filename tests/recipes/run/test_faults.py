@@ -136,6 +136,17 @@ def test_what_accelerate_loads_for_trl_is_data_too(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize("damage", [
+    lambda: b"\xb3".decode(), lambda: {}["state"], lambda: torch.zeros(2).view(3)
+])  # fmt: skip
+def test_a_damaged_pickle_is_one_line_whatever_it_raises(damage, tmp_path):
+    with pytest.raises(ValueError, match=r"got what cannot be loaded \(.*Remove the folder"):
+        with checkpoints.data_only(tmp_path):
+            damage()
+    with pytest.raises(ValueError, match="^ours$"), checkpoints.data_only(tmp_path):
+        raise ValueError("ours")
+
+
 def test_data_and_model_are_those_that_the_run_began_with(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(options(tmp_path), at=killed_at(5), data="rows", model="weights")
