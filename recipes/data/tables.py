@@ -75,6 +75,10 @@ def open_table(
             table = datasets.load_dataset(name, split=split)
     if not len(table):
         raise ValueError(f"data: expected at least one row in {data}, got none.")
+    try:
+        table.data.validate(full=True)  # that texts are
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"data: {data} cannot be read: {error}. Write it again.") from error
     return table
 
 

@@ -170,6 +170,19 @@ def test_damaged_parquets_and_those_with_brackets(tmp_path):
         open_table(str(tmp_path / "2.parquet"), "train")
 
 
+def test_a_parquet_with_texts_that_are_none_is_an_error(tmp_path):
+    """As a damaged one has: all of its other bytes are read without a word."""
+    buffers = [
+        None,
+        pyarrow.array([0, 2], pyarrow.int32()).buffers()[1],
+        pyarrow.py_buffer(b"a\xb4"),
+    ]
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 1, buffers)
+    pyarrow.parquet.write_table(pyarrow.table({"caption": texts}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read: .*UTF8.* Write it again"):
+        open_table(str(tmp_path / "a.parquet"), "train", columns=[])
+
+
 def test_columns_of_other_kinds_are_refused():
     for cell in ({"en": "a", "de": "b"}, 7, [3], [{"en": "a"}]):
         table = Dataset.from_list([{"image": b"", "caption": cell}])
