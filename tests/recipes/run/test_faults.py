@@ -140,10 +140,10 @@ def test_what_accelerate_loads_for_trl_is_data_too(tmp_path):
     lambda: b"\xb3".decode(), lambda: {}["state"], lambda: torch.zeros(2).view(3)
 ])  # fmt: skip
 def test_a_damaged_pickle_is_one_line_whatever_it_raises(damage, tmp_path):
-    with pytest.raises(ValueError, match=r"got what cannot be loaded \(.*Remove the folder"):
-        with checkpoints.data_only(tmp_path):
-            damage()
-    with pytest.raises(ValueError, match="^ours$"), checkpoints.data_only(tmp_path):
+    told = r"got what cannot be loaded \(.*Remove the folder"
+    with pytest.raises(ValueError, match=told), checkpoints.data_only(tmp_path):
+        damage()
+    with pytest.raises(ValueError, match=r"^ours$"), checkpoints.data_only(tmp_path):
         raise ValueError("ours")
 
 
