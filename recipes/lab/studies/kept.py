@@ -57,7 +57,8 @@ def kept_chart(plan: Plan, path: Path) -> None:
                     points.setdefault(line["step"], []).append(point)
         if points:  # else it learns nothing new
             means = np.array([np.mean(points[step], axis=0) for step in sorted(points)])
-            axis.plot(means[:, 0], means[:, 1], "o-", markersize=4, label=name)
+            style = "o-" if len(axis.lines) < 10 else "s--"  # ten colours
+            axis.plot(means[:, 0], means[:, 1], style, markersize=4, label=name)
     axis.set(
         title=plan.title,
         xlabel="pictures in the new layout (validation, no CFG)",
