@@ -218,14 +218,8 @@ def test_the_make_targets_exist(name):
     assert named <= targets
 
 
-LAB = [
-    "train_base",
-    "train_rivals",
-    "fuzz",
-    "bench.loss",
-    "bench.step",
-    "bench.hosts",
-]  # python -m recipes.lab....
+# python -m recipes.lab....
+LAB = ["train_base", "train_rivals", "fuzz", "bench.loss", "bench.step", "bench.hosts"]
 
 
 @pytest.fixture(scope="module")

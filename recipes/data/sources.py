@@ -124,7 +124,7 @@ def world(module: str) -> Any:
 
 
 def is_world(data: str) -> bool:
-    """Whether `--data` names the embedded world, or a variant of it (`world:novel:200`)."""
+    """Whether `--data` names the embedded world, or a variant of it (`world:corner:400`)."""
     return data.partition(":")[0] == "world"
 
 

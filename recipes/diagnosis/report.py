@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from data.batches import Batch
 from data.pictures import sheet, to_uint8
+from data.sources import is_world
 from diagnosis.levels import Suspect, summarize
 from diagnosis.measure import Measured
 from diagnosis.plot import draw
@@ -43,7 +44,7 @@ def report(measured: Measured, images: Dataset[Batch], options: Any) -> list[str
     config, advice = folder / "config.yaml", options_of(findings)
     lines.append(f"Train a LoRA: python recipes/train_agsm.py --config {config}")
     (folder / "verdict.txt").write_text("\n".join(lines) + "\n")
-    named = () if options.data == "world" else OF_DATA
+    named = () if is_world(options.data) else OF_DATA
     given = {name: getattr(options, name) for name in ("model", "data", *named)}
     table = given | advice | {"train_batch_size": options.batch_size}
     config.write_text(

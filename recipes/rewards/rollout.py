@@ -38,6 +38,7 @@ from agsm_loss.integrations.hosts.rollouts import group_advantages
 from data.batches import Batch
 from data.pictures import sheet, to_uint8
 from data.prompts import read_prompts
+from data.sources import is_world
 from data.task import Captions, Task
 from model.agsm import Competitors, agsm_weight, check_competitors
 from model.families import image_side, levels_of
@@ -202,7 +203,7 @@ class OnPolicy:
         self._reward = load(options.reward, accelerator.device)
         check_prompts(self._reward, options, task)
         side = task.size
-        if options.sampling_prompts and options.data == "world":  # no images of the world's size
+        if options.sampling_prompts and is_world(options.data):  # no images of the world's size
             side = options.resolution or image_side(trained.pipeline.pipe)
             trained.pipeline.check_side(side)
         self._blank = torch.zeros(1, 3, side, side)

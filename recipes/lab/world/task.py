@@ -48,6 +48,8 @@ class World(Task):
         return WorldBatches(batch_size, hard, self.corner, seed=self.seed, rank=self.rank)
 
     def pairs(self, batch_size: int, hard: int) -> Dataset[PairBatch]:
+        if self.corner:
+            raise ValueError(f"data: expected world for preference pairs, got {self.data}.")
         return WorldPairs(batch_size, hard, seed=self.seed, rank=self.rank)
 
     def captions(self) -> Captions:

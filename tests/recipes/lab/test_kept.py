@@ -43,6 +43,8 @@ def test_the_task_trains_on_them_and_says_how_many_are_there():
     blank = np.full((len(asked), 24, 24, 3), 128, np.uint8)
     assert task.summarize(task.judge(blank, asked))["cornered"] == 0.0
     assert "cornered" not in summarize(World.of({"data": "world"}, 1).judge(blank, asked))
+    with pytest.raises(ValueError, match="data: expected world for preference pairs"):
+        task.pairs(2, 0)
     for wrong in ("world:corner:", "world:corner:x", "world:nowhere", "worlds"):
         with pytest.raises(ValueError, match="data: expected world or world:corner:N"):
             World.of({"data": wrong}, 1)
