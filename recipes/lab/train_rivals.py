@@ -10,6 +10,8 @@ s the guidance scale:
     contrastive   |v - tau|^2 - w |v - tau'|^2, tau' another image's: arXiv 2506.05350, its lambda
     tdpo          Diffusion-DPO between the image's caption and an edit of it (arXiv 2509.25771),
                   w its beta
+    levels        AGSM with a temperature per noise level, w times the standard deviation of the
+                  errors' gaps there
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from agsm_loss import Bank
 from agsm_loss.functional import denoising_error
 from data.task import DataOptions, ImageOptions, PromptFileOptions, open_task
-from model.agsm import AGSMOptions
+from model.agsm import AGSMOptions, check_competitors
 from model.precompute import PrecomputeOptions, precompute
 from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
@@ -38,10 +40,10 @@ from train_agsm import Inputs, Result, prepare
 class Options:
     """The objective."""
 
-    objective: Literal["target", "prediction", "drift", "contrastive", "tdpo"] = option(
+    objective: Literal["target", "prediction", "drift", "contrastive", "tdpo", "levels"] = option(
         "target", "Loss to minimize."
     )
-    rival_weight: float = option(1.0, "w of drift, contrastive and tdpo.", at_least=0)
+    rival_weight: float = option(1.0, "w of drift, contrastive, tdpo and levels.", at_least=0)
 
 
 OPTIONS = OptionSet(
@@ -70,7 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
         model = Session(options, run.accelerator, task, method=options.objective)
         model.prepare(run.accelerator)
         objective = Rival(options, model)
-        hard = int(options.objective == "tdpo")
+        levels = options.objective == "levels"
+        hard = check_competitors(options, task) if levels else int(options.objective == "tdpo")
         batches = task.images(options.train_batch_size, hard, options.image_column)
         fill = precompute(options.precompute, model.pipeline, run.accelerator)
         for index, batch in run.steps(model, batches, objective, fill=fill):
@@ -87,6 +90,10 @@ class Rival:
     def __init__(self, options: Any, model: Session) -> None:
         self.name, self.weight = options.objective, options.rival_weight
         self.scale, self.model = options.agsm_guidance_scale, model
+        self.temperature = LevelTemperature(options.rival_weight)
+        if self.name == "levels":
+            self.agsm = model.agsm(options.train_batch_size)
+            self.agsm.loss.temperature = self.temperature
 
     def __call__(self, inputs: Inputs) -> Result:
         target, loss = inputs.target, getattr(self, self.name)
@@ -114,6 +121,13 @@ class Rival:
         own = error(pred, target) - error(self.untrained(inputs, slice(batch)), target)
         other = error(wrong, target) - error(self.untrained(inputs, edited), target)
         return -F.logsigmoid(self.weight * (other - own))
+
+    def levels(self, inputs: Inputs, pred: Tensor, target: Tensor) -> Tensor:
+        steps = self.model.scheduler.config.num_train_timesteps
+        self.temperature.levels = (inputs.timesteps * 8 / steps).long().clamp(max=7)
+        given = inputs.noisy, inputs.timesteps, target, inputs.conditioning
+        loss: Tensor = self.agsm(*given, pred=pred, **inputs.captions).loss
+        return loss
 
     def predict(
         self, inputs: Inputs, text: dict[str, Tensor], bank: Bank = Bank.POSITIVE
@@ -144,9 +158,34 @@ class Rival:
     def update_ema(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return self.temperature.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.temperature.load_state_dict(state)
+
+
+class LevelTemperature(nn.Module):
+    """T of each image: `scale` times the standard deviation that the gaps between its caption's
+    error and the others' have at its noise level, by running means over eight levels."""
+
+    sums: Tensor
+
+    def __init__(self, scale: float, momentum: float = 0.98) -> None:
+        super().__init__()
+        self.scale, self.momentum, self.levels = scale, momentum, torch.zeros(0, dtype=torch.long)
+        self.register_buffer("sums", torch.zeros(3, 8))  # number, sum, sum of squares
+
+    @torch.no_grad()
+    def forward(self, errors: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B,) for errors (B, K), the own caption's first; `levels` (B,) were set before."""
+        levels = self.levels.to(errors.device)
+        gaps = (errors[:, 1:] - errors[:, :1]).to(self.sums)
+        valid = torch.ones_like(gaps) if mask is None else mask[:, 1:].to(gaps)
+        seen = torch.stack([valid, gaps * valid, gaps.square() * valid]).sum(2)
+        self.sums.mul_(self.momentum).index_add_(1, levels, seen)
+        number, total, squares = self.sums
+        spread = (squares / number - (total / number).square()).clamp(min=1e-12).sqrt()
+        return self.scale * spread[levels].to(errors)
 
 
 def error(pred: Tensor, target: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from agsm_loss import AGSMLoss, Bank
 from lab.studies import accuracy, report
-from lab.train_rivals import Rival
+from lab.train_rivals import LevelTemperature, Rival
 from lab.world.captions import metadata
 from lab.world.detect import in_corner
 from lab.world.prompts import corner_scenes, rows, scenes
@@ -94,6 +94,24 @@ def test_the_other_rivals_are_their_formulas():
     loss, _, own, edited, _, target = rival("tdpo", 2.0)
     gap = (edited - target).square().mean(1) - (own - target).square().mean(1)
     torch.testing.assert_close(loss, -F.logsigmoid(2 * gap).mean())
+
+
+def test_a_temperature_per_noise_level_is_the_gaps_standard_deviation():
+    temperature = LevelTemperature(0.5, momentum=0.5)
+    temperature.levels = torch.tensor([0, 0, 7, 7])
+    errors = torch.tensor([[0.0, 1, 3], [0, 2, 2], [4, 5, 5], [0, 9, 5]])
+    low, high = 0.5 * np.std([1, 3, 2, 2]), 0.5 * np.std([1, 1, 9, 5])
+    expected = torch.tensor([low, low, high, high], dtype=torch.float32)
+    torch.testing.assert_close(temperature(errors), expected)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]]).bool()
+    # The mean keeps half of what it had; the masked gap is not in the new half.
+    gaps = np.array([1, 3, 2, 2, 1, 3, 2]), np.array([0.5] * 4 + [1.0] * 3)
+    mean = np.average(gaps[0], weights=gaps[1])
+    low = 0.5 * np.sqrt(np.average((gaps[0] - mean) ** 2, weights=gaps[1]))
+    assert temperature(errors, mask)[0] == pytest.approx(low, rel=1e-5)
+    again = LevelTemperature(0.5)
+    again.load_state_dict(temperature.state_dict())
+    torch.testing.assert_close(again.sums, temperature.sums)
 
 
 def test_the_scale_that_a_model_holds(flow_base, monkeypatch):
