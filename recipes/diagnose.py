@@ -59,13 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
     from data.task import open_task
     from diagnosis.measure import EDITS, measure
     from diagnosis.report import report
-    from model.families import image_side
     from model.pipeline import TextToImage
 
     state = PartialState()
     task = open_task(options, state)
     model = TextToImage.load(options.model, getattr(torch, options.dtype), state.device)
-    task.size = task.size or image_side(model.pipe)
+    task.size = task.size or model.side
     images = task.images(options.batch_size, EDITS, options.image_column)
     batches = -(-options.num_images // options.batch_size)
     measured = measure(model, images, batches=batches, seed=options.seed)

@@ -79,7 +79,6 @@ def main(arguments: list[str] | None = None) -> None:
     from data.sources import check_source
     from lab.world.edits import changes_of, world_edits
     from model.editing import change, image_to_image, read_changes
-    from model.families import image_side
     from run.log import say
 
     output, of_world = Path(options.output_dir), options.data == "world"
@@ -92,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         edits = world_edits(options.num_images, seed=options.seed)
         asked = changes_of(edits)
     else:
-        edits, side = [], image_side(model.pipe)
+        edits, side = [], model.side
         asked = read_changes(options.data, size=side, number=options.num_images)
     pipe = image_to_image(model) if options.method == "img2img" else model.pipe
     extras = " and ".join(name for name in ("tokens", "lora") if getattr(options, name))

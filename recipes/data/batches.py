@@ -6,7 +6,7 @@
 
 Item i is a function of (seed, i, process): a resumed run sees what it would have seen. Hard
 negatives, where asked for, are captions one edit away from the image's own
-(`data.hard_negatives`). A row with a damaged image is replaced by the next.
+(`data.prompts.edited`). A row with a damaged image is replaced by the next.
 
 Pairs have the columns jpg_0, jpg_1, label_0, caption (Pick-a-Pic), or image_w, image_l, caption.
 Ties (label_0 of 0.5) are dropped, as published.
@@ -27,9 +27,8 @@ from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.hard_negatives import edited
 from data.pictures import read_picture
-from data.prompts import texts_of
+from data.prompts import edited, texts_of
 from data.tables import as_images, check_columns, fingerprint
 
 LOGGER = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diagnosis.levels import CHANGED, Numbers
+from diagnosis.measure import CHANGED, Numbers
 
 GUIDANCE_SCALE = 3.0
 """Where the sampled scale was best in our studies, and train_agsm.py's own default."""

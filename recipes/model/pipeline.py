@@ -38,8 +38,15 @@ from agsm_loss.integrations.prompts import (
 )
 from agsm_loss.integrations.tokens.pipelines import Sampling, denoiser_of, load_soft_tokens
 from data.sources import loading
-from model.families import call_of, image_side
-from model.latents import decode_latents, encode_image, hold_in_float32, scale_latents
+from model.families import (
+    call_of,
+    decode_latents,
+    encode_image,
+    hold_in_float32,
+    image_side,
+    levels_of,
+    scale_latents,
+)
 from run.log import say
 
 # Projections of the image stream and, in joint attention, of the text stream.
@@ -248,8 +255,17 @@ class TextToImage:
             limit = f" up to {most * step}" if most else ""
             raise ValueError(
                 f"resolution: expected a multiple of {step}{limit} for this "
-                f"{type(self.pipe).__name__}, got {side}. Its own is {image_side(self.pipe)}."
+                f"{type(self.pipe).__name__}, got {side}. Its own is {self.side}."
             )
+
+    @property
+    def side(self) -> int:
+        """Pixels along a side of its images (`image_side`)."""
+        return image_side(self.pipe)
+
+    def levels(self, latents: Sequence[int], steps: int) -> dict[str, Any]:
+        """What a rollout of latents (C, h, w) is called with for its noise levels (`levels_of`)."""
+        return levels_of(self.pipe, latents, steps)
 
     @property
     def denoiser(self) -> Any:

@@ -28,7 +28,6 @@ from data.batches import Batch, PairBatch
 from data.sources import check_source, found_here, given_model, is_world
 from data.task import Task
 from model.agsm import Competitors, make_agsm, resolve_agsm
-from model.families import image_side
 from model.pipeline import TextToImage
 from run.checkpoints import digest_of, fingerprint_of
 from run.engines import blocks_of, is_sharded
@@ -161,7 +160,7 @@ class TrainedModel:
         casts = state.distributed_type == DistributedType.DEEPSPEED  # all of the denoiser
         held = torch.float32 if options.full and not casts else dtype[options.mixed_precision]
         self.pipeline = model = TextToImage.load(options.model, held, state.device)
-        task.size = task.size or image_side(model.pipe)
+        task.size = task.size or model.side
         if not is_world(options.data):
             model.check_side(task.size)
         prediction_type(model.pipe.scheduler)  # one whose noise is not known is refused at once

@@ -41,7 +41,6 @@ from data.prompts import read_prompts
 from data.sources import is_world
 from data.task import Captions, Task
 from model.agsm import Competitors, agsm_weight, check_competitors
-from model.families import image_side, levels_of
 from model.pipeline import TextToImage
 from model.trained import TrainedModel
 from rewards.rewards import Reward, load
@@ -204,7 +203,7 @@ class OnPolicy:
         check_prompts(self._reward, options, task)
         side = task.size
         if options.sampling_prompts and is_world(options.data):  # no images of the world's size
-            side = options.resolution or image_side(trained.pipeline.pipe)
+            side = options.resolution or trained.pipeline.side
             trained.pipeline.check_side(side)
         self._blank = torch.zeros(1, 3, side, side)
         self._shape = trained.pipeline.encode_images(self._blank, draws(options.seed)).shape[1:]
@@ -226,7 +225,7 @@ class OnPolicy:
 
     def levels(self, steps: int) -> dict[str, Any]:
         """What a rollout is called with for the noise levels of the pipeline's call."""
-        return levels_of(self.trained.pipeline.pipe, self._shape, steps)
+        return self.trained.pipeline.levels(self._shape, steps)
 
     def denoise(self, text: Any, image: Any) -> Callable[[Tensor, Tensor], Tensor]:
         """The model in training with ψ⁺, as rollouts call it."""

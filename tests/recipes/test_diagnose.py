@@ -13,8 +13,7 @@ import diagnose
 import train_agsm
 from diagnosis import measure as measuring
 from diagnosis import report as reporting
-from diagnosis.levels import Numbers, Suspect, summarize
-from diagnosis.measure import EDITS, Measured, measure
+from diagnosis.measure import EDITS, Measured, Numbers, Suspect, measure, summarize
 from diagnosis.verdict import GUIDANCE_SCALE, options_of, verdict
 from lab.world.data import WorldBatches
 from lab.world.export import captioned

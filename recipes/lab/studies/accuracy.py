@@ -12,7 +12,7 @@ from agsm_loss.integrations.denoisers import PlainDenoiser
 from agsm_loss.integrations.hosts.diffusion_dpo import diffusion_dpo_loss
 from agsm_loss.integrations.noise import add_noise, clean_and_noise, regression_target
 from data.batches import to_model
-from diagnosis.levels import held
+from diagnosis.measure import held
 from lab.world.captions import caption
 from lab.world.data import WorldPairs
 from lab.world.prompts import scenes
@@ -70,7 +70,7 @@ def held_scale(
     side: int = GRID,
     batch_size: int = 64,
 ) -> float:
-    """The guidance scale that a model's predictions hold (`diagnosis.levels.Numbers.held`).
+    """The guidance scale that a model's predictions hold (`diagnosis.measure.Numbers.held`).
 
     Over `number` held-out images, each at one noise level from the share `low` of the schedule on.
 

@@ -9,9 +9,8 @@ a detection does: these scores are not GenEval's, and tables should name the det
     evaluator = Evaluator("facebook/mask2former-swin-small-coco-instance")
     for judgement, kept in evaluator(images, rows): ...
 
-rules.py      detections -> verdict, reason and credit
+rules.py      prompts -> rows; detections -> verdict, reason and credit
 detectors.py  image -> detections: instance segmentation, or boxes of an open vocabulary
 colours.py    an object's colour, by CLIP
-prompts.py    GenEval's prompts -> their rows
 evaluator.py  the three together, and as a reward
 """

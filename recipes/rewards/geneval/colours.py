@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .prompts import COLOURS
-from .rules import Detected
+from .rules import COLOURS, Detected
 
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 BACKGROUND = "#999"

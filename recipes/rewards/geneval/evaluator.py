@@ -16,8 +16,7 @@ from rewards.models import CLIP
 
 from .colours import ColourClassifier
 from .detectors import load as load_detector
-from .prompts import row_of
-from .rules import Detected, Judgement, judge
+from .rules import Detected, Judgement, judge, row_of
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 """Of the size of GenEval's own."""

@@ -13,7 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from data.batches import TableBatches
-from data.hard_negatives import COLOUR_WORDS, edited, edits
+from data.prompts import COLOUR_WORDS, edited, edits
 from data.tables import open_table
 from data.task import Task
 from lab.world.captions import caption, hard_negatives

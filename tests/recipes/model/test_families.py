@@ -11,8 +11,7 @@ from pipelines_tiny import speaking_pipeline
 from agsm_loss import Bank
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.rollouts import sample_latents, sample_sde
-from model.families import guidance, levels_of
-from model.latents import scale_latents
+from model.families import guidance, levels_of, scale_latents
 from model.pipeline import TextToImage
 from model.sampling import sample
 

@@ -13,8 +13,17 @@ import score_images
 from rewards.geneval import detectors
 from rewards.geneval.colours import ColourClassifier, cropped, pooled
 from rewards.geneval.evaluator import Credit, Evaluator, result
-from rewards.geneval.prompts import CLASSES, COLOURS, row_of
-from rewards.geneval.rules import Detected, Rules, judge, overlap, reason_kind, relations
+from rewards.geneval.rules import (
+    CLASSES,
+    COLOURS,
+    Detected,
+    Rules,
+    judge,
+    overlap,
+    reason_kind,
+    relations,
+    row_of,
+)
 
 
 @pytest.fixture(scope="module")
