@@ -14,7 +14,7 @@ test: $(SETUP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 test-fast: $(SETUP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow"
 
 # The core and the integrations with the oldest Python and the oldest versions that we support.
 test-oldest: $(OLDEST)/.installed

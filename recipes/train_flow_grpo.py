@@ -2,6 +2,8 @@
 
     python recipes/train_flow_grpo.py --rank 8 --num_tokens 0 --reward redness --agsm_weight 1
 
+Samples have no guidance, so begin with a model that has guidance in it: `train_nft.py` says how.
+
 Each step samples `--group_size` images per prompt, scores them by `--reward`, and follows the
 gradient of the better ones' likelihood. Prompts are the data set's captions, or the lines of
 `--sampling_prompts`. AGSM trains on the data set's images (`--agsm_images data`), or on the samples

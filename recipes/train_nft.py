@@ -4,6 +4,12 @@
     python recipes/train_nft.py --model recipes/lab/models/epsilon --agsm_images best \
         --agsm_weight 1
 
+Rollouts have no guidance, so a start with guidance in it does more than AGSM in the step
+(recipes/lab/results/rewards.md, study_reward_start):
+
+    python recipes/train_agsm.py --rank 16 --agsm_guidance_scale 3 --timestep_low 0.6
+    python recipes/train_nft.py --merge_lora runs/agsm/lora --reward redness
+
 A rollout samples `--sample_num_batches_per_epoch` batches of images without guidance, by the
 pipeline's own scheduler, and scores them by `--reward`. It is trained on
 `--train_num_inner_epochs` times, each time at fresh timesteps and noise. Prompts are the data set's

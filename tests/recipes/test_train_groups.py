@@ -8,6 +8,7 @@ import torch
 from pipelines_tiny import speaking_pipeline
 from recipe_runs import killing, log, trained
 
+import train_agsm
 import train_flow_grpo
 import train_nft
 from agsm_loss.integrations.hosts import rollouts
@@ -68,6 +69,26 @@ def test_flow_grpo_resumes_and_has_agsm_in_it(flags, flow_base, tmp_path, monkey
     again = [*flags, "--resume_from_checkpoint", "latest"]
     assert same(whole, train(train_flow_grpo, flow_base, tmp_path / "cut", *again))
     assert log(tmp_path / "cut") == lines
+
+
+def test_a_lora_with_guidance_in_it_is_a_start(flow_base, tmp_path):
+    """The two commands of train_nft.py's first lines."""
+    train_agsm.main(
+        ["--model", str(flow_base), "--output_dir", str(tmp_path / "agsm"), "--rank", "2",
+         "--agsm_guidance_scale", "3", "--max_train_steps", "1", "--validation_steps", "9",
+         "--learning_rate", "0.1", "--train_batch_size", "4"]
+    )  # fmt: skip
+    lora = str(tmp_path / "agsm" / "lora")
+    merged = TextToImage.load(str(flow_base), torch.float32)
+    merged.merge_lora(lora)
+    merged.pipe.save_pretrained(tmp_path / "merged")
+    flags = ["--num_tokens", "0", "--max_train_steps", "1"]
+    one = train(train_nft, flow_base, tmp_path / "one", *flags, "--merge_lora", lora)
+    other = train(train_nft, tmp_path / "merged", tmp_path / "other", *flags)
+    without = train(train_nft, flow_base, tmp_path / "without", *flags)
+    assert one.keys() == other.keys() == without.keys()
+    assert all(torch.allclose(one[k], other[k], atol=1e-5) for k in one)
+    assert not all(torch.allclose(one[k], without[k], atol=1e-3) for k in one)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
