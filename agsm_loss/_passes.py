@@ -112,7 +112,12 @@ def with_rows_of(null: Any, conditioning: Any, pool_size: int, batch: int) -> An
         )
 
     def join(leaf: Any, row: Any) -> Any:
-        if not isinstance(leaf, Tensor):
+        if not (isinstance(leaf, Tensor) and isinstance(row, Tensor)):
+            if isinstance(leaf, Tensor) or isinstance(row, Tensor) or leaf != row:
+                raise ValueError(
+                    f"null: expected what conditioning has beside tensors, {leaf!r:.60}, got "
+                    f"{row!r:.60}."
+                )
             return leaf
         if row.ndim == 0 or row.shape[0] not in (1, batch) or row.shape[1:] != leaf.shape[1:]:
             raise ValueError(

@@ -22,8 +22,7 @@ what they edit: which colour belongs to which object, how many there are.
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, chain
-from math import isnan
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -78,6 +77,14 @@ class Candidates:
             raise ValueError(
                 f"index: expected rows of a pool of {self.pool_size}, got values from "
                 f"{int(self.index.min())} to {int(self.index.max())}."
+            )
+        number = self.index.shape[1]
+        if self.positives.numel() and not (
+            0 <= int(self.positives.min()) <= int(self.positives.max()) < number
+        ):
+            raise ValueError(
+                f"positives: expected columns of {number} candidates, got values from "
+                f"{int(self.positives.min())} to {int(self.positives.max())}."
             )
 
 
@@ -333,6 +340,7 @@ def _compete(
             "hard_negatives: expected a sequence of captions an image, got a single text. "
             "Wrap it: [text]."
         )
+    hard_negatives = [list(map(_id, hard)) for hard in hard_negatives]
     num_hard = max(map(len, hard_negatives), default=0)
     own = _captions_of_images(captions, image_ids)
     starts = accumulate(map(len, hard_negatives), initial=batch)
@@ -373,14 +381,23 @@ def _as_list(values: Sequence[Hashable] | Tensor) -> list[Hashable]:
     if isinstance(values, Tensor):
         if values.ndim != 1:
             raise ValueError(f"expected ids of shape (B,), got {tuple(values.shape)}.")
-        return list(values.tolist())
+        return list(map(_id, values.tolist()))
     if isinstance(values, str):
         raise TypeError("captions: expected a sequence of texts, got one text. Wrap it: [text].")
-    # A tensor equals no other by its hash.
-    found = [one.item() if isinstance(one, Tensor) and one.numel() == 1 else one for one in values]
-    if any(isinstance(one, float) and isnan(one) for one in found):
+    return list(map(_id, values))
+
+
+def _id(value: Any) -> Hashable:
+    """A text or an id as what equals its like: arrays, which are compared by place, by value."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    elif hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return tuple(map(_id, value))
+    if value != value:  # noqa: PLR0124  # NaN
         raise ValueError("captions: expected ids that equal themselves, got NaN.")
-    return found
+    return value
 
 
 def _image_ids(captions: Sequence[Hashable] | Tensor, image_ids: object) -> list[Hashable]:

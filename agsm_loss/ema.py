@@ -204,7 +204,7 @@ class EMA:
         """
         if self._module is not None:
             inside = {id(one) for one in module.parameters()}
-            if inside and not any(id(one) in inside for one in self.parameters):
+            if inside and not all(id(one) in inside for one in self.parameters):
                 flat = any(is_fsdp1(one) for one in module.parameters())
                 raise fsdp1_refused() if flat else _other_parameters()
             return

@@ -72,6 +72,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from agsm_loss import _checks
+from agsm_loss.temperature import AdaptiveTemperature
 
 Positives = Int[Tensor, " B"] | Bool[Tensor, "B K"] | None
 """None: column 0 matches; (B,): the matching column of each row; bool (B, K): several may match."""
@@ -178,7 +179,7 @@ def implicit_reward(
         _checks.check_weight("reward_weight", reward_weight)
         error = error * reward_weight.detach().to(error).reshape(-1, 1)
     if callable(temperature):
-        own = isinstance(temperature, torch.nn.Module)  # AdaptiveTemperature's is positive
+        own = isinstance(temperature, AdaptiveTemperature)  # its is positive
         temperature = temperature(error, mask)
         if not own:
             _checks.check_temperature("temperature", temperature)

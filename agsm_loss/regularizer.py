@@ -187,8 +187,11 @@ class AGSMRegularizer:
         if ema is not None:
             neg_scale = self.loss.neg_scale
             self._spared = spared_by_negatives(denoiser, ema, neg_scale, negatives_train)
-            if isinstance(denoiser, nn.Module):
-                ema._look_in(denoiser)
+            # A module's method, or a function of it, has its parameters.
+            whose = getattr(denoiser, "func", denoiser)
+            whose = getattr(whose, "__self__", whose)
+            if isinstance(whose, nn.Module):
+                ema._look_in(whose)
         self.step = self.calls = 0
         self._versions: int | None = None
         self._warned: set[str] = set()
@@ -246,7 +249,8 @@ class AGSMRegularizer:
         _check_images(noisy, target, pred)
         self._check_updated()
         candidates = self._choose(captions, hard_negatives, image_ids, generator, null is not None)
-        empty = [] if isinstance(captions, Candidates | Tensor) else [c == EMPTY for c in captions]
+        texts = [] if isinstance(captions, Candidates | Tensor) else captions
+        empty = [isinstance(text, str) and text == EMPTY for text in texts]
         if 2 * sum(empty) > len(noisy):
             self._warn(
                 "empty",
@@ -344,7 +348,7 @@ class AGSMRegularizer:
             "calls": self.calls,
             "seed": self.seed,
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "loss": self.loss.state_dict(),
+            "loss": {name: one.clone() for name, one in self.loss.state_dict().items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

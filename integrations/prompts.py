@@ -52,7 +52,8 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], **arguments: Any) -> Row:
     """
     if isinstance(prompts, str):
         raise TypeError("prompts: expected a list of texts, got one text. Wrap it: [text].")
-    with torch.no_grad():
+    # In their own precision: autocast is for the denoiser.
+    with torch.no_grad(), torch.autocast(pipe.device.type, enabled=False):
         rows = encoded_rows(pipe, prompts, {"device": pipe.device, **arguments})
         return with_empty(pipe, prompts, joined(rows))
 
@@ -68,21 +69,30 @@ def caption_ids(pipe: Any, captions: Sequence[str], **arguments: Any) -> list[Ha
         captions: any number of texts.
         arguments: as of `encode_prompts`; max_sequence_length is read.
     """
+    if isinstance(captions, str):
+        raise TypeError("captions: expected a list of texts, got one text. Wrap it: [text].")
     known = inspect.signature(pipe.encode_prompt).parameters
     most = arguments.get("max_sequence_length")
     if most is None and "max_sequence_length" in known:
         most = known["max_sequence_length"].default
     # FLUX.2-dev's is inside a processor.
-    parts = (getattr(part, "tokenizer", part) for part in pipe.components.values())
-    tokenizers = [part for part in parts if isinstance(part, PreTrainedTokenizerBase)]
+    parts = {name: getattr(part, "tokenizer", part) for name, part in pipe.components.items()}
+    named = {name: one for name, one in parts.items() if isinstance(one, PreTrainedTokenizerBase)}
+    encoders = {name: parts.get(name.replace("tokenizer", "text_encoder")) for name in named}
+    # SD3 may have a tokenizer whose encoder was left out.
+    heard = [one for name, one in named.items() if encoders[name] is not None]
+    tokenizers = heard or list(named.values())
+    if not tokenizers:
+        raise TypeError(f"pipe: expected one with a tokenizer, got {type(pipe).__name__}.")
+    family = _known_family(pipe) or Family()
 
     texts = [*dict.fromkeys(captions), ""]
 
     def tokens(one: Any) -> list[Sequence[int]]:
         # As the pipelines do: CLIP's own limit, max_sequence_length for the others.
-        own = "CLIP" in type(one).__name__ or not most
-        limit = one.model_max_length if own else most
-        rows: list[Sequence[int]] = one(texts, truncation=True, max_length=limit).input_ids
+        clip = "CLIP" in type(one).__name__
+        limit: int = one.model_max_length if clip or not most else most
+        rows = family.tokens(pipe, one, texts, limit)
         if any("mask" in name for name in known):
             return rows
         # All are padded to one length and read to its end, and CLIP's padding may be in a text.
@@ -172,6 +182,13 @@ class Family:
         encoded = pipe.encode_prompt(**given)
         return {name: encoded[place] for name, place in self.outputs.items()}
 
+    def tokens(
+        self, pipe: Any, tokenizer: Any, texts: list[str], limit: int
+    ) -> list[Sequence[int]]:
+        """What the text encoder of this tokenizer reads of each text."""
+        found: list[Sequence[int]] = tokenizer(texts, truncation=True, max_length=limit).input_ids
+        return found
+
     def image_rows(self, pipe: Any, number: int, height: int, width: int, guidance: float) -> Row:
         """As `image_conditioning`, on the CPU."""
         return {}
@@ -199,7 +216,27 @@ class Flux(Family):
 
 
 class Flux2(Flux):
+    """Texts are messages of a chat, whose template counts towards the length."""
+
     outputs: ClassVar[Mapping[str, int]] = {"prompt_embeds": 0}
+
+    def tokens(
+        self, pipe: Any, tokenizer: Any, texts: list[str], limit: int
+    ) -> list[Sequence[int]]:
+        if not hasattr(pipe, "system_message"):  # klein
+            return super().tokens(pipe, tokenizer, _asked(tokenizer, texts, False), limit)
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        found: list[Sequence[int]] = pipe.tokenizer.apply_chat_template(
+            format_input(prompts=texts, system_message=pipe.system_message),
+            add_generation_prompt=False,
+            tokenize=True,
+            return_dict=True,
+            padding="max_length",
+            truncation=True,
+            max_length=limit,
+        )["input_ids"]
+        return found
 
 
 class QwenImage(Family):
@@ -237,15 +274,47 @@ class Sana(Family):
                 value[empty] = bare[name][empty]
         return encoded
 
+    def tokens(
+        self, pipe: Any, tokenizer: Any, texts: list[str], limit: int
+    ) -> list[Sequence[int]]:
+        known = inspect.signature(pipe.__call__).parameters
+        asked = "\n".join(known["complex_human_instruction"].default)
+        own = limit + len(tokenizer.encode(asked)) - 2
+        plain = pipe._text_preprocessing(texts)
+        found = super().tokens(pipe, tokenizer, [asked + text for text in plain], own)
+        bare = super().tokens(pipe, tokenizer, [""], limit)[0]
+        return [row if text else bare for row, text in zip(found, texts, strict=True)]
+
 
 class ZImage(Family):
-    """Its pipeline has a list of texts, each of its own length; in a tensor they need a mask."""
+    """Its pipeline has a list of texts, each of its own length; in a tensor they need a mask.
+
+    A text is a message of a chat, whose template counts towards the length.
+    """
+
+    def tokens(
+        self, pipe: Any, tokenizer: Any, texts: list[str], limit: int
+    ) -> list[Sequence[int]]:
+        return super().tokens(pipe, tokenizer, _asked(tokenizer, texts, True), limit)
 
     def encode(self, pipe: Any, prompts: list[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
         encoded = super().encode(pipe, prompts, arguments)
         texts = encoded["prompt_embeds"]
         ones = [torch.ones(len(text), dtype=torch.long, device=text.device) for text in texts]
         return {**encoded, "prompt_embeds_mask": ones}
+
+
+def _asked(tokenizer: Any, texts: Sequence[str], thinking: bool) -> list[str]:
+    """The texts as a user's messages, by the tokenizer's own template."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        for text in texts
+    ]
 
 
 _FAMILIES: dict[str, Family] = {
@@ -267,8 +336,7 @@ def family_of(pipe: Any) -> Family:
     Raises:
         TypeError: none of the known ones.
     """
-    names = [kind.__name__ for kind in type(pipe).__mro__]
-    found = next((_FAMILIES[name] for name in names if name in _FAMILIES), None)
+    found = _known_family(pipe)
     if found is None:
         raise TypeError(
             f"pipe: expected one of {sorted(_FAMILIES)}, got {type(pipe).__name__}. For "
@@ -276,3 +344,8 @@ def family_of(pipe: Any) -> Family:
             "(`agsm_loss.Denoiser`)."
         )
     return found
+
+
+def _known_family(pipe: Any) -> Family | None:
+    names = [kind.__name__ for kind in type(pipe).__mro__]
+    return next((_FAMILIES[name] for name in names if name in _FAMILIES), None)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from agsm_loss._random import draws
 from agsm_loss.integrations.hosts.base import AGSMBatch, best_samples
+from agsm_loss.integrations.prompts import caption_ids
 
 
 def check_schedule(scheduler: Any, num_steps: int, eta: float) -> None:
@@ -164,10 +165,16 @@ class BestSamples:
     def __init__(self, share: float, batch_size: int, seed: int, rank: int = 0) -> None:
         self.share, self.batch_size, self.seed, self.rank = share, batch_size, seed, rank
         self.latents = self.embeds = self.rewards = torch.empty(0)
-        self.prompts: list[str] = []
+        self.prompts: list[Any] = []
         self.steps = 1000
 
-    def offer(self, samples: list[dict[str, Tensor]], pairs: list[Any], scheduler: Any) -> None:
+    def offer(
+        self,
+        samples: list[dict[str, Tensor]],
+        pairs: list[Any],
+        scheduler: Any,
+        pipe: Any = None,
+    ) -> None:
         """The epoch's N samples, before they have rewards.
 
         Args:
@@ -175,10 +182,12 @@ class BestSamples:
                 clean, and "prompt_embeds" (B, S, d).
             pairs: trl's, a batch each: images, prompts, metadata.
             scheduler: for the number of training timesteps.
+            pipe: by whose tokens captions are told apart; None: by their texts.
         """
         self.latents = torch.cat([one["next_latents"][:, -1] for one in samples])
         self.embeds = torch.cat([one["prompt_embeds"] for one in samples])
-        self.prompts = [prompt for _, prompts, _ in pairs for prompt in prompts]
+        prompts = [prompt for _, few, _ in pairs for prompt in few]
+        self.prompts = prompts if pipe is None else caption_ids(pipe, prompts)
         self.steps = scheduler.config.num_train_timesteps
 
     def choose(self, rewards: Tensor) -> None:

@@ -66,12 +66,18 @@ def group_advantages(
         )
     # Differences to one of them first: the mean of equal numbers is off by a rounding error, which
     # a standard deviation of rounding errors would blow up to 1.
-    rewards = rewards.float()
+    rewards = rewards.double()
     grouped = rewards.reshape(-1, group)
     within = grouped - grouped[:, :1]
     over = (rewards - rewards[:1])[None] if global_std else within
     spread = over.std(1, unbiased=False, keepdim=True)
-    return ((within - within.mean(1, keepdim=True)) / (spread + 1e-6)).flatten()
+    found = ((within - within.mean(1, keepdim=True)) / (spread + 1e-6)).flatten().float()
+    if not found.isfinite().all():
+        raise ValueError(
+            f"rewards: expected numbers whose differences are finite, got {rewards.min():.3g} to "
+            f"{rewards.max():.3g}. Scale the reward down."
+        )
+    return found
 
 
 @no_grad_pass()

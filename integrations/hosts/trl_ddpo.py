@@ -278,7 +278,8 @@ class AGSMDDPOTrainer(DDPOTrainer):
                 samples, pairs = super()._generate_samples(iterations * batch_size // size, size)
         self._prompts = [prompt for _, prompts, _ in pairs for prompt in prompts]
         if self.agsm is not None and self.batches is None:
-            self._own.offer(samples, pairs, self.sd_pipeline.scheduler)
+            pipe = self.sd_pipeline.sd_pipeline
+            self._own.offer(samples, pairs, pipe.scheduler, pipe)
         return samples, pairs
 
     def _train_batched_samples(

@@ -119,11 +119,32 @@ def _check_tokenizers(pipe: Any) -> None:
 
 
 def _changes(part: Any) -> bool:
-    """Whether a part of a pipeline has a LoRA whose weights are not all zero."""
-    return isinstance(part, nn.Module) and any(
-        "lora_" in name and "_A." not in name and bool(one.any())
-        for name, one in part.named_parameters()
-    )
+    """Whether a part of a pipeline has a LoRA that changes a layer.
+
+    Raises:
+        ValueError: a weight of it is not finite.
+    """
+    layers = part.modules() if isinstance(part, nn.Module) else ()
+    changed = [_changed(one) for one in layers if isinstance(one, BaseTunerLayer)]
+    return any(changed)
+
+
+def _changed(layer: Any) -> bool:
+    """Whether a layer's LoRA is not zero: of B A alpha / rank, or of DoRA's lengths of columns."""
+    groups = {name: getattr(layer, name) for name in layer.adapter_layer_names}
+    held = {name: group[_LORA] for name, group in groups.items() if _LORA in group}
+    tensors = {name: one for name, one in held.items() if isinstance(one, Tensor)}
+    tensors |= {name: one.weight for name, one in held.items() if hasattr(one, "weight")}
+    if not all(one.isfinite().all() for one in tensors.values()):
+        raise ValueError("lora: expected finite weights, got NaN or inf. Take an earlier one.")
+    lengths = tensors.pop("lora_magnitude_vector", None)
+    if lengths is not None:
+        weight = layer.get_base_layer().weight
+        plain = weight.float().flatten(1).norm(dim=1).to(lengths)
+        if not torch.allclose(lengths.flatten(), plain, rtol=1e-3):
+            return True
+    scaled = bool(tensors) and bool(layer.scaling[_LORA])
+    return scaled and all(bool(one.any()) for one in tensors.values())
 
 
 class TextToImage:

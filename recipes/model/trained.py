@@ -293,16 +293,18 @@ class TrainedModel:
 
 
 def _fingerprint(model: TextToImage) -> str:
-    """Of the pipeline's weights and scheduler."""
-    pipe = model.pipe
-    weights = {
-        f"{name}.{key}": value
-        for name, part in pipe.components.items()
-        if isinstance(part, nn.Module)
-        for key, value in part.named_parameters()
-    }
-    scheduler = {k: v for k, v in pipe.scheduler.config.items() if not k.startswith("_")}
-    return fingerprint_of(weights, scheduler)
+    """Of the pipeline's weights, buffers, configs and vocabularies."""
+    weights, settings = {}, {}
+    for name, part in model.pipe.components.items():
+        if isinstance(part, nn.Module):
+            tensors = [*part.named_parameters(), *part.named_buffers()]
+            weights |= {f"{name}.{key}": value for key, value in tensors}
+        config = getattr(part, "config", {})
+        known = config.to_dict() if hasattr(config, "to_dict") else config
+        settings[name] = {k: str(v) for k, v in known.items() if not k.startswith("_")}
+        if hasattr(part, "get_vocab"):
+            settings[name] = sorted(part.get_vocab().items())
+    return fingerprint_of(weights, settings)
 
 
 def _content(lora: str) -> str:

@@ -1,12 +1,15 @@
 """Which captions compete: never a false negative, never twice, reproducible."""
 
+from decimal import Decimal
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS
 
-from agsm_loss import Grid, Hard, InBatch, Mixed, caption_pool
+from agsm_loss import Candidates, Grid, Hard, InBatch, Mixed, caption_pool
 from agsm_loss.candidates import own_alone, with_null
 
 BATCHES = st.lists(
@@ -187,9 +190,35 @@ def test_rules_are_values():
         InBatch().num_negatives = 5
 
 
+@pytest.mark.unchecked_shapes  # of any type
 def test_ids_are_compared_by_their_value():
     """A tensor equals no other by its hash, and NaN not even itself."""
     ids = [torch.tensor(5), torch.tensor(6), torch.tensor(5)]
     assert InBatch()(ids).mask.sum(1).tolist() == [2, 2, 2]
+    rows = [torch.tensor([1, 2]), np.array([3, 4]), torch.tensor([1, 2])]
+    for alike in (rows, [list(map(int, row)) for row in rows]):
+        assert InBatch()(alike).mask.sum(1).tolist() == [2, 2, 2]
+    hard = torch.tensor([[1, 3], [4, 2]])
+    assert Hard()(torch.tensor([1, 2]), hard_negatives=hard).mask.sum(1).tolist() == [2, 2]
+    alike = InBatch(allow_empty=True)(["a", "b"], image_ids=[torch.tensor([7, 1])] * 2)
+    assert alike.mask.sum(1).tolist() == [1, 1]
+
+
+@pytest.mark.unchecked_shapes
+@pytest.mark.parametrize(
+    "nan",
+    [float("nan"), np.float32("nan"), Decimal("nan"), (1, float("nan")), torch.tensor(torch.nan)],
+)
+def test_nan_is_no_id(nan):
     with pytest.raises(ValueError, match="got NaN"):
-        InBatch()([1.0, float("nan")])
+        InBatch()([1.0, nan])
+    with pytest.raises(ValueError, match="got NaN"):
+        Hard()([1.0, 2.0], hard_negatives=[[nan], [3.0]])
+    with pytest.raises(ValueError, match="got NaN"):
+        InBatch()(torch.tensor([1.0, torch.nan]))
+
+
+def test_positives_are_columns():
+    index = torch.arange(2).repeat(2, 1)
+    with pytest.raises(ValueError, match="positives: expected columns of 2 candidates, got"):
+        Candidates(index, torch.tensor([0, 2]), torch.ones_like(index).bool(), 2)

@@ -1,7 +1,10 @@
 """The regularizer on a small real denoiser with soft tokens."""
 
+import copy
 import itertools
+import math
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -604,3 +607,45 @@ def test_the_empty_caption_never_competes_with_an_empty_one(settings):
         alone(x, t, target, cond, torch.arange(4), null=null).loss,
         alone(x, t, target, cond, texts, null=null).loss,
     )
+
+
+def test_an_ema_of_a_copy_with_one_own_parameter_is_refused():
+    net, _ = problem()
+    mixed = torch.nn.ModuleList(
+        [copy.deepcopy(net), torch.nn.ParameterList([next(net.parameters())])]
+    )
+    for denoiser in (net, net.forward, partial(net.forward)):
+        for ema in (EMA(mixed), EMA(copy.deepcopy(net))):
+            with pytest.raises(ValueError, match="an EMA of this denoiser's parameters"):
+                AGSMRegularizer(denoiser, ema, AGSMLoss(guidance_scale=3))
+
+
+class Constant(torch.nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.register_buffer("value", torch.tensor(value))
+
+    def forward(self, errors, mask=None):
+        return self.value
+
+
+def test_a_modules_temperature_is_checked_and_saved_as_a_copy():
+    net, batch = problem()
+    for wrong in (-0.1, 0.0, math.inf, math.nan):
+        loss = AGSMLoss(guidance_scale=3, temperature=Constant(wrong))
+        with pytest.raises(ValueError, match="temperature"):
+            regularizer(net, loss)(*batch, InBatch(2)(CAPTIONS))
+    agsm = regularizer(net, AGSMLoss(guidance_scale=3, temperature=Constant(0.2)))
+    saved = agsm.state_dict()
+    agsm.loss.temperature.value.fill_(9.0)
+    assert [one.item() for one in saved["loss"].values()] == [pytest.approx(0.2)]
+
+
+def test_null_has_what_conditioning_has_beside_tensors():
+    net, (x, t, target, cond) = problem()
+    agsm = AGSMRegularizer(net, loss=AGSMLoss(guidance_scale=3))
+    null = {"text": torch.zeros(1, 3, W).double(), "name": "kept"}
+    assert agsm(x, t, target, cond, CAPTIONS, null=null).loss.isfinite()
+    for other in ("other", None, torch.zeros(1)):
+        with pytest.raises(ValueError, match="null: expected what conditioning has beside tensors"):
+            agsm(x, t, target, cond, CAPTIONS, null=null | {"name": other})

@@ -36,6 +36,38 @@ def test_captions_that_are_encoded_alike_are_one_caption(pipe):
     assert ids[4] == ids[5] == ""
 
 
+@pytest.mark.parametrize("kind", ["sana", "flux2", "klein", "z_image"])
+def test_ids_are_of_what_the_pipeline_makes_of_a_caption(kind, tmp_path):
+    """Sana lower-cases it; the others put it into a chat, which counts towards the limit."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(speaking_pipeline(kind, tmp_path))
+    long = "two red circles and a blue square"
+    texts = ["two red", "Two RED ", "two reds", "", *(long[:i] + "x" for i in range(6, 30))]
+    ids = caption_ids(pipe, texts, max_sequence_length=24)
+    encoded = encode_prompts(pipe, texts, max_sequence_length=24).values()
+    for i, one in enumerate(ids):
+        for j, other in enumerate(ids):
+            alike = all(torch.allclose(rows[i], rows[j], atol=1e-6) for rows in encoded)
+            assert (one == other) == alike, (texts[i], texts[j])
+    assert (ids[0] == ids[1]) == (kind == "sana") and ids[3] == ""
+    assert len(set(ids)) < len(ids) - 2
+
+
+def test_a_tokenizer_without_its_encoder_tells_nothing_apart(tmp_path):
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(speaking_pipeline("sd3", tmp_path))
+    texts = ["two red circles " * 2, "two red circles " * 2 + "cat"]
+    assert len(set(caption_ids(pipe, texts, max_sequence_length=16))) == 2
+    pipe.text_encoder_3 = None
+    assert len(set(caption_ids(pipe, texts, max_sequence_length=16))) == 1
+    with pytest.raises(TypeError, match="Wrap it"):
+        caption_ids(pipe, "a cat")
+    with pytest.raises(TypeError, match="expected one with a tokenizer"):
+        caption_ids(SimpleNamespace(components={}, encode_prompt=pipe.encode_prompt), ["a cat"])
+
+
 def test_the_empty_caption_is_what_the_pipeline_guides_away_from(pipe):
     [empty] = encode_prompts(pipe, [""])["prompt_embeds"]
     zeros = pipe.config.get("force_zeros_for_empty_prompt", False)

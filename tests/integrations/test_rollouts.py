@@ -40,6 +40,13 @@ def test_equal_rewards_have_no_advantage_of_any_size(global_std):
             assert not found.any()
     found = group_advantages(torch.tensor([100.1] * 7 + [0.1] * 6 + [0.2]), 7, global_std=True)
     assert not found[:7].any() and found[7:].all()
+    for big in (3e38, 1e300):
+        equal = torch.full((4,), big, dtype=torch.float64)
+        assert not group_advantages(equal, 2, global_std=global_std).any()
+    found = group_advantages(torch.tensor([3e38, -3e38]), 2, global_std=global_std)
+    torch.testing.assert_close(found, torch.tensor([1.0, -1.0]))
+    with pytest.raises(ValueError, match="differences are finite"):
+        group_advantages(torch.tensor([1.7e308, -1.7e308], dtype=torch.float64), 2)
     with pytest.raises(ValueError, match=r"rewards: expected finite numbers, got \[nan\]"):
         group_advantages(torch.tensor([1.0, math.nan]), 2)
 

@@ -22,6 +22,7 @@ from agsm_loss.integrations.hosts import trl_ddpo
 from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on
 from agsm_loss.integrations.hosts.ddpo_parts import BestSamples
 from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer
+from agsm_loss.integrations.prompts import caption_ids
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
 pytestmark = [
@@ -280,7 +281,8 @@ def test_its_own_samples_are_those_with_the_best_rewards(folder, tmp_path, monke
     )
     trainer.step(0, 0)
     assert len(seen) == 2 * ACCUMULATED
-    assert all(sorted(one.captions) == sorted(PROMPTS[2:] * 2) for one in seen)
+    ids = caption_ids(pipe.sd_pipeline, PROMPTS[2:] * 2)
+    assert all(sorted(one.captions) == sorted(ids) for one in seen)
     last = torch.cat([one["next_latents"][:, -1] for one in samples[0][0]])
     rows = [i for i, prompt in enumerate(PROMPTS * 2) if prompt in PROMPTS[2:]]
     wanted = {last[i].sum().item() for i in rows}

@@ -247,6 +247,25 @@ def test_a_lora_that_changes_nothing_is_refused(epsilon_base, flow_base, tmp_pat
         model.load_extras("", str(tmp_path / "zero"))
 
 
+@pytest.mark.parametrize("kind", ["A", "alpha", "dora", "nan"])
+def test_a_lora_of_zero_by_any_of_its_parts_is_refused(kind, epsilon_base, tmp_path):
+    """Only B was looked at: a zero A or alpha, and an untrained DoRA, passed."""
+    model, zero = TextToImage.load(str(epsilon_base), torch.float32), kind == "dora"
+    model.pipe.unet.add_adapter(
+        LoraConfig(r=2, lora_alpha=0 if kind == "alpha" else 2, target_modules=["to_q"],
+                   use_dora=zero, init_lora_weights=zero),
+        "default",
+    )  # fmt: skip
+    for name, one in model.pipe.unet.named_parameters():
+        if "lora_A" in name and kind in ("A", "nan"):
+            one.data.fill_(0.0 if kind == "A" else torch.nan)
+    model.save_lora(tmp_path)
+    for use in (TextToImage.merge_lora, lambda model, file: model.load_extras("", file)):
+        fresh = TextToImage.load(str(epsilon_base), torch.float32)
+        with pytest.raises(ValueError, match=r"expected (one that changes|finite weights)"):
+            use(fresh, str(tmp_path))
+
+
 def test_a_merged_lora_of_the_text_encoder_is_in_the_saved_pipeline(epsilon_base, tmp_path):
     file = lora(
         DiffusionPipeline.from_pretrained(epsilon_base), tmp_path / "lora",
