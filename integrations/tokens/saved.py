@@ -239,7 +239,12 @@ class SavedTokens(ModelHubMixin):
         )
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        config = json.dumps(self.config(), indent=2)  # before any file is written
+        try:  # before any file is written
+            config = json.dumps(self.config(), indent=2)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"training: expected names and JSON values, got {error}.") from None
+        if wrong := [name for name in self.training if not isinstance(name, str)]:
+            raise TypeError(f"training: expected texts as names, got {wrong[0]!r}.")
         state = {n: v.detach().cpu().contiguous() for n, v in self.tokens.state_dict().items()}
         save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
         (save_directory / CONFIG).write_text(config + "\n")

@@ -54,6 +54,9 @@ def test_round_trip_bit_for_bit(name, tmp_path):
 
 def test_what_is_in_the_folder(tmp_path):
     _, attached = attached_to("sd3")
+    for wrong in ({1: 2}, {"data": tmp_path}):
+        with pytest.raises(TypeError, match="training: expected"):
+            SavedTokens.of(attached, training=wrong).save_pretrained(f"{tmp_path}_wrong")
     SavedTokens.of(attached, base_model="org/base", training={"lr": 0.5}).save_pretrained(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     config = json.loads((tmp_path / "config.json").read_text())
