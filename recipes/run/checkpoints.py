@@ -229,11 +229,7 @@ def save(
                 "step": step,
                 "lines": len(lines_of(output / "log.jsonl")),
                 "made_of": made_of,
-                "sha256": {
-                    file.relative_to(folder).as_posix(): digest_of(file)
-                    for file in sorted(folder.rglob("*"))
-                    if file.is_file()
-                },
+                "sha256": {name: digest_of(folder / name) for name in _files_of(folder)},
             }
             replace_text(folder / COMPLETE, json.dumps(marker, indent=1) + "\n")
         except OSError as error:
@@ -468,7 +464,7 @@ def _changed_options(options: Any, file: Path) -> dict[str, str]:
         return {}
     try:
         stored = dict(json.loads(file.read_text()))
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{file}: expected the run's options, got {error}. Remove the file to resume with the "
             "options that you give."
@@ -538,14 +534,22 @@ def _verified(folder: Path) -> Checkpoint:
             folder, int(marker["step"]), int(marker["lines"]), dict(marker.get("made_of", {}))
         )
         digests = dict(marker["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{folder / COMPLETE} is damaged: {error!r}") from None
+    if folder.name != f"checkpoint_{found.step}" or not {*_files_of(folder)} <= {*digests}:
+        raise ValueError(f"{folder / COMPLETE} is damaged: it is not of this folder")
     for name, digest in digests.items():
         if not (folder / name).exists():
             raise ValueError(f"{folder / name} is missing")
         if digest_of(folder / name) != digest:
             raise ValueError(f"{folder / name} is damaged: its checksum is another")
     return found
+
+
+def _files_of(folder: Path) -> list[str]:
+    """The names of a checkpoint's files, without the marker's."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return [file.relative_to(folder).as_posix() for file in files if file.name != COMPLETE]
 
 
 def _make_room(output: Path, step: int) -> Path:

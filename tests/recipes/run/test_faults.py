@@ -321,6 +321,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(file, damage, tmp
     assert saved(tmp_path / "cut") == ["checkpoint_4", "checkpoint_6", "damaged_checkpoint_4"]
 
 
+@pytest.mark.parametrize("wrong", ["[" * 200_000, {"step": float("inf")}, {"step": -4},
+                                   {"step": 2}, {"sha256": {}}, {"sha256": [1]}])  # fmt: skip
+def test_a_marker_that_is_not_of_its_checkpoint_is_damage(wrong, tmp_path, caplog):
+    chosen = cut_run(tmp_path)
+    marker = tmp_path / "checkpoints" / "checkpoint_4" / "complete"
+    whole = json.loads(marker.read_text())
+    marker.write_text(wrong if isinstance(wrong, str) else json.dumps(whole | wrong))
+    run(resumed(chosen))
+    assert "checkpoint_4/complete is damaged" in caplog.text
+    (tmp_path / "options.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="expected the run's options"):
+        run(resumed(chosen))
+
+
 def hurt(file, how):
     content = file.read_bytes()
     if how == "gone":
