@@ -86,19 +86,28 @@ def used_since(began: float) -> dict[str, float]:
     return used
 
 
-def append_line(file: Path, line: Mapping[str, Any]) -> None:
+@contextmanager
+def writing(file: Path, then: str = "give the command again") -> Iterator[Path]:
+    """What is written inside is this file; an OSError says so."""
     try:
-        with file.open("a") as log:
-            log.write(json.dumps(line) + "\n")
+        yield file
     except OSError as error:
         raise OSError(
-            f"{file}: could not be written: {error.strerror}. Make room on the disk, then continue "
-            "with --resume_from_checkpoint latest."
+            f"{file}: could not be written: {error.strerror or error}. Make room on the disk, or "
+            f"make it writable, then {then}."
         ) from error
 
 
+def append_line(file: Path, line: Mapping[str, Any]) -> None:
+    with (
+        writing(file, "continue with --resume_from_checkpoint latest"),
+        file.open("a") as log,
+    ):
+        log.write(json.dumps(line) + "\n")
+
+
 def lines_of(file: Path) -> list[str]:
-    """The log's lines; a line that is no JSON is left out: a full disk cuts lines."""
+    """The log's lines; what is no JSON of names and values is left out: a full disk cuts lines."""
     text = file.read_text(errors="replace") if file.exists() else ""
     return [line for line in text.split("\n") if _whole(line)]
 
@@ -120,10 +129,9 @@ def replace_text(file: Path, text: str) -> None:
 
 def _whole(line: str) -> bool:
     try:
-        json.loads(line)
-    except ValueError:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
         return False
-    return True
 
 
 def flat(entry: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
