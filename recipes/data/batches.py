@@ -9,13 +9,16 @@ negatives, where asked for, are captions one edit away from the image's own
 (`data.prompts.edited`). A row with a damaged image is replaced by the next.
 
 Pairs have the columns jpg_0, jpg_1, label_0, caption (Pick-a-Pic), or image_w, image_l, caption.
-Ties (label_0 of 0.5) are dropped, as published.
+Ties (label_0 of 0.5) are dropped, as published, and so are pairs without a label.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -118,20 +121,11 @@ class Rows:
                     images = [self._load(cells[name]) for name in self.images]
                     return Item(row, row, images, texts), cells
                 except ValueError as error:
-                    self._leave_out(row, error)
+                    leave_out(self.unreadable, row, error, len(self.table))
             row = (row + 1) % len(self.table)
         raise ValueError(
             f"data: none of the {len(self.table)} rows can be read; the log tells of the first."
         )
-
-    def _leave_out(self, row: int, error: Exception) -> None:
-        self.unreadable.add(row)
-        number = len(self.unreadable)
-        if number == 10 ** (len(str(number)) - 1):
-            LOGGER.warning(
-                "data: row %d cannot be read (%s); the next one stands for it. So far %d of %d "
-                "rows.", row, error, number, len(self.table),
-            )  # fmt: skip
 
     def _row(self, place: int) -> int:
         """Every row once an epoch, in an order that the seed and the epoch give."""
@@ -148,11 +142,24 @@ class Rows:
         return torch.from_numpy(to_model(read_image(cell, self.size)[None]))[0]
 
 
+def leave_out(unreadable: set[int], row: int, error: Exception, rows: int) -> None:
+    """Counts a row that the next one stands for; the log tells of the 1st, 10th, 100th..."""
+    if row in unreadable:
+        return
+    unreadable.add(row)
+    number = len(unreadable)
+    if number == 10 ** (len(str(number)) - 1):
+        LOGGER.warning(
+            "data: row %d cannot be read (%s); the next one stands for it. So far %d of %d "
+            "rows.", row, error, number, rows,
+        )  # fmt: skip
+
+
 def _file(cell: Any) -> str | None:
     """The path of an image that is a file; None for bytes, whose name may be anything."""
     if isinstance(cell, Mapping):
-        return None if cell["bytes"] else cell["path"]
-    return cell if isinstance(cell, str) else None
+        cell = None if cell["bytes"] else cell["path"]
+    return os.path.abspath(cell) if isinstance(cell, str) else None
 
 
 def read_image(cell: Any, size: int) -> npt.NDArray[np.uint8]:
@@ -243,11 +250,19 @@ class TablePairs(Dataset[PairBatch]):
         if names >= {"jpg_0", "jpg_1", "label_0"}:
             images, labels = ["jpg_0", "jpg_1"], _labels(table["label_0"])
             decided = np.flatnonzero((labels == 0) | (labels == 1))
-            self.ties = len(labels) - len(decided)
+            self.ties = int((labels == 0.5).sum())
+            self.unlabelled = len(labels) - len(decided) - self.ties
+            if len(labels) > len(decided) == 0:
+                raise ValueError(
+                    f"data: expected pairs with a winner, label_0 of 1 or 0, got {self.ties} ties "
+                    f"and {self.unlabelled} without a label: all of the {len(labels)} rows. Take "
+                    "other data."
+                )
             table = table.select(decided)
             self.first_wins: Any = labels[decided] == 1
         elif names >= {"image_w", "image_l"}:
-            images, self.ties, self.first_wins = ["image_w", "image_l"], 0, None
+            images, self.first_wins = ["image_w", "image_l"], None
+            self.ties = self.unlabelled = 0
         else:
             raise ValueError(
                 "data: expected columns jpg_0, jpg_1 and label_0, or image_w and image_l, got "
@@ -264,8 +279,10 @@ class TablePairs(Dataset[PairBatch]):
 
     def about(self) -> str:
         """For a run's summary."""
-        return f"{len(self.rows.table):,} pairs" + (
-            f", {self.ties:,} ties left out" * bool(self.ties)
+        return (
+            f"{len(self.rows.table):,} pairs"
+            + f", {self.ties:,} ties left out" * bool(self.ties)
+            + f", {self.unlabelled:,} without a label left out" * bool(self.unlabelled)
         )
 
     def __getitem__(self, index: int) -> PairBatch:
@@ -286,10 +303,16 @@ class TablePairs(Dataset[PairBatch]):
 
 
 def _labels(column: Any) -> npt.NDArray[np.float64]:
-    try:
-        return np.asarray(column, dtype=float)
-    except (TypeError, ValueError) as error:
+    """NaN where there is none."""
+    found = np.full(len(column), math.nan)
+    for row, value in enumerate(column[:]):
+        with suppress(TypeError, ValueError, OverflowError):
+            label = math.nan if value in (None, "", b"") else float(value)
+            if math.isnan(label) or label in (0, 0.5, 1):
+                found[row] = label
+                continue
         raise ValueError(
-            "data: expected numbers in label_0, 1 where jpg_0 won and 0 where jpg_1 did, got "
-            f"others ({error})."
-        ) from error
+            f"data: row {row}: expected numbers in label_0, 1 where jpg_0 won, 0 where jpg_1 did "
+            f"and 0.5 for a tie, got {str(value)[:80]!r}. Write these into it."
+        )
+    return found

@@ -26,16 +26,21 @@ SUFFIXES = frozenset(
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All files under a folder, in order; not hidden ones. Links are followed, each folder once."""
-    found, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(root))
-        folders[:] = sorted(
-            one
-            for one in folders
-            if one[0] != "." and os.path.realpath(os.path.join(root, one)) not in seen
-        )
-        found += [Path(root, name) for name in names if name[0] != "."]
+    """All files under a folder, in order; not hidden ones.
+
+    Links are followed, each folder once: by its own name where it lies here, else by that of the
+    first link in order.
+    """
+    found, seen, links = [], set(), [str(folder)]
+    for link in links:  # it grows
+        for root, folders, names in os.walk(link):
+            real = os.path.realpath(root)
+            folders[:] = sorted(one for one in folders if one[0] != "." and real not in seen)
+            if real not in seen:
+                seen.add(real)
+                inside = [os.path.join(root, one) for one in folders]
+                links += filter(os.path.islink, inside)
+                found += [Path(root, name) for name in names if name[0] != "."]
     return sorted(found)
 
 
@@ -78,7 +83,11 @@ def _in_eight_bits(image: Any, kind: str | None) -> Image.Image:
             f"expected floats from 0 to 1, or integers of 8 or 16 bits, got mode {image.mode} with "
             f"values from {values.min()} to {values.max()}, whose white is not known"
         )
-    return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
+    grey = Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
+    if "transparency" not in image.info:
+        return grey
+    shown = np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)
+    return Image.merge("LA", (grey, Image.fromarray(shown)))
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -106,12 +115,13 @@ def to_uint8(pixels: Tensor) -> Tensor:
     """[-1, 1] -> 0..255.
 
     Raises:
-        FloatingPointError: a pixel is NaN, which would be black.
+        FloatingPointError: a pixel is NaN or infinite, which would be black or white.
     """
-    if bool(pixels.isnan().any()):
+    if not bool(pixels.isfinite().all()):
         raise FloatingPointError(
-            "images: expected numbers, got NaN. The model's weights are not finite, or float16 is "
-            "too small for it: take bfloat16 or float32."
+            f"images: expected finite numbers, got {'NaN' if pixels.isnan().any() else 'infinity'}."
+            " The model's weights are not finite, or float16 is too small for it: take bfloat16 or "
+            "float32."
         )
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 

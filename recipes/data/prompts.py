@@ -20,12 +20,24 @@ import numpy as np
 from data.sources import world
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_UNSEEN = "\0\xad\u061c\u180e\ufeff" + "".join(
+    one
+    for one in map(chr, range(0x3001))
+    if one.isspace() or (one >= "\u2000" and unicodedata.category(one) == "Cf")
+)
+"""Blanks, and marks that no font draws; Cf below U+2000 has signs that are drawn."""
 
 
 def normal(text: str) -> str:
-    """NFC, without what cannot be seen at its ends: blanks, BOMs, NULs."""
-    unseen = r"[\s\ufeff\u200b\0]+"
-    return re.sub(rf"^{unseen}|{unseen}$", "", unicodedata.normalize("NFC", text))
+    """NFC, without what cannot be seen at its ends: blanks, BOMs, NULs, marks of direction.
+
+    A joiner behind a virama stays: with it the letter is another.
+    """
+    text = unicodedata.normalize("NFC", text).lstrip(_UNSEEN)
+    seen = text.rstrip(_UNSEEN)
+    joiner = text[len(seen) : len(seen) + 1]
+    is_virama = seen and unicodedata.combining(seen[-1]) == 9
+    return seen + joiner if is_virama and joiner in "\u200c\u200d" else seen
 
 
 def texts_of(cell: Any) -> list[str]:
@@ -68,11 +80,12 @@ def rows_of(file: Path) -> Iterator[tuple[str, Any]]:
         yield from _rows_of_csv(file)
         return
     if file.suffix.lower() == ".json":
+        text = "".join(lines_of(file))
         try:
-            whole = json.loads("".join(lines_of(file)))
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":  # else a row a line
-                raise ValueError(f"{file}: expected JSON, got {error}.") from error
+            whole = json.loads(text)
+        except ValueError as error:  # also of a number with too many digits
+            if getattr(error, "msg", "") != "Extra data":  # else a row a line
+                raise ValueError(f"{file}: expected JSON, got {error}. Mend it.") from error
         except RecursionError as error:
             raise ValueError(f"{file}: expected rows, got lists within lists.") from error
         else:
@@ -95,6 +108,7 @@ def _rows_of_csv(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
     lines = csv.reader(lines_of(file), delimiter=delimiter, strict=True)
     try:
         names = [name.strip() for name in next(lines, [])]
+        _check_delimiter(file, names, delimiter)
         if not any(names) or len(set(names)) < len(names):
             raise ValueError(f"{file}: expected a header of different names, got {names}.")
         for row in lines:
@@ -108,6 +122,21 @@ def _rows_of_csv(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
                 yield where, dict(zip(names, row, strict=True))
     except csv.Error as error:
         raise ValueError(f"{file}, line {lines.line_num}: {error}. Mend the line.") from error
+
+
+def _check_delimiter(file: Path, names: list[str], delimiter: str) -> None:
+    first = names[0] if names else ""
+    if first.lower().startswith("sep="):
+        raise ValueError(
+            f"{file}, line 1: expected a header of names, got {delimiter.join(names)!r}. Remove "
+            f"the line, and have {delimiter!r} between the columns."
+        )
+    other = next((one for one in ";\t|," if one in first and one != delimiter), "")
+    if other and len(names) == 1:
+        raise ValueError(
+            f"{file}, line 1: expected {delimiter!r} between the columns of a {file.suffix}, got "
+            f"{first!r}, which looks like {other!r}. Save it with {delimiter!r}."
+        )
 
 
 def read_prompts(source: str) -> list[dict[str, Any]]:
@@ -137,7 +166,10 @@ def _with_prompt(row: Any, where: str) -> dict[str, Any]:
     row = {"prompt": row} if isinstance(row, str) else row
     text = row.get("prompt") if isinstance(row, Mapping) else None
     if not isinstance(text, str) or not normal(text) or not is_unicode(text):
-        raise ValueError(f"{where}: expected a prompt in every row, a text, got {row!r}.")
+        raise ValueError(
+            f"{where}: expected a prompt in every row, a text, got {row!r}. Its name is prompt, in "
+            "small letters."
+        )
     return {**row, "prompt": normal(text)}
 
 

@@ -67,13 +67,23 @@ def content_of(name: str) -> str | None:
     if path is None or not Path(name).expanduser().exists():
         return path and path.name
     digest = xxhash.xxh3_128()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+    for file in _files_under(path) if path.is_dir() else [path]:
         if file.is_file() and file.suffix in _HELD:
             digest.update(f"{file.relative_to(path)}: {file.stat().st_size}".encode())
             with file.open("rb") as opened:
                 while block := opened.read(2**24):
                     digest.update(block)
     return digest.hexdigest()
+
+
+def _files_under(folder: Path) -> list[Path]:
+    """In order. Links are followed, but for those to a folder that they lie in."""
+    found = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        above = {os.path.realpath(one) for one in (root, *Path(root).parents)}
+        folders[:] = [n for n in folders if os.path.realpath(os.path.join(root, n)) not in above]
+        found += [Path(root, name) for name in names]
+    return sorted(found)
 
 
 _HELD = {".safetensors", ".bin", ".pt", ".json", ".txt", ".model"}

@@ -13,7 +13,7 @@ import os
 import re
 import tarfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,22 @@ def open_table(
         FileNotFoundError, ValueError: nothing is there; it cannot be read, or has no rows.
     """
     path = Path(data).expanduser()
-    if path.is_dir() and not _says_its_files(path):
+    files = _matching(path)
+    if _is_saved(path):
+        table = _open_saved(path, split)
+    elif path.is_dir() and not _says_its_files(path):
         table = _open_folder(path, split, columns, text)
-    elif path.suffix.lower() in KINDS:
-        found = [str(path)] if path.exists() else sorted(glob.glob(str(path), recursive=True))
-        files = [Path(one) for one in found if Path(one).is_file()]
+    elif files or path.suffix.lower() in KINDS:
         if not files:
             raise FileNotFoundError(
                 f"data: no such file: {data}. Give one that exists (from here, {Path.cwd()})."
+            )
+        endings = {file.suffix.lower() for file in files}
+        if len(endings) > 1 or not endings <= {*KINDS}:
+            raise ValueError(
+                f"data: expected files that end in one of {', '.join(KINDS)}, got "
+                f"{', '.join(sorted(endings)) or 'none'} of {data}. Unpack them, or write them as "
+                "one of these; pictures are read by their folder."
             )
         table = _open_files(files, columns, text)
     else:
@@ -82,14 +90,43 @@ def open_table(
     return table
 
 
+def _matching(path: Path) -> list[Path]:
+    """The file, or those of a pattern; in a folder's name that there is, nothing is a pattern."""
+    if os.path.exists(path):
+        return [path] if path.is_file() else []
+    there = next((one for one in path.parents if os.path.exists(one)), Path())
+    pattern = os.path.join(glob.escape(str(there)), path.relative_to(there))
+    return [Path(one) for one in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(one)]
+
+
+def _is_saved(folder: Path) -> bool:
+    saved = ["dataset_dict.json"], ["dataset_info.json", "state.json"]
+    return any(all((folder / name).is_file() for name in names) for names in saved)
+
+
+def _open_saved(folder: Path, split: str) -> Any:
+    """What `save_to_disk` of `datasets` wrote."""
+    with _readable(folder):
+        found = datasets.load_from_disk(str(folder))
+    if isinstance(found, dict):
+        if split not in found:
+            known = ", ".join(found)
+            raise ValueError(f"split: expected one of {folder} ({known}), got {split!r}.")
+        found = found[split]
+    return found.with_format(None)
+
+
 def check_columns(table: Any, images: Collection[str], text: str) -> None:
     """ValueError where a table lacks one of them, or the texts are none."""
     missing = sorted({*images, text} - set(table.column_names))
     if missing:
+        small = {name.lower() for name in missing}
+        alike = [name for name in table.column_names if name.lower() in small]
+        told = f" (capitals count: {', '.join(alike)})" if alike else ""
         raise ValueError(
             f"data: expected columns {[*images, text]}, {missing} missing among "
-            f"{table.column_names}. Name them with --caption_column, and --image_column where "
-            "there is one image."
+            f"{table.column_names}{told}. Name them with --caption_column, and --image_column "
+            "where there is one image."
         )
     kind = table.features[text]
     one = getattr(kind, "feature", kind)  # of a list of several
@@ -179,7 +216,7 @@ def _says_its_files(folder: Path) -> bool:
 def _open_folder(folder: Path, split: str, columns: Collection[str], text: str) -> Any:
     files = files_of(folder)
     of_kind = {kind: [one for one in files if one.suffix.lower() == kind] for kind in KINDS}
-    told = [one for kind in KINDS for one in of_kind[kind] if one.stem == "metadata"]
+    told = [one for kind in KINDS for one in of_kind[kind] if one.stem.lower() == "metadata"]
     pictures = [one for one in files if one.suffix.lower() in SUFFIXES]
     shards = KINDS[:2] if pictures else KINDS
     tables: list[Path] = next((of_kind[kind] for kind in shards if of_kind[kind]), [])
@@ -203,11 +240,12 @@ def _open_pictures(
 ) -> Any:
     """A row for each of the files `told`, and for each other picture with a text beside it."""
     rows = [one for file in told for one in _rows_of_metadata(file)]
-    every, seen = set(files), {picture for picture, _, _ in rows}
+    seen = {picture for picture, _, _ in rows}
     bare, texts = 0, {one for one in files if one.suffix.lower() in BESIDE}
+    named = {one.with_suffix(one.suffix.lower()): one for one in sorted(texts)}
     for picture in files:
         if picture.suffix.lower() in SUFFIXES:
-            beside = [one for one in map(picture.with_suffix, BESIDE) if one in every]
+            beside = [named[one] for one in map(picture.with_suffix, BESIDE) if one in named]
             texts -= {*beside}
             if picture in seen:
                 continue
@@ -238,7 +276,10 @@ def _rows_of_metadata(file: Path) -> Iterator[tuple[Path, str, dict[str, Any]]]:
             found[own] = os.path.normpath(file.parent / path)
             picture = Path(found[own])
         if len(found) == len(row):
-            raise ValueError(f"data: {where}: expected a column file_name, got {list(row)}.")
+            raise ValueError(
+                f"data: {where}: expected a column file_name, got {list(row)}. Name it so, in "
+                "small letters."
+            )
         yield picture, where, found
 
 
@@ -282,7 +323,7 @@ def _open_files(files: Sequence[Path], columns: Collection[str], text: str) -> A
 
 
 def _open_parquet(files: Sequence[Path]) -> Any:
-    rows = {}
+    schemas: dict[Path, Any] = {}
     for file in files:
         if "::" in str(file):
             raise ValueError(
@@ -290,12 +331,40 @@ def _open_parquet(files: Sequence[Path]) -> Any:
                 "`datasets`. Rename it."
             )
         with _readable(file):
-            rows[file] = pyarrow.parquet.read_metadata(file).num_rows
-    escaped = [glob.escape(str(file)) for file in files if rows[file]]  # `datasets` takes no others
-    if not escaped:
+            about = pyarrow.parquet.read_metadata(file)
+            if about.num_rows:  # `datasets` takes no others
+                schemas[file] = about.schema.to_arrow_schema()
+    if not schemas:
         return datasets.Dataset.from_dict({})
-    with _readable(*files):
-        return datasets.load_dataset("parquet", data_files={"train": escaped}, split="train")
+    found = {"train": [glob.escape(str(file)) for file in schemas]}
+    common, odd = _common_schema(schemas)
+    features = common and datasets.Features.from_arrow_schema(common)
+    try:
+        with _readable(*files):
+            return datasets.load_dataset(
+                "parquet", data_files=found, split="train", features=features
+            )
+    except ValueError as error:
+        raise (ValueError(odd) if odd else error) from error.__cause__
+
+
+def _common_schema(schemas: Mapping[Path, Any]) -> tuple[Any, str]:
+    """All shards' columns, with types that hold those of each; None where they are the same.
+
+    None also where the types of one do not fit, and what to tell if `datasets` cannot convert them.
+    """
+    common, *others = schemas.values()
+    if all(one.equals(common) for one in others):
+        return None, ""
+    for file, schema in schemas.items():
+        try:
+            common = pyarrow.unify_schemas([common, schema], promote_options="permissive")
+        except pyarrow.ArrowException as error:
+            return None, (
+                f"data: {file}: expected columns of types that fit those of the files before it, "
+                f"got others ({error}). Write it with the same types."
+            )
+    return common, ""
 
 
 @contextmanager
@@ -349,9 +418,14 @@ def _texts(cells: Sequence[Any]) -> Any:
 def _cell(value: Any, is_text: bool, where: str) -> Any:
     """A text, that of a number, or none; of a text's column also a list of them."""
     if is_text and isinstance(value, list):
-        return [_cell(one, True, where) for one in value if not isinstance(one, list)]
+        return [_text(one, where) for one in value]
     if not is_text and isinstance(value, bool | int | float):
-        return str(float(value))
+        with suppress(OverflowError):
+            return str(float(value))
+    return _text(value, where)
+
+
+def _text(value: Any, where: str) -> str | None:
     if value is not None and not (isinstance(value, str) and is_unicode(value)):
         raise ValueError(f"data: {where}: expected a text, got {str(value)[:80]!r}.")
     return value
@@ -379,7 +453,14 @@ def _rows_of_coco(file: Path, found: Mapping[str, Any]) -> Iterator[tuple[str, d
     try:
         for one in found["annotations"]:
             captions.setdefault(one["image_id"], []).append(one["caption"])
-        names = {one["id"]: str(one["file_name"]) for one in found["images"]}
+        names: dict[Any, str] = {}
+        for one in found["images"]:
+            first, name = names.setdefault(one["id"], str(one["file_name"])), str(one["file_name"])
+            if first != name:
+                raise ValueError(
+                    f"data: {file}: expected an id for each image, got {one['id']!r} for {first} "
+                    f"and {name}. Give them different ones."
+                )
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"data: {file}: expected COCO's captions (captions_*.json): images with id and "
@@ -398,7 +479,7 @@ def _folder_of_coco(file: Path, names: Sequence[str]) -> Path:
     split = file.stem.rpartition("_")[2]
     looked = [file.parent.parent / split, file.parent / split, file.parent]
     for folder in looked:
-        if not names or any((folder / name).exists() for name in names):
+        if not names or any(os.path.exists(folder / name) for name in names):
             return folder
     raise FileNotFoundError(
         f"data: no image {names[0]} of {file} in {', '.join(map(str, looked))}. Put the images "
@@ -438,10 +519,14 @@ def _rows_of_tars(
         try:
             with tarfile.open(file) as tar:
                 named = ((member, *_key_and_ending(member)) for member in tar)
-                for _, group in groupby((one for one in named if one[2]), key=lambda one: one[1]):
+                seen: set[tuple[str, str]] = set()
+                for key, group in groupby((one for one in named if one[2]), key=lambda one: one[1]):
                     row: dict[str, Any] = dict.fromkeys(kinds)
                     for member, _, ending in group:
                         if kinds.get(ending, "null") != "null":
+                            if (key, ending) in seen:
+                                raise tarfile.ReadError(f"it has {member.name} twice")
+                            seen.add((key, ending))
                             content = tar.extractfile(member).read()
                             row[ending] = (
                                 _decoded(content) if kinds[ending] == "string" else content

@@ -12,7 +12,15 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset
 
-from data.batches import PAIR_COLUMNS, Batch, PairBatch, TableBatches, TablePairs, one_text
+from data.batches import (
+    PAIR_COLUMNS,
+    Batch,
+    PairBatch,
+    TableBatches,
+    TablePairs,
+    leave_out,
+    one_text,
+)
 from data.prompts import read_prompts, texts_of
 from data.sources import is_world, world
 from data.tables import check_columns, fingerprint, open_table
@@ -125,16 +133,19 @@ class Task:
     def captions(self) -> Captions:
         """The data's captions; of a row with several, always the same one.
 
-        A row without a text is replaced by the next one.
+        A row without a text is replaced by the next one; the log tells of them, as of images.
         """
         table = self._texts()
         column = table[self.text]
+        unreadable: set[int] = set()
 
         def caption(row: int) -> str:
             for place in range(row, row + len(column)):
-                with suppress(ValueError):
+                try:
                     texts = texts_of(column[place % len(column)])
                     return one_text(texts, np.random.default_rng(row))
+                except ValueError as error:
+                    leave_out(unreadable, place % len(column), error, len(column))
             raise ValueError(f"data: none of the {len(column)} rows of {self.data} has a text.")
 
         return Captions(len(column), caption, table)

@@ -40,6 +40,8 @@ from model.pipeline import TextToImage
 from model.sampling import images_per_call, sample
 
 Images = npt.NDArray[np.uint8]
+LEAST_OF_IMAGE = 1e-12
+"""Of its variance, at the noisiest level; the cosine schedule has 2e-9."""
 COLUMNS = ("image", "caption", "new_caption")
 
 
@@ -104,16 +106,17 @@ def there_and_back(scheduler: Any) -> tuple[Any, Any]:
             config = {"shift": config.flow_shift}
         flows = FlowInverseScheduler, FlowMatchEulerDiscreteScheduler
         return flows[0].from_config(config, **same), flows[1].from_config(config, **same)
-    if config.get("rescale_betas_zero_snr"):
-        raise ValueError(
-            f"method: inversion needs some of the image at the noisiest level, and the model's "
-            f"{type(scheduler).__name__} has rescale_betas_zero_snr. Take --method img2img."
-        )
     # "trailing" begins at the noisiest level. A clipped x_0 could not be inverted, and a model that
     # predicts x_0 says nothing of a clean image's noise.
     same = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}
     same |= {"set_alpha_to_one": False} if kind == "sample" else {}
     there = DDIMInverseScheduler.from_config(config, **same)
+    if there.alphas_cumprod[-1] < LEAST_OF_IMAGE:
+        raise ValueError(
+            f"method: inversion needs some of the image at the noisiest level, and the model's "
+            f"{type(scheduler).__name__} has none there: rescale_betas_zero_snr, or trained_betas "
+            "that end in 1. Take --method img2img."
+        )
     return there, DDIMScheduler.from_config(config, **same)
 
 

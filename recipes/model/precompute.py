@@ -109,12 +109,19 @@ class Store:
         if self._unsaved:
             part = self.folder / f"{uuid.uuid4().hex}.part"
             rows = self._unsaved.items()
-            save_file(
-                {f"{key}.{name}": value for key, row in rows for name, value in row.items()},
-                part,
-                {key: _hash_of(row) for key, row in rows},
-            )
-            part.rename(part.with_suffix(".safetensors"))
+            try:
+                save_file(
+                    {f"{key}.{name}": value for key, row in rows for name, value in row.items()},
+                    part,
+                    {key: _hash_of(row) for key, row in rows},
+                )
+                part.rename(part.with_suffix(".safetensors"))
+            except (OSError, SafetensorError) as error:
+                part.unlink(missing_ok=True)
+                raise OSError(
+                    f"{self.folder}: {part.name} could not be written: {error}. Make room on the "
+                    "disk, then start again: the entries that are there are found."
+                ) from error
             self._unsaved, self._bytes = {}, 0
         self._read_new_files()
 

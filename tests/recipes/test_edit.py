@@ -149,12 +149,18 @@ def test_the_way_back_has_the_noise_levels_of_the_way_there(scheduler):
     ("scheduler", "told"),
     [
         (EDMEulerScheduler(), "EDMEulerScheduler with other noise levels"),
-        (DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr. Take --method img2"),
+        (DDIMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr.*Take --method img2"),
+        (DDIMScheduler(trained_betas=[0.1, 0.5, 1.0]), "trained_betas that end in 1. Take --met"),
     ],
 )
 def test_what_cannot_be_inverted_is_refused(scheduler, told):
     with pytest.raises(ValueError, match=told):
         there_and_back(scheduler)
+
+
+def test_the_cosine_schedule_keeps_enough_of_the_image():
+    there, _ = there_and_back(DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
+    assert 0 < there.alphas_cumprod[-1] < 1e-8
 
 
 @pytest.mark.parametrize("name", ["flow_clean", "epsilon_clean"])

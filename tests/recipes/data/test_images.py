@@ -292,6 +292,14 @@ def test_rows_of_one_image_file_have_one_id(tmp_path):
         assert same["a 1"] == same["a 2"] != same["b 1"] == same["b 2"]
 
 
+def test_one_file_under_two_names_has_one_id(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "i.png")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("image,caption\ni.png,a\n./i.png,b\n")
+    first, second = Task("rows.csv", size=8).images(2, 0)[0].image_ids
+    assert first == second
+
+
 def test_files_and_folders_are_opened(tmp_path):
     data = captioned(6, seed=0)
     data.to_parquet(tmp_path / "w.parquet")

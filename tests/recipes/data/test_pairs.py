@@ -78,6 +78,27 @@ def test_pick_a_pics_winner_is_the_labelled_one_and_ties_are_dropped():
     assert all(len(one) == 1 for one in batch.hard)
 
 
+def test_pairs_without_a_label_are_no_ties():
+    pairs = TablePairs(table([1.0, None, 0.5, float("nan"), 0.0, 0.5]), 3, 1, seed=0, size=8)
+    assert (pairs.ties, pairs.unlabelled) == (2, 2)
+    assert pairs.about() == "2 pairs, 2 ties left out, 2 without a label left out"
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([1, -1], r"row 1: expected numbers in label_0, 1 where .*got '-1'"),
+        ([1, 0, 2], r"row 2: .*got '2'"),
+        ([0.7], r"row 0: .*got '0.7'"),
+        (["1", "jpg_0"], r"row 1: .*got 'jpg_0'. Write these"),
+        ([0.5, 0.5, None], r"got 2 ties and 1 without a label: all of the 3 rows"),
+    ],
+)
+def test_other_labels_are_an_error_of_their_row(labels, told):
+    with pytest.raises(ValueError, match=told):
+        TablePairs(table(labels), 1, 0, seed=0, size=8)
+
+
 def test_damaged_pairs_are_skipped_and_counted():
     pairs = TablePairs(table([1, 1, 1, 1], damaged=(2,)), 4, 0, seed=0, size=8)
     seen = {text for i in range(2) for text in pairs[i].captions}

@@ -47,6 +47,12 @@ def test_colours_that_are_named_transparent_are_white():
         assert first_pixel(plain, transparency=colour) == (255, 255, 255)
 
 
+def test_the_transparent_grey_of_16_bits_is_white_and_the_next_one_is_not():
+    grey = Image.fromarray(np.array([[9000, 9001]], np.uint16))
+    seen = read_picture(saved(grey, transparency=9000))
+    assert [seen.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (35, 35, 35)]
+
+
 def swapped_profile():
     """sRGB's profile with red and green exchanged."""
     whole = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -118,9 +124,23 @@ def test_hidden_files_are_left_out_and_links_followed(tmp_path):
         assert found == [inside / "a.PNG", inside / "linked" / "b.avif"]
 
 
-def test_nan_is_no_picture():
-    with pytest.raises(FloatingPointError, match="got NaN"):
-        to_uint8(torch.tensor([0.0, float("nan")]))
+@pytest.mark.parametrize("link", ["best", "zero", "deep/best"])
+def test_a_folder_and_a_link_to_it_are_read_once(tmp_path, link):
+    """By the folder's own name, whichever is first in order; of links alone by the first one's."""
+    ref, far = tmp_path / "ref", tmp_path / "far"
+    for folder in (ref / "real", ref / "deep", far):
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(b"")
+    os.symlink(ref / "real", ref / link)
+    for name in ("y", "x"):
+        os.symlink(far, ref / name)
+    assert image_files(ref) == [ref / name / "a.png" for name in ("deep", "real", "x")]
+
+
+@pytest.mark.parametrize(("value", "told"), [("nan", "NaN"), ("inf", "infinity"), ("-inf", "inf")])
+def test_what_is_not_finite_is_no_picture(value, told):
+    with pytest.raises(FloatingPointError, match=f"expected finite numbers, got {told}"):
+        to_uint8(torch.tensor([0.0, float(value)]))
 
 
 def test_a_damaged_file_and_its_bytes_are_the_same_picture(tmp_path):

@@ -63,6 +63,11 @@ def test_prompts_are_read_as_they_are_written(name, content, found, tmp_path):
         ("p.jsonl", '{"prompt": "\\ud800"}\n', "expected a prompt"),
         ("p.jsonl", "[1]\n", "expected a prompt"),
         ("p.csv", "prompt,tag\n", "at least one prompt"),
+        ("p.json", "1" * 5000, "expected JSON, got .*digits"),
+        ("p.csv", "prompt;tag\nred, big;a\n", "expected ',' between.*looks like ';'.*Save it"),
+        ("p.tsv", "prompt,tag\nred,a\n", "expected '.t' between.*looks like ','.*Save it"),
+        ("p.csv", "sep=,\nprompt,tag\nred,a\n", "line 1: expected a header.*'sep=,'. Remove"),
+        ("p.csv", "Prompt,tag\nred,a\n", "line 2: expected a prompt.*Its name is prompt, in sm"),
         ("p.csv", "", "a header"),
         ("p.csv", "prompt,prompt\na,b\n", "different names"),
         ("p.csv", "tag,text\na,b\n", "line 2: expected a prompt"),
@@ -83,6 +88,25 @@ def test_texts_of_a_cell_are_those_that_can_be_read():
         with pytest.raises(ValueError, match="expected a text"):
             texts_of(cell)
     assert normal("a\u0308 \u2028b ") == "\xe4 \u2028b"
+
+
+@pytest.mark.parametrize("unseen", ["\u2060", "\u200e", "\xad", "\u200c", "\u200d", "\u061c"])
+def test_what_cannot_be_seen_is_no_text(unseen):
+    assert normal(unseen) == normal(f" {unseen}\ufeff{unseen}") == ""
+    assert normal(f"{unseen} a{unseen}b{unseen}\n") == f"a{unseen}b"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\U0001f469\u200d\U0001f680",  # an astronaut
+        "\U0001f3f4\U000e0067\U000e0062\U000e007f",  # a flag, of tags
+        "\u0d28\u0d4d\u200d",  # a letter of Malayalam that ends in a joiner
+        "\u06dd",  # a sign of Arabic that is seen, though a mark of format
+    ],
+)
+def test_marks_that_are_part_of_a_character_stay(text):
+    assert normal(f"\u200e{text}\u200e ") == text
 
 
 def test_rows_say_where_they_are(tmp_path):

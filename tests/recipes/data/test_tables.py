@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from data.batches import TableBatches, TablePairs
@@ -135,6 +135,16 @@ def test_rows_with_one_caption_and_with_several_may_be_mixed(tmp_path):
         ("a.jsonl", '{"image": "i", "caption": 7}', "a.jsonl, line 1: expected a text, got '7'"),
         ("a.jsonl", '{"image": "i", "caption": {"en": "a"}}', "line 1: expected a text, got"),
         ("a.jsonl", '{"image": "i", "caption": "\\ud800"}', "line 1: expected a text, got"),
+        ("a.jsonl", '{"image": "i", "caption": [["a"], "b"]}', "line 1: expected a text, got .*a"),
+        ("a.jsonl", f'{{"image": 1{"0" * 400}}}', "line 1: expected a text, got '100"),
+        ("a.csv", "image;caption\ni.png;a, b\n", "a.csv, line 1: expected ',' .*looks like ';'"),
+        ("a.csv", "sep=,\nimage,caption\n", "a.csv, line 1: expected a header.*Remove the line"),
+        ("a.csv.gz", "", r"end in one of .parquet, .tar, .*got .gz of .*a.csv.gz. Unpack"),
+        ("a.tar.gz", "", "end in one of .parquet.*got .gz"),
+        ("a.xlsx", "", "end in one of .parquet.*got .xlsx"),
+        ("a.ndjson", "", "end in one of .parquet.*got .ndjson"),
+        ("a.png", "", "end in one of .parquet.*got .png"),
+        ("a.txt", "", "end in one of .parquet.*got .txt"),
         ("a.json", '["a"]', "a.json, row 1: expected a row of names"),
         ("a.json", '{"images": null, "annotations": 3}', "a.json: expected COCO's captions"),
         ("a.json", '{"images": [{"id": 1}], "annotations": []}', r"a.json.*'file_name'"),
@@ -211,6 +221,23 @@ def test_coco_with_holes(tmp_path, caplog):
     assert "1 images without a caption are not read" in caplog.text
 
 
+def test_cocos_ids_are_of_one_image_each(tmp_path):
+    pictures(tmp_path, "a.png", "b.png")
+    told = [{"image_id": 1, "caption": "a"}]
+    same = [{"id": 1, "file_name": "a.png"}] * 2
+    assert len(open_table(str(coco(tmp_path, same, told)), "train")) == 1
+    with pytest.raises(ValueError, match=r"2017.json: expected an id.*got 1 for a.png and b.png"):
+        open_table(str(coco(tmp_path, [*same, {"id": 1, "file_name": "b.png"}], told)), "train")
+
+
+def test_a_name_of_300_letters_is_an_error_of_its_own_row(tmp_path, caplog):
+    pictures(tmp_path, "2.png")
+    shown = [{"id": i, "file_name": name} for i, name in ((1, "x" * 300), (2, "2.png"))]
+    told = [{"image_id": i, "caption": f"{i}"} for i in (1, 2)]
+    assert Task(str(coco(tmp_path, shown, told)), size=8).images(2, 0)[0].captions == ["2", "2"]
+    assert "row 0 cannot be read" in caplog.text and "too long" in caplog.text
+
+
 def tar_of(file, number=3):
     with tarfile.open(file, "w") as tar:
         for name in (f"{i}.{ending}" for i in range(number) for ending in ("JPG", "txt")):
@@ -236,10 +263,87 @@ def test_a_tar_that_is_cut_is_an_error(tmp_path):
     assert set(texts) == {"x" * 597}
 
 
-def test_prompts_are_the_captions_that_there_are(tmp_path):
+def test_a_tar_with_a_name_twice_is_an_error(tmp_path):
+    tar_of(tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("1.txt"))
+    with pytest.raises(ValueError, match=r"a.tar cannot be read: .*it has 1.txt twice. Write it"):
+        open_table(str(tmp_path / "a.tar"), "train", columns=["jpg"], text="txt")
+
+
+def test_names_in_capitals_are_read(tmp_path, caplog):
+    pictures(tmp_path / "beside", "a.JPG", "b.jpg")
+    (tmp_path / "beside" / "a.TXT").write_text("a dog")
+    (tmp_path / "beside" / "b.Caption").write_text("a cat")
+    assert captions(tmp_path / "beside") == ["a cat", "a dog"]
+    assert not caplog.text
+    pictures(tmp_path / "told", "a.jpg")
+    (tmp_path / "told" / "Metadata.csv").write_text("file_name,caption\na.jpg,a dog\n")
+    assert captions(tmp_path / "told") == ["a dog"]
+
+
+def test_columns_in_capitals_are_told(tmp_path):
+    (tmp_path / "a.csv").write_text("Image,Caption\ni.png,a\n")
+    with pytest.raises(ValueError, match=r"capitals count: Image, Caption\)\. Name them with"):
+        Task(str(tmp_path / "a.csv"), size=8).images(1, 0)
+
+
+def test_a_pattern_in_a_folder_with_brackets(tmp_path):
+    folder = tmp_path / "br[1]" / "deep"
+    folder.mkdir(parents=True)
+    for name in "ab":
+        (folder / f"{name}.csv").write_text(f"image,caption\ni.png,{name}\n")
+    assert captions(tmp_path / "br[1]" / "*" / "[ab].csv") == ["a", "b"]
+
+
+def shards(folder, *columns):
+    for name, of in zip("abc", columns, strict=False):
+        pyarrow.parquet.write_table(pyarrow.table(of), folder / f"{name}.parquet")
+    return folder
+
+
+def test_shards_with_other_columns_are_read(tmp_path):
+    first = {"image": [b"x"], "caption": pyarrow.nulls(1), "n": pyarrow.array([1], "int32")}
+    second = {"n": [2], "image": [b"x"], "caption": ["a"], "more": [1.5]}
+    table = open_table(str(shards(tmp_path, first, second, {"caption": ["b"]})), "train")
+    assert table["caption"][:] == [None, "a", "b"] and table["more"][:] == [None, 1.5, None]
+    assert table["n"][:] == [1, 2, None]
+
+
+def test_shards_with_types_that_can_be_converted_are_read(tmp_path):
+    """As `datasets` does it: to those of the first."""
+    table = open_table(str(shards(tmp_path, {"x": ["a"]}, {"x": [2]})), "train")
+    assert table["x"][:] == ["a", "2"]
+
+
+def test_a_shard_with_other_types_is_named(tmp_path):
+    shards(tmp_path, {"caption": ["a"]}, {"caption": [["a", "b"]]})
+    with pytest.raises(
+        ValueError, match=r"b.parquet: expected columns of types that.*caption"
+    ) as e:
+        open_table(str(tmp_path), "train")
+    assert "\n" not in str(e.value)
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path):
+    parts = {
+        name: Dataset.from_dict({"image": [b""], "caption": [name]}) for name in ("train", "x")
+    }
+    parts["x"].with_format("numpy").save_to_disk(tmp_path / "one")
+    DatasetDict(parts).save_to_disk(tmp_path / "several")
+    assert open_table(str(tmp_path / "one"), "train")[0] == {"image": b"", "caption": "x"}
+    assert captions(tmp_path / "several") == ["train"]
+    with pytest.raises(ValueError, match=r"split: expected one of .*\(train, x\), got 'test'"):
+        open_table(str(tmp_path / "several"), "test")
+
+
+def test_prompts_are_the_captions_that_there_are(tmp_path, caplog):
     rows = [{"image": b"", "caption": text} for text in ("", "a\n", " ", ["x"][0])]
     Dataset.from_list(rows).to_parquet(tmp_path / "t.parquet")
     assert list(Task(str(tmp_path / "t.parquet")).captions()) == ["a", "a", "x", "x"]
+    told = [one.message for one in caplog.records]
+    assert len(told) == 1 and "row 0 cannot be read (expected a text" in told[0]
+    assert "the next one stands for it. So far 1 of 4 rows" in told[0]
     Dataset.from_list(rows[:1]).to_parquet(tmp_path / "e.parquet")
     with pytest.raises(ValueError, match=r"none of the 1 rows of .*e.parquet has a text"):
         list(Task(str(tmp_path / "e.parquet")).captions())

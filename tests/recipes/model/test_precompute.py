@@ -277,6 +277,23 @@ def test_two_writers_share_a_folder(tmp_path):
             assert store[key].keys() == row.keys()
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def fail(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise module.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    store = Store(tmp_path)
+    store["a"] = {"mean": torch.ones(2)}
+    monkeypatch.setattr(module, "save_file", fail)
+    told = rf"^{tmp_path}: .*could not be written: .*No space left.* Make room on the disk, then"
+    with pytest.raises(OSError, match=told):
+        store.save()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    store.save()
+    assert "a" in Store(tmp_path)
+
+
 def test_files_that_killed_writers_left_are_removed_after_an_hour(tmp_path):
     import os
 
