@@ -20,6 +20,8 @@ its own, lora_scale_0.5. A LoRA trained with guidance moves the model along the 
 from __future__ import annotations
 
 import json
+import math
+import os
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -63,6 +65,17 @@ def resolve(options: Any) -> None:
             f"lora_scale: expected strengths of a LoRA, got {options.lora_scale} with --lora "
             f"{options.lora!r}. Give both, or neither."
         )
+    names = list(map(_name_of, options.lora_scale))
+    if not all(map(math.isfinite, options.lora_scale)) or len(set(names)) < len(names):
+        raise ValueError(
+            "lora_scale: expected finite strengths that differ in their first six digits, which "
+            f"name the folders, got {options.lora_scale}."
+        )
+
+
+def _name_of(scale: float) -> str:
+    """The folder of a strength."""
+    return f"lora_scale_{scale:g}"
 
 
 OPTIONS = OptionSet(Options, SamplingOptions, resolve=resolve)
@@ -80,15 +93,14 @@ def main(arguments: list[str] | None = None) -> None:
     from data.pictures import side_by_side
     from data.prompts import read_prompts
     from data.sources import content_of
-    from run.log import say
+    from run.log import say, writing
 
     check_sources(options)
     given = {name: getattr(options, name) for name in SOURCES}
     output, rows = Path(options.output_dir), read_prompts(options.prompts)
     several = len(options.lora_scale) > 1
     folders = {
-        scale: output / f"lora_scale_{scale:g}" if several else output
-        for scale in options.lora_scale
+        scale: output / _name_of(scale) if several else output for scale in options.lora_scale
     }
     contents = {name: content_of(source) for name, source in given.items()}
     _check_kept(output, _settings(options, contents), folders.values(), rows)
@@ -105,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not left and not no_sheet:
         say(f"All {number} images are in {output} already")
         return
+    _check_writable(output, folders.values(), len(rows))
     model = load(options)
     # Sampled without tokens and LoRA as well.
     bare = compared if no_sheet and changed and not several else []
@@ -137,16 +150,18 @@ def main(arguments: list[str] | None = None) -> None:
             if place == todo[scale][0]:
                 _begin(output, folder, rows, settings)
             file = _file(folder, place)
-            part = file.with_suffix(".part")  # a killed run leaves no half image
-            Image.fromarray(image).save(part, format="PNG")
-            part.rename(file)
+            with writing(file):
+                part = file.with_suffix(".part")  # a killed run leaves no half image
+                Image.fromarray(image).save(part, format="PNG")
+                part.rename(file)
         if no_sheet:
             title = f"lora {scale:g}" if several else f"with {changed}" if changed else ""
             columns[title] = [np.asarray(Image.open(_file(folder, place))) for place in compared]
     bar.close()
     if no_sheet:
         told = [rows[index] for index, _ in compared]
-        side_by_side(columns, told, output / SHEET, prompts_a_line=1 if several else None)
+        with writing(output / SHEET) as file:
+            side_by_side(columns, told, file, prompts_a_line=1 if several else None)
     say(f"{number} images in {output}" + (f", and {SHEET}" if sheet else ""))
     if options.prompts.startswith("world:"):
         flags = shlex.join(["--images", *map(str, folders.values())])
@@ -160,10 +175,14 @@ def _begin(
     output: Path, folder: Path, rows: list[dict[str, Any]], settings: dict[str, Any]
 ) -> None:
     """Writes the settings and prompts, once there is an image: a failed run leaves none."""
+    from run.log import replace_text, writing
+
     for index, row in enumerate(rows):
-        (folder / f"{index:05d}" / "samples").mkdir(parents=True, exist_ok=True)
-        (folder / f"{index:05d}" / "metadata.jsonl").write_text(json.dumps(row) + "\n")
-    (output / "generate.json").write_text(json.dumps(settings, indent=1) + "\n")
+        with writing(folder / f"{index:05d}" / "metadata.jsonl") as file:
+            (file.parent / "samples").mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(row) + "\n")
+    with writing(output / "generate.json") as file:
+        replace_text(file, json.dumps(settings, indent=1) + "\n")
 
 
 def _file(folder: Path, place: tuple[int, int]) -> Path:
@@ -177,15 +196,34 @@ def _settings(options: Any, contents: dict[str, str | None]) -> dict[str, Any]:
     return {**settings, "contents": contents}
 
 
+def _check_writable(output: Path, folders: Iterable[Path], number: int) -> None:
+    """ValueError where a file is in the place of a folder for images, or one is read-only."""
+    samples = [_file(folder, (index, 0)).parent for folder in folders for index in range(number)]
+    for one in samples:
+        place = next(each for each in (one, *one.absolute().parents) if each.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise ValueError(
+                f"output_dir: expected a folder that can be written, got {output}: {place} is "
+                f"{'read-only' if place.is_dir() else 'a file'}. Choose another --output_dir."
+            )
+
+
 def _check_kept(
     output: Path, settings: dict[str, Any], folders: Iterable[Path], rows: list[dict[str, Any]]
 ) -> None:
-    """ValueError where there are images of other settings, models or prompts.
+    """ValueError where there are images of other settings, models or prompts, or of unknown ones.
 
     Models and prompts are compared by what they hold, not by name.
     """
+    images = (file for folder in folders for file in folder.glob("*/samples/*.png"))
+    kept = sorted({file.parents[1] for file in images})
     file = output / "generate.json"
-    before = json.loads(file.read_text()) if file.exists() else settings
+    if kept and not file.exists():
+        raise ValueError(
+            f"{output} holds images, first {kept[0]}'s, and no generate.json that tells what made "
+            "them; choose another --output_dir, or delete the images"
+        )
+    before = _settings_kept(file) if file.exists() else settings
     now, then = settings["contents"], before.get("contents", {})
     known = {name for name in now if now[name] is not None}
     changed = [name for name in known if now[name] != then.get(name)]
@@ -196,14 +234,37 @@ def _check_kept(
             f"{output} holds images made with other {sorted(changed)}; choose another --output_dir"
         )
     wanted = {f"{index:05d}": row for index, row in enumerate(rows)}
-    images = (file for folder in folders for file in folder.glob("*/samples/*.png"))
-    for one in sorted({file.parents[1] for file in images}):
-        kept = json.loads((one / "metadata.jsonl").read_text())
-        if kept != wanted.get(one.name):
+    for one in kept:
+        found = _rows_kept(one / "metadata.jsonl")
+        if found != [wanted.get(one.name)]:
+            first = found[0] if found else None
+            told = first.get("prompt") if isinstance(first, dict) else first
             raise ValueError(
-                f"{one} holds images of {kept['prompt']!r}, which is not prompt {one.name} of the "
+                f"{one} holds images of {told!r}, which is not prompt {one.name} of the "
                 f"{len(rows)} that are given; choose another --output_dir"
             )
+
+
+def _rows_kept(file: Path) -> list[Any]:
+    """What a file tells of the images that are there."""
+    from data.prompts import rows_of
+
+    try:
+        return [row for _, row in rows_of(file)]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error} Choose another --output_dir, or delete the images.") from error
+
+
+def _settings_kept(file: Path) -> dict[str, Any]:
+    """The settings of the images that are there."""
+    found = _rows_kept(file)
+    settings = found[0] if len(found) == 1 else None
+    if not isinstance(settings, dict) or not isinstance(settings.get("contents", {}), dict):
+        raise ValueError(
+            f"{file}: expected the settings that images were made with, got {found!r:.200}. Choose "
+            "another --output_dir, or delete the images."
+        )
+    return settings
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     from rewards.geneval.evaluator import Evaluator
     from rewards.metrics import Metrics, mean_with_interval
     from rewards.vqascore import VQAScore
+    from run.log import writing
 
     folders = [Path(path) for path in options.images]
     contents = [read_images(folder) for folder in folders]
@@ -147,15 +148,18 @@ def main(arguments: list[str] | None = None) -> None:
             found |= soft_tifa.scores(files, prompts, questions[index], judge, told)
         summary = {} if judged is None else summarize_with_intervals(judged)
         summary["metrics"] = found | metrics(files, rows)
-        (folder / "scores.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (folder / "scores.md").write_text(table({folder.name: summary}) + "\n")
+        with writing(folder / "scores.json") as file:
+            file.write_text(json.dumps(summary, indent=1) + "\n")
+        with writing(folder / "scores.md") as file:
+            file.write_text(table({folder.name: summary}) + "\n")
         shown = np.linspace(0, len(files) - 1, min(options.sheet, len(files))).astype(int)
-        sheet(
-            [pixels(files[i]) for i in shown],
-            [rows[i] for i in shown],
-            None if judged is None else [judged[i] for i in shown],
-            folder / "scores.png",
-        )
+        with writing(folder / "scores.png") as file:
+            sheet(
+                [pixels(files[i]) for i in shown],
+                [rows[i] for i in shown],
+                None if judged is None else [judged[i] for i in shown],
+                file,
+            )
         summaries[str(folder)] = summary
     print(table(summaries))
     print(f"scores.json, scores.md and scores.png are in {', '.join(options.images)}")

@@ -8,8 +8,9 @@ images = sample(model.pipe, prompts, seeds=range(len(prompts)), ...)
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
 from agsm_loss._random import draws
+from data.prompts import rows_of
 from data.sources import check_source
 from model.families import guidance, image_side
 from model.pipeline import TextToImage, chosen_device
@@ -67,6 +70,7 @@ def check_sources(options: Any) -> None:
 
     Raises:
         FileNotFoundError: an option names a path, and nothing is there.
+        ValueError: an options.json beside it has no scale that can be read.
     """
     for name in SOURCES:
         check_source(name, getattr(options, name))
@@ -131,14 +135,15 @@ def calls(
     batch_size = batch_size or images_per_call(pipe)
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
-        images = pipe(
-            prompt=part,  # by name: FLUX.2's first argument is an image
-            num_inference_steps=num_inference_steps,
-            **guidance(pipe, guidance_scale, len(part)),
-            generator=[draws(seed) for seed in seeds[start : start + batch_size]],
-            output_type="np",
-            **(arguments or {}),
-        ).images
+        with _overflow_seen(pipe, part):
+            images = pipe(
+                prompt=part,  # by name: FLUX.2's first argument is an image
+                num_inference_steps=num_inference_steps,
+                **guidance(pipe, guidance_scale, len(part)),
+                generator=[draws(seed) for seed in seeds[start : start + batch_size]],
+                output_type="np",
+                **(arguments or {}),
+            ).images
         broken = [text for text, image in zip(part, images, strict=True) if np.isnan(image).any()]
         if broken:
             raise FloatingPointError(
@@ -149,19 +154,59 @@ def calls(
         yield (images * 255).round().astype("uint8")
 
 
+@contextmanager
+def _overflow_seen(pipe: Any, prompts: Sequence[str]) -> Iterator[None]:
+    """FloatingPointError where the VAE gets or gives infinite numbers: pipelines clamp them."""
+
+    def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if any(isinstance(one, Tensor) and one.isinf().any() for one in (*inputs, output)):
+            raise FloatingPointError(
+                f"images: expected finite numbers, got infinite ones in a batch of {len(prompts)}, "
+                f"first prompt {prompts[0]!r}. The weights are not finite, or float16 is too small "
+                "for the model: take bfloat16 or float32."
+            )
+
+    decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
+    handle = None if decoder is None else decoder.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 def default_guidance_scale(folders: Iterable[str]) -> float:
     """What one of them was looked at with in training, as its options.json tells; else 3.
 
     That is 1 where guidance was trained in.
 
     folders: of tokens, a LoRA or a pipeline, or hub ids, or "". options.json is in or above each.
+
+    Raises:
+        ValueError: an options.json that cannot be read, or whose scale is no number.
     """
     for folder in filter(None, folders):
         for file in (Path(folder) / "options.json", Path(folder).parent / "options.json"):
-            told = json.loads(file.read_text()) if file.is_file() else {}
-            if isinstance(told, dict) and told.get("validation_guidance_scale") is not None:
-                return float(told["validation_guidance_scale"])
+            scale = _scale_in(file) if file.is_file() else None
+            if scale is not None:
+                return scale
     return 3.0
+
+
+def _scale_in(file: Path) -> float | None:
+    try:
+        told = [row for _, row in rows_of(file) if isinstance(row, dict)]
+    except ValueError as error:
+        raise ValueError(f"{error} Mend it, or give --guidance_scale.") from error
+    scale = told[0].get("validation_guidance_scale") if told else None
+    if scale is None:
+        return None
+    if type(scale) in (int, float) and 0 <= scale < math.inf:
+        return float(scale)
+    raise ValueError(
+        f"{file}: expected a number as validation_guidance_scale, at least 0, got {scale!r}. Mend "
+        "it, or give --guidance_scale."
+    )
 
 
 def images_per_call(pipe: Any) -> int:

@@ -40,10 +40,10 @@ def load(name: str, device: torch.device | str = "cpu") -> Reward:
         `:WEIGHT` after a name, above 0, multiplies it.
 
     Raises:
-        ValueError: none of these.
+        ValueError: none of these, or one of them twice.
         ImportError: a package that the reward needs is missing.
     """
-    parts = dict(_weighted(part.strip()) for part in name.split(","))
+    parts = _parts(name)
     return Reward({one: (weight, _one(one, device)) for one, weight in parts.items()})
 
 
@@ -109,6 +109,19 @@ def _told(prompts: Sequence[str]) -> list[str]:
     return [prompt[:80] for prompt in prompts[:3]]
 
 
+def _parts(name: str) -> dict[str, float]:
+    """Each reward's weight by its name."""
+    found: dict[str, float] = {}
+    for one, weight in (_weighted(part.strip()) for part in name.split(",")):
+        if one in found:
+            raise ValueError(
+                f"reward: expected each one once, got {one!r} twice in {name!r}. Give it once, "
+                f"with the sum of its weights, {one}:{found[one] + weight:g}."
+            )
+        found[one] = weight
+    return found
+
+
 def _weighted(part: str) -> tuple[str, float]:
     """ "pickscore:0.5" -> its name and weight."""
     name, colon, text = part.rpartition(":")
@@ -126,11 +139,15 @@ def _weighted(part: str) -> tuple[str, float]:
 
 def check(name: str) -> None:
     """`load`'s errors of names and paths, with nothing loaded."""
-    for part, _ in (_weighted(one.strip()) for one in name.split(",")):
+    for part in _parts(name):
         if part in REWARDS:
             continue
         if ":" in part:
-            load_object("reward", part)
+            if not callable(found := load_object("reward", part)):
+                raise ValueError(
+                    f"reward: expected package.module:function, got {part!r}, which is "
+                    f"{found!r:.80}. Name a function of pixels and prompts."
+                )
         elif not part or ("/" not in part and not Path(part).is_dir()):
             raise ValueError(
                 f"reward: expected some of {', '.join(REWARDS)}, package.module:function, or a "

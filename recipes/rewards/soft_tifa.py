@@ -18,6 +18,7 @@ from scipy.stats import gmean  # type: ignore[import-untyped]
 
 from rewards.metrics import mean_with_interval, pooled_with_interval, rewards_of
 from rewards.vqascore import VQAScore
+from run.log import writing
 
 ASKED = "{} Answer in one word."
 
@@ -78,7 +79,8 @@ def scores(
         {"filename": str(file), "prompt": prompt, "vqascore": own, "answers": others}
         for file, prompt, own, others in zip(files, prompts, probable, answered, strict=True)
     ]
-    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with writing(results):
+        results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = {"vqascore": mean_with_interval(probable, prompts)}
     return found | soft_tifa(answered, questions, prompts) if any(questions) else found
 

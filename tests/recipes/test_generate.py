@@ -1,6 +1,7 @@
 """Prompts to images in GenEval's layout, and images to scores."""
 
 import json
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -12,12 +13,15 @@ from PIL import Image
 import generate
 import score_images
 from data.prompts import read_prompts
-from lab.world.geneval_folder import pixels
+from lab.world.geneval_folder import pixels, read_results
 from lab.world.prompts import rows
 from lab.world.render import render
 from lab.world.score import Verdict
 from lab.world.summary import summarize_with_intervals, wilson
+from model.pipeline import TextToImage
 from model.sampling import default_guidance_scale, sample
+
+DEEP = pytest.param("[" * 200000, id="deep")
 
 
 def files(folder):
@@ -53,7 +57,6 @@ def test_the_layout_is_genevals_and_a_second_call_goes_on(flow_base, tmp_path):
 
 def test_a_sheet_shows_the_tokens_beside_the_model_without_them(flow_base, tmp_path, capsys):
     from agsm_loss.integrations.denoisers import TokenDenoiser
-    from model.pipeline import TextToImage
 
     denoiser = TokenDenoiser(TextToImage.load(str(flow_base), torch.float32).denoiser, num_tokens=2)
     torch.nn.init.normal_(denoiser.tokens.tokens, std=3.0)
@@ -81,8 +84,6 @@ def test_a_sheet_shows_the_tokens_beside_the_model_without_them(flow_base, tmp_p
 
 def lora(base, folder, seed=0):
     """A LoRA with weights that change the model."""
-    from model.pipeline import TextToImage
-
     model = TextToImage.load(str(base), torch.float32)
     model.add_lora(2)
     generator = torch.Generator().manual_seed(seed)
@@ -159,6 +160,73 @@ def test_the_guidance_scale_is_what_was_trained_for(tmp_path):
             assert default_guidance_scale(["", str(folder)]) == wanted
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"validation_guidance_scale": 1',
+        "text",
+        DEEP,
+        *(json.dumps({"validation_guidance_scale": one}) for one in ([1.0], "1", -1, math.nan)),
+    ],
+)
+def test_a_scale_that_cannot_be_read_is_named(content, tmp_path):
+    (tmp_path / "options.json").write_text(content)
+    with pytest.raises(ValueError, match=r"options\.json.*: expected .*or give --guidance_scale"):
+        default_guidance_scale([str(tmp_path / "lora")])
+
+
+@pytest.mark.parametrize("scales", [["nan"], ["inf"], ["0", "inf"], ["1", "1"], ["1", "1.0000001"]])
+def test_strengths_are_finite_and_have_a_folder_each(scales, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("model", tmp_path, "--lora", "lora", "--lora_scale", *scales)
+    assert "lora_scale: expected finite strengths that differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", [None, "[]", '{"seed": 0', '{"contents": null}', DEEP])
+def test_images_of_which_nothing_is_known_are_not_kept(kept, tmp_path, flow_base):
+    drawn(tmp_path)
+    if kept is not None:
+        (tmp_path / "generate.json").write_text(kept)
+    with pytest.raises(ValueError, match=r"(?i)generate\.json.* choose another --output_dir, or d"):
+        run(flow_base, tmp_path)
+
+
+def test_images_whose_prompt_is_not_known_are_not_kept(flow_base, tmp_path):
+    run(flow_base, tmp_path)
+    file = tmp_path / "00002" / "metadata.jsonl"
+    for row in ("null", '{"tag": "x"}', '{"prompt": "a', "", None):
+        file.unlink() if row is None else file.write_text(row)
+        with pytest.raises(ValueError, match=r"00002.*(?i:choose another --output_dir)"):
+            run(flow_base, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a", "a/00003", "a/00003/samples"])
+def test_a_file_in_the_place_of_a_folder_is_found_at_once(name, flow_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "load", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=rf"output_dir: expected a folder .*{name} is a file\."):
+        run(flow_base, tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["00001/samples/0001.png", "sheet.png", "00002/metadata.jsonl"])
+def test_a_full_disk_names_the_file(name, flow_base, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    (file.with_suffix(".part") if "samples" in name else file).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"{name}: could not be written: No space .* Make room"):
+        run(flow_base, tmp_path, "--sheet")
+
+
+def test_infinite_numbers_are_no_picture(flow_base):
+    """Pipelines would make them white or black."""
+    pipe = TextToImage.load(str(flow_base), torch.float32).pipe
+    [*_, last] = (one for one in pipe.vae.decoder.modules() if isinstance(one, torch.nn.Conv2d))
+    last.bias = torch.nn.Parameter(torch.full((3,), torch.inf))
+    with pytest.raises(FloatingPointError, match="infinite ones in a batch of 1, first prompt 'a'"):
+        sample(pipe, ["a"], seeds=[0], num_inference_steps=1, guidance_scale=1.0)
+
+
 def test_prompts_are_lines_or_rows(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n\na dog\n")
     assert read_prompts(str(tmp_path / "p.txt")) == [
@@ -218,7 +286,7 @@ def test_genevals_own_results_make_the_same_table(tmp_path):
     wanted = drawn(tmp_path)
     lines = [
         {
-            "filename": f"/elsewhere/{i:05d}/samples/0000.png",
+            "filename": f"/elsewhere/{tmp_path.name}/{i:05d}/samples/0000.png",
             "tag": row["tag"],
             "correct": i % 2 == 1,
             "reason": "" if i % 2 else "expected a thing>=1, found 0",
@@ -235,6 +303,116 @@ def test_genevals_own_results_make_the_same_table(tmp_path):
     results.write_text(json.dumps(lines[0]))
     with pytest.raises(ValueError, match="no result for 00001"):
         score_images.main(["--images", str(tmp_path), "--results", str(results)])
+
+
+def results_of(folder, lines, name="results.jsonl"):
+    """The verdicts that a file of these lines gives of a folder's images."""
+    file = folder / name
+    whole = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    file.write_text("".join(one + "\n" for one in whole))
+    return read_results(file, sorted(folder.glob("*/samples/*.png")), folder)
+
+
+def result_of(i, folder="", **changes):
+    name = f"{folder}/" if folder else ""
+    return {"filename": f"{name}{i:05d}/samples/0000.png", "tag": "x", "correct": i % 2 == 1,
+            **changes}  # fmt: skip
+
+
+@pytest.mark.parametrize("right", [True, "True", "true", 1, "1"])
+@pytest.mark.parametrize("wrong", [False, "False", "FALSE", 0, "0"])
+def test_only_what_is_true_is_right(right, wrong, tmp_path):
+    drawn(tmp_path)
+    judged = [(right if i % 2 else wrong) for i in range(24)]
+    lines = [result_of(i, correct=one) for i, one in enumerate(judged)]
+    assert [one.correct for one in results_of(tmp_path, lines)] == [False, True] * 12
+    cells = [f"{i:05d}/samples/0000.png,x,{one}" for i, one in enumerate(judged)]
+    found = results_of(tmp_path, ["filename,tag,correct", *cells], "results.csv")
+    assert [one.correct for one in found] == [False, True] * 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        *(({"correct": one}, "correct as true or false") for one in (math.nan, None, 2, "no", "")),
+        ({"tag": None}, "a tag, and correct"),
+        ({"filename": 7}, "and reason, as GenEval"),
+        *(({"metadata": one}, "metadata as GenEval's") for one in (None, "", "{", "[" * 200000)),
+        ({"metadata": {"include": [{"class": "dog"}]}}, "a class and a count"),
+        *(({"details": one}, "details as a list of boxes") for one in ("{", None, {"dog": 7})),
+    ],
+)
+def test_a_result_that_cannot_be_read_is_named(changes, told, tmp_path):
+    drawn(tmp_path)
+    lines = [result_of(i) for i in range(24)]
+    with pytest.raises(ValueError, match=rf"results\.jsonl, line 3: expected .*{told}"):
+        results_of(tmp_path, [*lines[:2], result_of(2, **changes), *lines[3:]])
+
+
+def test_results_are_this_folders(tmp_path):
+    (here := tmp_path / "a").mkdir()
+    for folder in (here, tmp_path / "b", tmp_path / "other" / "a"):
+        drawn(folder)
+    for named in (here, "/moved/a", "a", ""):  # an evaluator may have seen it elsewhere
+        assert len(results_of(here, [result_of(i, named) for i in range(24)])) == 24
+    for named in (tmp_path / "b", "/moved/b", tmp_path / "other" / "a"):
+        with pytest.raises(ValueError, match=rf"line 1: expected results of .* one of {named}\."):
+            results_of(here, [result_of(i, named) for i in range(24)])
+    with pytest.raises(ValueError, match="line 2: expected results of"):
+        results_of(here, [result_of(i, f"/{'xy'[i % 2]}/a") for i in range(24)])
+    every = [result_of(i) for i in range(24)]
+    assert len(results_of(here, [*every, every[3]])) == 24
+    with pytest.raises(ValueError, match="line 25: expected one result for 00003/samples/"):
+        results_of(here, [*every, result_of(3, correct=False)])
+
+
+@pytest.mark.parametrize(
+    ("gone", "more", "told"),
+    [
+        (["00004/samples/0000.png", "00007/samples"], "", r"expected 1 .* 2 of 24 .* first 00004"),
+        ([], "00003/samples/0001.png", r"expected 2 images .* 23 of 24 prompts, first 00000"),
+        (["00005/metadata.jsonl"], "", r"none in 1 folders, first 00005"),
+        ([], "00002/metadata.jsonl", r"00002/metadata\.jsonl: expected one row, .*got 2\."),
+    ],
+)
+def test_a_folder_that_is_not_whole_is_not_scored(gone, more, told, tmp_path):
+    drawn(tmp_path)
+    for name in gone:
+        one = tmp_path / name
+        shutil.rmtree(one) if one.is_dir() else one.unlink()
+    if more.endswith(".png"):
+        shutil.copy(tmp_path / "00003" / "samples" / "0000.png", tmp_path / more)
+    elif more:
+        row = (tmp_path / more).read_text()
+        (tmp_path / more).write_text(f"{row}\n{row}\n")
+    with pytest.raises(ValueError, match=told):
+        score_images.main(["--images", str(tmp_path)])
+    assert not (tmp_path / "scores.json").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"include": one} for one in (["cat"], [{}], 7, None, [], [{"class": "circle"}])),
+        {"include": [{"class": "circle", "count": "two"}]},
+        {"include": [{"class": "circle", "count": 1, "position": ["above", 0]}]},
+        {"exclude": None},
+        {"tag": None},
+    ],
+)
+def test_a_row_that_is_not_genevals_is_named(change, tmp_path):
+    row = drawn(tmp_path)[1] | change
+    (tmp_path / "00001" / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"00001/metadata\.jsonl: expected include, a class and"):
+        score_images.main(["--images", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", ["scores.json", "scores.md", "scores.png"])
+def test_scores_that_cannot_be_written_are_named(name, tmp_path):
+    drawn(tmp_path)
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"{name}: could not be written: No space .* Make room"):
+        score_images.main(["--images", str(tmp_path)])
 
 
 def test_an_empty_folder_is_named(tmp_path):

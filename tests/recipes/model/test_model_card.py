@@ -19,6 +19,7 @@ from lab.world.export import captioned
 from lab.world.prompts import rows
 from model import card as model_card
 from model.pipeline import TextToImage
+from run.log import lines_of
 
 FEW = ["--max_train_steps", "1", "--train_batch_size", "3", "--validation_per_category", "1",
        "--validation_inference_steps", "2", "--num_tokens", "2", "--candidates", "in_batch:1",
@@ -141,6 +142,16 @@ def test_what_the_run_used_is_no_score(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
     told = model_card._scores(tmp_path / "log.jsonl")
     assert "0.25" in told and "gpu_memory" not in told and "seconds" not in told
+
+
+@pytest.mark.parametrize(
+    "damaged", ["7", "null", "[]", '"a"', '{"step', pytest.param("[" * 200000, id="deep")]
+)
+def test_a_damaged_line_of_the_log_is_left_out(damaged, tmp_path):
+    line = json.dumps({"step": 1, "loss": 0.25})
+    (tmp_path / "log.jsonl").write_text(f"{damaged}\n{line}\n")
+    assert lines_of(tmp_path / "log.jsonl") == [line]
+    assert "0.25" in model_card._scores(tmp_path / "log.jsonl")
 
 
 def test_any_path_is_a_string_of_python():

@@ -45,6 +45,20 @@ def test_an_unknown_name_is_told_the_known_ones(name):
         rewards.load(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("redness,redness:2", r"once, got 'redness' twice in .*redness:3\."),
+        ("redness, jpeg_compressibility ,redness", "once, got 'redness' twice"),
+        ("os:sep", r"package\.module:function, got 'os:sep', which is '/'\. Name a function"),
+    ],
+)
+def test_a_reward_is_a_function_and_there_once(name, told):
+    for asked in (rewards.check, rewards.load):
+        with pytest.raises(ValueError, match=told):
+            asked(name)
+
+
 def test_a_missing_folder_is_found_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(TextToImage, "load", lambda *args: pytest.fail("the model was loaded"))
     missing = tmp_path / "clip"
