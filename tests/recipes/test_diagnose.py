@@ -14,7 +14,7 @@ import train_agsm
 from diagnosis import measure as measuring
 from diagnosis import report as reporting
 from diagnosis.measure import EDITS, Measured, Numbers, Suspect, measure, summarize
-from diagnosis.verdict import GUIDANCE_SCALE, options_of, verdict
+from diagnosis.report import GUIDANCE_SCALE, options_of, verdict
 from lab.world.data import WorldBatches
 from lab.world.export import captioned
 from model.pipeline import TextToImage
