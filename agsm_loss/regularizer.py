@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -187,8 +188,8 @@ class AGSMRegularizer:
         if ema is not None:
             neg_scale = self.loss.neg_scale
             self._spared = spared_by_negatives(denoiser, ema, neg_scale, negatives_train)
-            # A module's method, or a function of it, has its parameters.
-            whose = getattr(denoiser, "func", denoiser)
+            # A module's method, or a partial of it, has its parameters.
+            whose = denoiser.func if isinstance(denoiser, partial) else denoiser
             whose = getattr(whose, "__self__", whose)
             if isinstance(whose, nn.Module):
                 ema._look_in(whose)

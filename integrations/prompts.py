@@ -78,10 +78,13 @@ def caption_ids(pipe: Any, captions: Sequence[str], **arguments: Any) -> list[Ha
     # FLUX.2-dev's is inside a processor.
     parts = {name: getattr(part, "tokenizer", part) for name, part in pipe.components.items()}
     named = {name: one for name, one in parts.items() if isinstance(one, PreTrainedTokenizerBase)}
-    encoders = {name: parts.get(name.replace("tokenizer", "text_encoder")) for name in named}
     # SD3 may have a tokenizer whose encoder was left out.
-    heard = [one for name, one in named.items() if encoders[name] is not None]
-    tokenizers = heard or list(named.values())
+    encoded = [
+        one
+        for name, one in named.items()
+        if parts.get(name.replace("tokenizer", "text_encoder")) is not None
+    ]
+    tokenizers = encoded or list(named.values())
     if not tokenizers:
         raise TypeError(f"pipe: expected one with a tokenizer, got {type(pipe).__name__}.")
     family = _known_family(pipe) or Family()

@@ -182,7 +182,7 @@ class BestSamples:
                 clean, and "prompt_embeds" (B, S, d).
             pairs: trl's, a batch each: images, prompts, metadata.
             scheduler: for the number of training timesteps.
-            pipe: by whose tokens captions are told apart; None: by their texts.
+            pipe: captions are compared by its tokens; None: by their texts.
         """
         self.latents = torch.cat([one["next_latents"][:, -1] for one in samples])
         self.embeds = torch.cat([one["prompt_embeds"] for one in samples])

@@ -90,7 +90,7 @@ class Rival:
     def __init__(self, options: Any, model: Session) -> None:
         self.name, self.weight = options.objective, options.rival_weight
         self.scale, self.model = options.agsm_guidance_scale, model
-        self.temperature = LevelTemperature(options.rival_weight)
+        self.temperature = LevelTemperature(self.weight)
         if self.name == "levels":
             self.agsm = model.agsm(options.train_batch_size)
             self.agsm.loss.temperature = self.temperature

@@ -620,6 +620,18 @@ def test_an_ema_of_a_copy_with_one_own_parameter_is_refused():
                 AGSMRegularizer(denoiser, ema, AGSMLoss(guidance_scale=3))
 
 
+def test_a_module_in_a_denoiser_is_not_taken_for_it():
+    """One by the name that a partial's function has."""
+
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.func, self.scale = problem()[0], torch.nn.Parameter(torch.ones(()))
+
+    around = Around()
+    assert AGSMRegularizer(around, EMA(around), AGSMLoss(guidance_scale=3)).denoiser is around
+
+
 class Constant(torch.nn.Module):
     def __init__(self, value):
         super().__init__()
