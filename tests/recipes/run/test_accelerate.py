@@ -31,8 +31,10 @@ FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "
        "--learning_rate", "0.01"]  # fmt: skip
 DPO = ["--agsm_weight", "1", "--beta", "50"]
 TASKS = {  # recipe, flags
-    "tokens": ("train_agsm", ["--num_tokens", "1", "--gradient_checkpointing"]),
-    "lora": ("train_dpo", ["--num_tokens", "1", "--rank", "1", "--chunk_size", "4", *DPO]),
+    "lora": (
+        "train_dpo",
+        ["--num_tokens", "1", "--rank", "1", "--chunk_size", "4", "--gradient_checkpointing", *DPO],
+    ),
     "full": ("train_agsm", ["--num_tokens", "0", "--full"]),
     "reference": ("train_dpo", ["--num_tokens", "0", "--full", *DPO]),
 }
@@ -41,7 +43,7 @@ needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"
 )
 LAUNCHES = [  # engine -> tasks; the first is the launch's own
-    pytest.param({"fsdp2": ("lora", "full", "tokens"), "ddp": ("lora",)}, id="fsdp2"),
+    pytest.param({"fsdp2": ("lora", "full"), "ddp": ("lora",)}, id="fsdp2"),
     pytest.param(
         {"zero3": ("reference", "lora"), "zero2": ("full",)},
         id="zero3",
