@@ -121,6 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
                 generator=generator,
             )
             rewards = own.rewards(trajectory.last, captions, index)
+            best = own.best(trajectory.last, captions, rewards)
             steps = torch.randperm(options.num_inference_steps - 1, generator=generator)
             out = step(
                 trajectory,
@@ -128,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
                 text,
                 steps[: options.train_timesteps],
                 image_conditioning=image,
-                agsm_batch=own.agsm_batch(batch, index, trajectory.last, captions, rewards),
+                agsm_batch=own.agsm_batch(batch, index, best),
             )
             run.backward(out.loss, {**out.metrics, **own.logged})
         own.differences.check()

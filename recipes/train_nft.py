@@ -34,7 +34,7 @@ from data.task import DataOptions, ImageOptions, PromptFileOptions
 from model.agsm import AGSMOptions, HostOptions, method
 from model.session import ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
-from rewards.rollout import GroupOptions, PromptOptions, RewardOptions
+from rewards.rollout import BestSample, GroupOptions, PromptOptions, RewardOptions
 from run.cli import command
 from run.loop import LoopOptions, Run, RunOptions
 from run.options import OptionSet, option
@@ -95,13 +95,16 @@ OPTIONS = OptionSet(
 
 
 class Rollout(NamedTuple):
-    """A rollout's number, and its images with their prompts, rewards and advantages."""
+    """A rollout's number, and its images with their prompts and advantages.
+
+    best: all processes' best samples, for AGSM.
+    """
 
     number: int
     captions: list[str]
     latents: Tensor
-    rewards: Tensor
     advantages: Tensor
+    best: list[BestSample]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -178,7 +181,8 @@ def main(arguments: list[str] | None = None) -> None:
             latents = torch.cat(parts)
             rewards = own.rewards(latents, captions, number * micro_steps)
             advantages = own.advantages(rewards, global_std=True)
-            return Rollout(number, captions, latents, rewards, advantages)
+            best = own.best(latents, captions, rewards)
+            return Rollout(number, captions, latents, advantages, best)
 
         latest: Rollout | None = None
         for index, batch in run.steps(model, own.batches, step):
@@ -200,9 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
                 model.timesteps(batch_size, generator),
                 own.noise(batch_size, generator),
                 image_conditioning=image,
-                agsm_batch=own.agsm_batch(
-                    batch, index, latest.latents, latest.captions, latest.rewards
-                ),
+                agsm_batch=own.agsm_batch(batch, index, latest.best),
             )
             run.backward(out.loss, {**out.metrics, **own.logged})
         own.differences.check()

@@ -8,8 +8,8 @@ states lead to: `detector` (the embedded world's) or a CLIP model such as PickSc
 eps- or v-prediction pipeline: Stable Diffusion or SDXL.
 
 AGSM trains on `--agsm_images data`, the data set's images (`--agsm_batch` of them: they need no
-sampling), or on `best`, the sampled images with the best scores (`--agsm_best`). The captions of
-the whole batch compete.
+sampling), or on `best`, the sampled images of all processes with the best scores (`--agsm_best`),
+as many in each. The captions of the whole batch compete.
 
 Under `--output_dir`:
     tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights
@@ -94,7 +94,6 @@ def main(arguments: list[str] | None = None) -> None:
     from diffusers import DDIMScheduler
 
     from agsm_loss import Bank
-    from agsm_loss.integrations.hosts.base import best_rows
     from agsm_loss.integrations.hosts.spo import (
         SPO,
         StatePairs,
@@ -106,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     from data.task import open_task
     from model.session import Session
     from rewards.rewards import check, load
-    from rewards.rollout import Findings, check_prompts, decoded_scores, on_policy_images
+    from rewards.rollout import Findings, check_prompts, dealt, decoded_scores, on_policy_images
 
     check_steps(options.num_inference_steps, options.first_step)
     usual = OPTIONS.defaults["agsm_batch"]
@@ -196,10 +195,11 @@ def main(arguments: list[str] | None = None) -> None:
                     shown, best = more[index], None
                     of = model.pipeline.encode_images(shown.pixels, draw)
                 else:
-                    shown, of = batch, rollout.last
-                    scores = scored(of, batch.captions)
-                    best = best_rows(scores, options.agsm_best).cpu()
-                    metrics["agsm/images_score"] = scores[best.to(scores.device)].float().mean()
+                    scores = scored(rollout.last, batch.captions)
+                    shown, of, best, scores = dealt(
+                        run.accelerator, batch, rollout.last, scores, options.agsm_best
+                    )
+                    metrics["agsm/images_score"] = scores.float().mean()
                 own = model.agsm_batch(shown, of, draw, best)
             out = step(pairs, text, empty, image_conditioning=image, agsm_batch=own)
             total = out.loss

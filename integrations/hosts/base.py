@@ -24,23 +24,29 @@ Of generated images, AGSM takes those with the best rewards:
 >>> rewards = torch.tensor([0.1, 0.9, 0.4, 0.7])
 >>> best_rows(rewards, share=0.5)
 tensor([1, 3])
->>> best_samples(rewards, 0.5, 1, torch.Generator()).item() in (1, 3)  # one of them, drawn
-True
+>>> best_samples(rewards, ["a dog", "a cat", "two dogs", "a red cube"], share=0.5)
+['a cat', 'a red cube']
+
+On several processes `best_samples` finds them among all processes' samples.
 """
 
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.utils._pytree import tree_map
 
 from agsm_loss import AGSMRegularizer, Bank, Candidates, Denoiser, StepOutput
+from agsm_loss._storage import several_ranks
 from agsm_loss.integrations.noise import add_noise, regression_target
 from agsm_loss.integrations.tokens.attach import unwrap
+
+Sample = TypeVar("Sample")
 
 
 class AGSMBatch(NamedTuple):
@@ -115,32 +121,56 @@ def best_rows(
             f"scores: expected numbers, got NaN for all {len(scores)} images: none is good. Look "
             "at the reward and its images."
         )
-    share = max(share, min(1.0, at_least / len(scores)))
-    number = min(math.ceil(share * len(scores)), int((~scores.isnan()).sum()))
+    number = max(math.ceil(round(share * len(scores), 9)), at_least)  # 0.07 * 100 is above 7
+    number = min(number, int((~scores.isnan()).sum()))
     order = scores.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
     return order[:number].sort().values
 
 
 def best_samples(
-    rewards: Float[Tensor, " B"], share: float, number: int, generator: torch.Generator
-) -> Int[Tensor, " n"]:
-    """`number` rows of the best samples of a rollout, drawn without replacement; all if fewer.
+    scores: Float[Tensor, " B"], samples: Sequence[Sample], share: float = 0.5, *, each: int = 1
+) -> list[Sample]:
+    """The samples of all processes with the best scores, the same list in each of them.
 
-    >>> best_samples(torch.tensor([0.1, 0.9, 0.4]), 0.1, 2, torch.Generator()).sort().values
-    tensor([1, 2])
+    Every process calls it with samples of its own, maybe none. Only the best ones are sent.
+
+    >>> best_samples(torch.tensor([0.1, 0.9, 0.4]), ["a dog", "a cat", "a fox"], 0.1, each=2)
+    ['a cat', 'a fox']
 
     Args:
-        rewards: one a sample (B,), larger is better.
-        share: of the samples to draw from, best first, in (0, 1]. Where it has fewer than `number`
-            samples, more of the best are taken.
-        number: rows to draw.
-        generator: a CPU generator, for the draw.
+        scores: one a sample (B,), larger is better.
+        samples: B trees (dicts, lists and tuples) of tensors and what can be pickled.
+        share: of all processes' samples to take, in (0, 1].
+        each: samples that a process trains on at a time. Where the share has fewer for each
+            process, more of the best are taken.
+
+    Returns:
+        Copies on the CPU, in the order of the processes and of their samples.
 
     Raises:
         ValueError: as of `best_rows`.
     """
-    best = best_rows(rewards, share, at_least=number)
-    return best[torch.randperm(len(best), generator=generator)[:number].to(best.device)]
+    every = of_all_processes(scores.detach().cpu())
+    rows = best_rows(torch.cat(every), share, at_least=each * len(every))
+    before = sum(map(len, every[: dist.get_rank()])) if several_ranks() else 0
+    own = [row - before for row in rows.tolist() if before <= row < before + len(samples)]
+    copies = [
+        # Each its own copy: of a view the whole storage would be pickled.
+        tree_map(
+            lambda x: x.detach().to("cpu", copy=True) if isinstance(x, Tensor) else x, samples[row]
+        )
+        for row in own
+    ]
+    return [sample for few in of_all_processes(copies) for sample in few]
+
+
+def of_all_processes(value: Sample) -> list[Sample]:
+    """Every process's value, which is pickled, in each of them. Every process calls it."""
+    if not several_ranks():
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def mean_log_prob(x: Float[Tensor, "N *D"], mean: Tensor, std: Tensor) -> Float[Tensor, " N"]:

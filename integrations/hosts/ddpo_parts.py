@@ -157,15 +157,16 @@ class BestSamples:
     """The samples of an epoch that have the best rewards, for AGSM to train on.
 
     Args:
-        share: of the epoch's samples to draw from, in (0, 1], as of `best_samples`.
+        share: of the epoch's samples, of all processes, to draw from, in (0, 1].
         batch_size: images a batch, at the most.
         seed, rank: each batch draws from these and its number.
     """
 
     def __init__(self, share: float, batch_size: int, seed: int, rank: int = 0) -> None:
         self.share, self.batch_size, self.seed, self.rank = share, batch_size, seed, rank
-        self.latents = self.embeds = self.rewards = torch.empty(0)
+        self.latents = self.embeds = torch.empty(0)
         self.prompts: list[Any] = []
+        self.best: list[tuple[Tensor, Tensor, Any]] = []
         self.steps = 1000
 
     def offer(
@@ -175,7 +176,7 @@ class BestSamples:
         scheduler: Any,
         pipe: Any = None,
     ) -> None:
-        """The epoch's N samples, before they have rewards.
+        """This process's N samples of the epoch, before they have rewards.
 
         Args:
             samples: trl's, a dict a batch: "next_latents" (B, T, *D), of which the last of T is
@@ -191,8 +192,9 @@ class BestSamples:
         self.steps = scheduler.config.num_train_timesteps
 
     def choose(self, rewards: Tensor) -> None:
-        """The batches are of the best of them, by their rewards (N,)."""
-        self.rewards = rewards.detach().float().cpu()
+        """The batches are of all processes' best, by their rewards (N,). Every process calls it."""
+        samples = list(zip(self.latents, self.embeds, self.prompts, strict=True))
+        self.best = best_samples(rewards.float(), samples, self.share, each=self.batch_size)
 
     def batch(self, number: int, null: Tensor | None = None) -> AGSMBatch:
         """The batch of micro-step `number`: some of the best, noised at uniform timesteps.
@@ -200,15 +202,16 @@ class BestSamples:
         null: the encoded empty caption (1, S, d), where it competes.
         """
         generator = draws(self.seed, self.rank, number)
-        rows = best_samples(self.rewards, self.share, self.batch_size, generator)
-        latents = self.latents[rows.to(self.latents.device)]
+        rows = torch.randperm(len(self.best), generator=generator)[: self.batch_size].tolist()
+        clean, embeds, prompts = zip(*(self.best[row] for row in rows), strict=True)
+        latents = torch.stack(clean).to(self.latents.device)
         times = torch.randint(self.steps, (len(rows),), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         return AGSMBatch(
             latents,
             times.to(latents.device),
             noise.to(latents),
-            {"prompt_embeds": self.embeds[rows.to(self.embeds.device)]},
-            [self.prompts[int(row)] for row in rows],
+            {"prompt_embeds": torch.stack(embeds).to(self.embeds.device)},
+            list(prompts),
             null=None if null is None else {"prompt_embeds": null},
         )

@@ -17,9 +17,9 @@ calls for a trainer. The classes here are both.
 (0.5, 1.0)
 
 Nothing of Flow-Factory is copied. While its `optimize` runs, λ·AGSM is added to what it gives to
-`accelerator.backward`, and each `optimizer.step` moves AGSM's EMA. AGSM's images are the rollout's
-samples with the best advantages, or DPO's chosen ones: it takes these for true matches of their
-prompts, and so repeats the reward's mistakes.
+`accelerator.backward`, and each `optimizer.step` moves AGSM's EMA. AGSM's images are the samples of
+all processes with the best advantages, or DPO's chosen ones: it takes these for true matches of
+their prompts, and so repeats the reward's mistakes.
 """
 
 from collections import defaultdict
@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, InBatch
 from agsm_loss._random import draws
-from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on, best_rows
+from agsm_loss.integrations.hosts.base import AGSMBatch, agsm_on, best_samples
 from agsm_loss.integrations.hosts.flow_factory_parts import (
     AdapterDenoiser,
     AGSMArguments,
@@ -116,11 +117,16 @@ class AGSMTrainer:
         self._load_agsm(resume_path)
 
     def agsm_images(self, samples: Sequence[Any]) -> list[Any]:
-        """The samples that AGSM trains on: those with the best advantages, in this process."""
+        """What AGSM trains on of all processes' samples: those with the best advantages."""
         options = self.training_args
         advantages = torch.tensor([float(one.extra_kwargs["advantage"]) for one in samples])
-        best = best_rows(advantages, options.agsm_best, at_least=options.agsm_batch)
-        return [samples[int(row)] for row in best]
+        fields = [
+            {"prompt": one.prompt, "all_latents": one.all_latents[-1:]}
+            | {name: getattr(one, name) for name in self._denoiser.names}
+            for one in samples
+        ]
+        best = best_samples(advantages, fields, options.agsm_best, each=options.agsm_batch)
+        return [SimpleNamespace(**one) for one in best]
 
     def optimize(self, samples: list[Any]) -> None:
         """Flow-Factory's optimizer steps of an epoch, with λ·AGSM in their losses."""

@@ -87,8 +87,9 @@ class RolloutArguments(AGSMArguments):
     """Those of the trainers whose best samples AGSM trains on.
 
     Args:
-        agsm_best: share of a process's samples that AGSM trains on, best advantage first, in
-            (0, 1]. At least `agsm_batch` are taken.
+        agsm_best: share of all processes' samples that AGSM trains on, best advantage first, in
+            (0, 1]. At least `agsm_batch` for each process are taken. Every process keeps their
+            last latents and encoded prompts on the CPU.
 
     Raises:
         ValueError: a value that is out of range.

@@ -122,8 +122,8 @@ class AGSMDDPOTrainer(DDPOTrainer):
             and the tokens.
         batches: a function of the micro-step's number, counted over the whole run, that returns the
             `AGSMBatch` of that micro-step. A resumed run gets the numbers of an uninterrupted one.
-        best: without `batches`: the share of each epoch's samples, best rewards first, that AGSM
-            trains on, noised at uniform timesteps. In (0, 1].
+        best: without `batches`: the share of each epoch's samples, of all processes, best rewards
+            first, that AGSM trains on, noised at uniform timesteps. In (0, 1].
         batch_size: images of these a micro-step. Their prompts are each other's negatives, so 2 at
             least.
         every: run AGSM in one of so many micro-steps, with so many times the weight: the same

@@ -9,18 +9,20 @@
         ...                                                 # sample latents of the captions
         rewards = own.rewards(latents, captions, index)
         advantages = own.advantages(rewards)
-        out = step(..., agsm_batch=own.agsm_batch(batch, index, latents, captions, rewards))
+        best = own.best(latents, captions, rewards)         # of all processes
+        out = step(..., agsm_batch=own.agsm_batch(batch, index, best))
         return out.loss, {**out.metrics, **own.logged}
 
 Prompts are the data set's captions, or those of `--sampling_prompts`. AGSM trains on the data
-set's images, or on the samples with the best rewards.
+set's images, or on the samples of all processes with the best rewards.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +35,12 @@ from torch.utils.data import Dataset
 
 from agsm_loss import Bank
 from agsm_loss._random import draws
-from agsm_loss.integrations.hosts.base import AGSMBatch, bank_of, best_samples
+from agsm_loss.integrations.hosts.base import (
+    AGSMBatch,
+    bank_of,
+    best_samples,
+    of_all_processes,
+)
 from agsm_loss.integrations.hosts.rollouts import group_advantages
 from data.batches import Batch
 from data.pictures import sheet, to_uint8
@@ -50,6 +57,9 @@ AT_ONCE = 8
 """Images to decode and score at a time: a VAE needs gigabytes for one of 1024 pixels."""
 SHOWN = 32
 """Images on a sheet of samples."""
+
+BestSample = tuple[str, Tensor]
+"""A caption and its image's latents, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,8 @@ class RewardOptions:
     )
     agsm_best: float = option(
         0.25,
-        "Share of the samples that AGSM trains on, best reward first (for --agsm_images best).",
+        "Share of all processes' samples that AGSM trains on, best reward first (for --agsm_images "
+        "best).",
         above=0,
         at_most=1,
     )
@@ -279,17 +290,23 @@ class OnPolicy:
         own = every.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
         return own.to(rewards.device)
 
+    def best(self, latents: Tensor, captions: Sequence[str], rewards: Tensor) -> list[BestSample]:
+        """All processes' best samples of a rollout; none where AGSM does not train on them.
+
+        latents, captions, rewards: this process's, all of them. Every process calls it.
+        """
+        options = self.options
+        if self.agsm is None or options.agsm_images != "best":
+            return []
+        samples = list(zip(captions, latents, strict=True))
+        return best_samples(rewards, samples, options.agsm_best, each=options.agsm_batch)
+
     def agsm_batch(
-        self,
-        batch: PromptBatch,
-        index: int,
-        latents: Tensor,
-        captions: Sequence[str],
-        rewards: Tensor,
+        self, batch: PromptBatch, index: int, best: Sequence[BestSample]
     ) -> AGSMBatch | None:
         """AGSM's images of a micro-step: the data's, or some of a rollout's best; None without it.
 
-        latents, captions, rewards: the rollout's, all of them.
+        best: the rollout's (`OnPolicy.best`).
         """
         if self.agsm is None:
             return None
@@ -298,14 +315,12 @@ class OnPolicy:
         if batch.images is not None:
             clean = self.trained.pipeline.encode_images(batch.images.pixels, draw)
             return self.trained.agsm_batch(batch.images, clean, draw)
-        rows = best_samples(rewards.cpu(), self.options.agsm_best, self.options.agsm_batch, draw)
-        shown = Batch(
-            self._blank.expand(len(rows), -1, -1, -1),
-            [captions[int(row)] for row in rows],
-            rows.tolist(),
-            [[] for _ in rows],
-        )
-        return self.trained.agsm_batch(shown, latents[rows.to(latents.device)], draw)
+        rows = torch.randperm(len(best), generator=draw)[: self.options.agsm_batch].tolist()
+        captions, latents = zip(*(best[row] for row in rows), strict=True)
+        blank = self._blank.expand(len(rows), -1, -1, -1)
+        shown = Batch(blank, list(captions), rows, [[] for _ in rows])
+        clean = torch.stack(latents).to(self.accelerator.device)
+        return self.trained.agsm_batch(shown, clean, draw)
 
 
 def decoded_scores(
@@ -376,6 +391,48 @@ def on_policy_images(options: Any, task: Task, batch_size: int) -> Dataset[Batch
     """The data set's images, with edited captions where AGSM is on."""
     hard = check_competitors(options, task) if options.agsm_weight else 0
     return task.images(batch_size, hard, options.image_column)
+
+
+def dealt(
+    accelerator: Accelerator, batch: Batch, latents: Tensor, scores: Tensor, share: float
+) -> tuple[Batch, Tensor, Tensor, Tensor]:
+    """The samples of all processes, dealt out so that each gets as many of those with best scores.
+
+    Every process calls it, with samples of its own and as many as the others. Of one process its
+    batch is as it was.
+
+    Args:
+        batch: the samples' captions.
+        latents, scores: the samples (B, *D), and one a sample (B,).
+        share: of the samples to take, in (0, 1].
+
+    Returns:
+        The process's B captions; its samples, zero but for the best; the rows of these, and their
+        scores.
+    """
+    number, rank = accelerator.num_processes, accelerator.process_index
+    texts = [
+        (caption, image_id * number + rank, hard)
+        for caption, image_id, hard in zip(batch.captions, batch.image_ids, batch.hard, strict=True)
+    ]
+    every = [one for few in of_all_processes(texts) for one in few]
+    places = range(rank * len(texts), (rank + 1) * len(texts))
+    best = best_samples(
+        scores,
+        list(zip(places, latents, scores, strict=True)),
+        share,
+        each=math.ceil(share * len(texts)),
+    )
+    others = sorted({*range(len(every))} - {place for place, _, _ in best})
+    # Where almost all scores are NaN, there may be fewer than processes.
+    own = {place: kept for place, *kept in best[rank % len(best) :: number]}
+    rows = sorted([*own, *others[rank::number]])
+    captions, image_ids, hard = zip(*(every[row] for row in rows), strict=True)
+    shown = replace(batch, captions=list(captions), image_ids=list(image_ids), hard=list(hard))
+    kept = torch.tensor([rows.index(place) for place in own])
+    moved = latents.new_zeros(len(rows), *latents.shape[1:])
+    moved[kept.to(moved.device)] = torch.stack([one for one, _ in own.values()]).to(moved)
+    return shown, moved, kept, torch.stack([score for _, score in own.values()])
 
 
 def prompts_of(options: Any, task: Task) -> Captions | list[str]:

@@ -1,9 +1,13 @@
 """What each process does in the recipes' tests with two (importable by the forked ones)."""
 
 import importlib
+import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import torch
 
 RECIPES = str(Path(__file__).parents[2] / "recipes")
 
@@ -44,3 +48,39 @@ def paired(rank, name, found, flags):
     recipe(rank, name, flags)
     assert len(scored) == len(found), (scored, found)
     return [p.detach() for p in built[0].parameters]
+
+
+def best(rank, flags):
+    """NFT whose second process has the better rewards: what is trained, rollouts, AGSM's images.
+
+    And SPO's samples, dealt out by scores; then by scores of which all but one are NaN.
+    """
+    sys.path.insert(0, RECIPES)
+    from data.batches import Batch
+    from rewards import rewards, rollout
+
+    redness, samples, batch = rewards.redness, rollout.OnPolicy.best, rollout.OnPolicy.agsm_batch
+    own, shown = [], []
+
+    def sampled(self, latents, *given):
+        own.append(latents)
+        return samples(self, latents, *given)
+
+    def made(self, *given):
+        shown.append(batch(self, *given))
+        return shown[-1]
+
+    rewards.redness = lambda *given: redness(*given) + 9 * rank
+    rollout.OnPolicy.best, rollout.OnPolicy.agsm_batch = sampled, made
+    here = SimpleNamespace(num_processes=2, process_index=rank)
+    captions = [f"{one} of {rank}" for one in "abcd"]
+    texts = Batch(torch.zeros(4, 3, 2, 2), captions, [5, 6, 7, 8], [[one] for one in captions])
+    latents = 10 * rank + torch.arange(4.0).unsqueeze(1)
+    dealt = []
+    for scores in ([[0, 6, 0, 5], [1, 9, 7, 8]], [[math.nan] * 4, [math.nan] * 3 + [1]]):
+        few = torch.tensor(scores[rank]).float()
+        taken, clean, kept, few = rollout.dealt(here, texts, latents, few, 0.5)
+        assert taken.hard == [[one] for one in taken.captions]
+        dealt.append((taken.captions, taken.image_ids, clean[kept].flatten(), few))
+    trained = paired(rank, "train_nft", "", flags)
+    return trained, own, [one.latents for one in shown], dealt

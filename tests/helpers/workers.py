@@ -1,6 +1,8 @@
 """What each rank does in the tests with several processes (importable by the spawned ones)."""
 
 import os
+import sys
+from types import SimpleNamespace
 
 import torch
 from integrations_tiny import tiny
@@ -17,6 +19,7 @@ from agsm_loss import (
     Passes,
 )
 from agsm_loss.integrations.denoisers import TokenDenoiser
+from agsm_loss.integrations.hosts.ddpo_parts import BestSamples
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens
 
 
@@ -120,22 +123,59 @@ def regularizer(rank):
 
 
 def ddpo(rank, folder):
-    """An epoch of DDPO with AGSM on samples of the rank's own; what is trained, and its average."""
+    """An epoch of DDPO with AGSM, in which the second process has the best samples.
+
+    What is trained before and after, its average, the process's samples, and those of AGSM.
+    """
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ["OMP_NUM_THREADS"] = "1"
     import test_trl_ddpo as one
 
+    def better(images, prompts, metadata):
+        return images.mean((1, 2, 3)) + 9 * rank, {}
+
+    class Best(BestSamples):
+        def offer(self, samples, *rest):
+            super().offer(samples, *rest)
+            own.extend(self.latents)
+
+        def batch(self, *given):
+            made = super().batch(*given)
+            shown.append(made.latents)
+            return made
+
+    own, shown, one.trl_ddpo.BestSamples = [], [], Best
     pipe = one.pipeline(folder)
     trainer = one.AGSMDDPOTrainer(
         one.config(folder / "run"),
-        one.bright,
+        better,
         one.asked,
         pipe,
         agsm=one.regularizer(0.5, candidates=InBatch(1, allow_empty=True)),
         attached=one.soft_tokens(pipe),
-        batch_size=3,
+        best=0.5,
+        batch_size=2,
     )
     assert trainer.accelerator.num_processes == 2
     started = [p.detach().clone() for p in trainer.trainable_layers]
     trainer.train()
-    return started, [p.detach() for p in trainer.trainable_layers], trainer.agsm.ema.shadow
+    trained = [p.detach() for p in trainer.trainable_layers]
+    return started, trained, trainer.agsm.ema.shadow, own, shown, flow_factory(rank)
+
+
+def flow_factory(rank):
+    """The prompts of AGSM's images in Flow-Factory: the ranks have 3 and 6, here the best ones."""
+    import flow_factory_fake as fake
+
+    sys.modules.update(fake.modules())
+    from agsm_loss.integrations.hosts.flow_factory import AGSMTrainer
+
+    samples = fake.samples(fake.Adapter())[: 3 + 3 * rank]
+    for sample in samples:
+        sample.prompt += f" of {rank}"
+        sample.extra_kwargs["advantage"] += 9 * rank
+    trainer = SimpleNamespace(
+        training_args=SimpleNamespace(agsm_best=1 / 3, agsm_batch=1),
+        _denoiser=SimpleNamespace(names=["prompt_embeds"]),
+    )
+    return [one.prompt for one in AGSMTrainer.agsm_images(trainer, samples)]

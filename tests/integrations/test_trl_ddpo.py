@@ -360,6 +360,13 @@ def test_processes_train_one_model(folder, monkeypatch):
         for one, other in zip(ranks[0][part], ranks[1][part], strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert any(not torch.equal(a, b) for a, b in zip(ranks[0][0], ranks[0][1], strict=True))
+    # AGSM trains on the best of both, which the second process has.
+    best = ranks[1][3]
+    for *_, shown, prompts in ranks.values():
+        assert shown and all(
+            any(torch.equal(latents, one) for one in best) for batch in shown for latents in batch
+        )
+        assert prompts == ["a dog of 1", "a cow of 1", "a cow of 1"]
 
 
 def test_own_samples_are_noised_by_seed_rank_and_micro_step():

@@ -11,6 +11,7 @@ from recipe_runs import killing, log, trained
 import train_agsm
 import train_flow_grpo
 import train_nft
+from agsm_loss import draws
 from agsm_loss.integrations.hosts import rollouts
 from agsm_loss.integrations.hosts.dynamics import Dynamics
 from data.task import open_task
@@ -228,21 +229,28 @@ def test_the_old_policy_samples_and_the_samples_are_trained_on_afresh(
 
 
 def test_the_best_samples_are_those_with_the_best_rewards(flow_base, tmp_path, monkeypatch):
-    asked, batch = [], on_policy.OnPolicy.agsm_batch
+    rollouts, made = [], []
+    best, batch = on_policy.OnPolicy.best, on_policy.OnPolicy.agsm_batch
 
-    def watching(self, prompts, index, latents, captions, values):
-        made = batch(self, prompts, index, latents, captions, values)
-        asked.append((latents, values, made))
-        return made
+    def rollout(self, latents, captions, values):
+        rollouts.append((latents, values))
+        return best(self, latents, captions, values)
 
+    def watching(self, prompts, index, samples):
+        made.append((index, rollouts[-1], batch(self, prompts, index, samples)))
+        return made[-1][-1]
+
+    monkeypatch.setattr(on_policy.OnPolicy, "best", rollout)
     monkeypatch.setattr(on_policy.OnPolicy, "agsm_batch", watching)
-    flags = ["--agsm_weight", "1", "--agsm_images", "best", "--agsm_best", "0.5"]
+    flags = ["--agsm_weight", "1", "--agsm_images", "best", "--agsm_best", "0.5", "--seed", "3"]
     train(train_nft, flow_base, tmp_path / "run", *flags)
-    for latents, values, made in asked:
-        best = latents[values.argsort(descending=True)[:4]]
-        assert len(made.latents) == 3
-        assert all(any(torch.equal(one, x) for x in best) for one in made.latents)
-    assert not torch.equal(asked[0][2].latents, asked[1][2].latents)
+    for index, (latents, values), shown in made:
+        order = values.argsort(descending=True, stable=True)[:4].sort().values
+        generator = draws(3, index, 0, "agsm")
+        rows = order[torch.randperm(4, generator=generator)[:3]]
+        assert torch.equal(shown.latents, latents[rows])
+    assert 1 < len(rollouts) < len(made)  # sent once a rollout
+    assert not torch.equal(made[0][2].latents, made[1][2].latents)
 
 
 @pytest.mark.parametrize(

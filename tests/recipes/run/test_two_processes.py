@@ -57,6 +57,25 @@ def test_nft_with_agsm_on_its_best_samples(flow_base, tmp_path):
              "--sample_batch_size", "4", "--sample_num_batches_per_epoch", "1",
              "--num_inference_steps", "3", "--agsm_weight", "1", "--agsm_images", "best",
              "--agsm_batch", "2"]  # fmt: skip
-    lines = launch(flow_base, tmp_path, "train_nft", "", flags)
+    given = ["--output_dir", str(tmp_path), "--model", str(flow_base), *FEW, *flags]
+    first, second = run_ranks(two_processes.best, 2, given).values()
+    assert first[0] and all(torch.equal(*pair) for pair in zip(first[0], second[0], strict=True))
+    lines = log(tmp_path)
     assert all(line["grad_norm"] > 0 and line["agsm/loss"] > 0 for line in lines)
     assert lines[0]["reward/mean"] == lines[1]["reward/mean"] != lines[2]["reward/mean"]
+    best = second[1]  # the rollouts of the process with the better rewards
+    assert len(best) == 2
+    for _, _, shown, _ in (first, second):
+        for batch, rollout in zip(shown, (best[0], best[0], best[1]), strict=True):
+            assert all(any(torch.equal(one, row) for row in rollout) for one in batch)
+    assert not torch.equal(first[2][0], second[2][0])  # each draws its own
+    both, one = zip(first[3], second[3], strict=True)
+    # Of scores 0 6 0 5 and 1 9 7 8 the best four, in their order, are dealt to both in turn.
+    assert [shown[0] for shown in both] == [
+        ["a of 0", "b of 0", "d of 0", "c of 1"],
+        ["c of 0", "a of 1", "b of 1", "d of 1"],
+    ]
+    assert [shown[2].tolist() for shown in both] == [[1, 12], [11, 13]]
+    assert [shown[3].tolist() for shown in both] == [[6, 7], [9, 8]]
+    assert len({*both[0][1], *both[1][1]}) == 8  # other images
+    assert [shown[2].tolist() for shown in one] == [[13], [13]]
