@@ -23,11 +23,15 @@ the tokens themselves.
 torch.Size([2, 4, 8, 8])
 >>> attached.detach()
 
-The denoiser's own parameters, state dict and code are left alone.
+The denoiser's own parameters, state dict and code are left alone. Only its `save_pretrained`, which
+a pipeline's calls too, warns once that the tokens are not in the files.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -74,6 +78,8 @@ class AttachedTokens:
         tokens: the `SoftTokens`; they are not among the denoiser's parameters.
         backbone: the `Backbone` of its architecture.
         pending: tokens of the call that is entering the denoiser (N, L, n, d); for backbones.
+        is_saved: whether `SavedTokens.of` was asked for them, or a warning was given that the
+            denoiser is saved without them.
         text: that call's text (N, S, d), where `bank` is a function: N alone does not say which
             branches of guidance a call holds.
     """
@@ -90,6 +96,9 @@ class AttachedTokens:
         # The model-level hooks find this object through the model: torch.compile guards what is
         # read from a module's attributes, but not what a hook holds, and would keep the first bank.
         model.__dict__[_ATTRIBUTE] = self
+        self.is_saved = False
+        if hasattr(type(model), "save_pretrained"):
+            model.__dict__["save_pretrained"] = _warning_save(model)
         self._handles: list[Any] = [
             model.register_forward_pre_hook(_before, with_kwargs=True),
             *backbone.register(model, self),
@@ -132,7 +141,8 @@ class AttachedTokens:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.model.__dict__.pop(_ATTRIBUTE, None)
+        for name in (_ATTRIBUTE, "save_pretrained"):
+            self.model.__dict__.pop(name, None)
 
     def take_tokens(self) -> Tensor | None:
         """The entering call's tokens, once; None where it has none."""
@@ -215,6 +225,24 @@ class AttachedTokens:
         else:
             merged = torch.cat([bare[0], output[0]])[order.to(output[0].device)]
         return (merged,) if isinstance(output, tuple) else type(output)(sample=merged)
+
+
+def _warning_save(model: Any) -> MethodType:
+    """The model's `save_pretrained`, with its signature, and a warning before it."""
+
+    @wraps(type(model).save_pretrained)
+    def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+        attached: AttachedTokens | None = getattr(model, _ATTRIBUTE, None)
+        if attached is not None and not attached.is_saved:
+            attached.is_saved = True
+            warnings.warn(
+                f"save_pretrained: the soft tokens attached to this {type(model).__name__} are not "
+                "in its files. Save them too: SavedTokens.of(attached).save_pretrained(folder).",
+                stacklevel=2,
+            )
+        return type(model).save_pretrained(model, *args, **kwargs)
+
+    return MethodType(save_pretrained, model)
 
 
 def _before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:

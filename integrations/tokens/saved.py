@@ -144,6 +144,7 @@ class SavedTokens(ModelHubMixin):
         training: dict[str, Any] | None = None,
     ) -> "SavedTokens":
         """The tokens that are attached to a denoiser, with its class and their blocks."""
+        attached.is_saved = True
         places = attached.backbone.places if isinstance(attached.backbone, UNetBackbone) else None
         name = type(attached.model).__name__
         return cls(attached.tokens, name, places, base_model, training or {})

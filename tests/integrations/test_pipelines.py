@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -264,6 +265,23 @@ def test_a_prompt_as_usual_from_saved_tokens(folders, tmp_path):
     assert np.array_equal(image(), expected) and not np.array_equal(bare, expected)
     again.detach()
     assert np.array_equal(image(), bare)
+
+
+def test_a_pipeline_that_is_saved_without_its_tokens_warns(folders, tmp_path):
+    pipe = load(folders["unet"])
+    attached = load_soft_tokens(pipe, tokens_of(pipe))
+    with pytest.warns(UserWarning, match=r"UNet2DConditionModel are not in its files.*SavedTokens"):
+        pipe.save_pretrained(tmp_path, variant="fp16")  # the pipeline reads the call's signature
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    pipe.save_pretrained(tmp_path)  # once
+    copied = copy.deepcopy(pipe.unet)
+    assert copied.save_pretrained.__self__ is copied
+    attached.detach()
+    assert "save_pretrained" not in vars(pipe.unet)
+    attached = load_soft_tokens(pipe, tokens_of(pipe))
+    SavedTokens.of(attached).save_pretrained(tmp_path / "tokens")
+    pipe.save_pretrained(tmp_path)  # they are saved as well
+    assert pickle.loads(pickle.dumps(pipe.unet)).config == pipe.unet.config
 
 
 def test_variants_share_the_denoiser_and_so_the_tokens(folders):
