@@ -79,7 +79,15 @@ class Saved:
         return tensor
 
 
-@pytest.mark.parametrize("train", ["tokens", "lora", "full"])
+@pytest.mark.parametrize(
+    ("folder", "train"),
+    [
+        *(("unet_sdxl", train) for train in ("tokens", "lora", "full")),
+        ("sd3", "tokens"),
+        ("flux", "lora"),
+    ],
+    indirect=["folder"],
+)
 def test_the_rule_agrees_with_a_run_on_real_tensors(folder, train, monkeypatch):
     """With the CPU's own kernels in place of the rule for attention."""
     chosen = options(folder, "--train", train, "--num_tokens", "2", "--rank", "2")
