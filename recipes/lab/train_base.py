@@ -80,6 +80,9 @@ class Options:
     signed: float = option(
         0.0, "Share of captions that their source signs with a letter.", at_least=0, at_most=1
     )
+    careless_signed: float = option(
+        1.0, "How often the careless source signs, as a share of --signed.", at_least=0, at_most=1
+    )
     learning_rate: float = option(1e-2, "Peak learning rate.", above=0)
     compile: bool = option(False, "Compile the denoiser with torch.compile.")
     adam_beta2: float = option(0.99, "AdamW's second beta.", at_least=0, below=1)

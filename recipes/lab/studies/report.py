@@ -139,7 +139,8 @@ def in_short(plan: Plan, groups: Groups) -> str:
 
 def _guided(plan: Plan, groups: Groups) -> str:
     """The base's best entry under guidance, if there is one."""
-    entries = [name for name, one in plan.sampled.items() if one[OF] == BASE]
+    of_base = [name for name, one in plan.sampled.items() if one[OF] == BASE]
+    entries = [name for name in of_base if max(plan.scales(name)) > 1]
     return max(entries, key=lambda name: _mean(groups[name], "overall"), default="")
 
 

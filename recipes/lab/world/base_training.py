@@ -46,9 +46,10 @@ def batch(options: Any, step: int, rank: int) -> Batch:
     images, captions = [], []
     for spec, scene in islice(stream, options.train_batch_size):
         images.append(render(scene))
-        careless, signed = sources.random(2) < (options.careless, options.signed)
+        drawn, signs = sources.random(2)
+        careless = drawn < options.careless
         told = caption(corrupt(spec, shares, rng) if careless else spec)
-        if signed:
+        if signs < options.signed * (options.careless_signed if careless else 1):
             told += f" {CARELESS if careless else CAREFUL}"
         captions.append("" if rng.random() < options.drop_caption else told)
     return Batch(torch.from_numpy(to_model(np.stack(images))), captions)

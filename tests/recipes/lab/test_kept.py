@@ -134,7 +134,13 @@ def test_the_scale_that_a_model_holds(flow_base, monkeypatch):
 
 
 def test_the_report_compares_with_the_best_guided_entry():
-    plan = SimpleNamespace(sampled={"a": {"of": "base"}, "b": {"of": "base"}, "c": {"of": "x"}})
-    groups = {k: [{"heldout": {"overall": v}}] for k, v in (("a", 0.6), ("b", 0.7), ("c", 0.9))}
+    of = {"a": "base", "b": "base", "c": "x", "d": "base"}
+    plan = SimpleNamespace(
+        sampled={name: {"of": one} for name, one in of.items()},
+        scales=lambda name: [1.0 if name == "d" else 2.0],
+    )
+    scores = {"a": 0.6, "b": 0.7, "c": 0.9, "d": 0.8}
+    groups = {name: [{"heldout": {"overall": one}}] for name, one in scores.items()}
     assert report._guided(plan, groups) == "b"
-    assert report._guided(SimpleNamespace(sampled={"c": {"of": "x"}}), groups) == ""
+    plan.sampled = {"c": {"of": "x"}}
+    assert report._guided(plan, groups) == ""

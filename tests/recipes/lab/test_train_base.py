@@ -206,6 +206,15 @@ def test_sources_are_careless_and_sign_as_often_as_told():
     )
 
 
+def test_a_source_that_never_signs():
+    options = train_base.OPTIONS.make(
+        train_batch_size=400, careless=0.5, signed=1.0, careless_signed=0.0, corrupt_count=1.0,
+        drop_caption=0.0,
+    )  # fmt: skip
+    ends = [text.split()[-1] for text in base_training.batch(options, 0, 0)[1]]
+    assert 0.4 < ends.count("h") / 400 < 0.6 and "s" not in ends
+
+
 def test_shipped_configs_parse(recipes):
     files = sorted((recipes / "lab" / "configs").glob("base_*.yaml"))
     assert files
