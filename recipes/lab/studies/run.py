@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.sources import check_source
 from lab.studies.accuracy import held_scale, implicit_accuracy
 from lab.studies.plan import (
     AFTER,
@@ -158,11 +159,14 @@ def run_all(config: Path, plan: Plan, jobs: int) -> None:
     Ctrl-C and SIGTERM end it: no run is started any more, and those under way save what they have.
 
     Raises:
+        FileNotFoundError: a model of the plan that is not there.
         RuntimeError: a run has failed; the others were done first.
         SystemExit: it was asked to end, and its runs have ended.
     """
     threads = max(1, (os.cpu_count() or 1) // jobs)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), PIPED: "1"}
+    for name, model in {"model": plan.model, **plan.references}.items():
+        check_source(name, model)
     check_settings(plan, jobs_of(plan))
     todo = [one for one in jobs_of(plan) if not (folder_of(plan, *one) / "result.json").exists()]
     started: dict[tuple[str, int], Future[None]] = {}

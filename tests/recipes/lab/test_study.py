@@ -279,6 +279,16 @@ def test_a_wrong_plan_is_named(tmp_path, changes, named):
         read_plan(tmp_path / "short.yaml")
 
 
+@pytest.mark.parametrize("changes", [{}, {"references": {"ceiling": "runs/none/pipeline"}}])
+def test_a_model_that_is_not_there_ends_a_study_before_its_runs(
+    flow_base, tmp_path, monkeypatch, changes
+):
+    file = plan_file(tmp_path, flow_base if changes else "runs/none/pipeline", **changes)
+    monkeypatch.setattr(run.subprocess, "call", None)
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder: runs/none/pipeline"):
+        study.main(["--config", str(file)])
+
+
 def test_a_changed_plan_does_not_take_over_old_results(tmp_path):
     dpo = {"recipe": "train_dpo", "full": True, "num_tokens": 0, "learning_rate": 0.1}
     methods = {"DPO": dpo, "then": {"after": "DPO"}, "AGSM": {"learning_rate": 0.01}}
