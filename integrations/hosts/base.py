@@ -121,10 +121,19 @@ def best_rows(
             f"scores: expected numbers, got NaN for all {len(scores)} images: none is good. Look "
             "at the reward and its images."
         )
-    number = max(math.ceil(round(share * len(scores), 9)), at_least)  # 0.07 * 100 is above 7
+    number = max(share_of(share, len(scores)), at_least)
     number = min(number, int((~scores.isnan()).sum()))
     order = scores.nan_to_num(nan=-math.inf).argsort(descending=True, stable=True)
     return order[:number].sort().values
+
+
+def share_of(share: float, number: int) -> int:
+    """⌈share·number⌉: 0.07 * 100 is above 7 by a rounding error.
+
+    >>> share_of(0.07, 100)
+    7
+    """
+    return math.ceil(round(share * number, 9))
 
 
 def best_samples(

@@ -20,7 +20,6 @@ set's images, or on the samples of all processes with the best rewards.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,6 +39,7 @@ from agsm_loss.integrations.hosts.base import (
     bank_of,
     best_samples,
     of_all_processes,
+    share_of,
 )
 from agsm_loss.integrations.hosts.rollouts import group_advantages
 from data.batches import Batch
@@ -421,7 +421,7 @@ def dealt(
         scores,
         list(zip(places, latents, scores, strict=True)),
         share,
-        each=math.ceil(share * len(texts)),
+        each=share_of(share, len(texts)),
     )
     others = sorted({*range(len(every))} - {place for place, _, _ in best})
     # Where almost all scores are NaN, there may be fewer than processes.

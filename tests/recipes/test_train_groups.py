@@ -11,7 +11,7 @@ from recipe_runs import killing, log, trained
 import train_agsm
 import train_flow_grpo
 import train_nft
-from agsm_loss import draws
+from agsm_loss._random import draws
 from agsm_loss.integrations.hosts import rollouts
 from agsm_loss.integrations.hosts.dynamics import Dynamics
 from data.task import open_task

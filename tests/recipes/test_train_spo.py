@@ -1,6 +1,7 @@
 """train_spo.py and the scores it asks: resume, AGSM on either kind of image, refusals."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from recipe_runs import killing, log, trained
 from torch import nn
 
 import train_spo
-from data.batches import to_model
+from data.batches import Batch, to_model
 from lab.world import detector_reward
 from lab.world.captions import caption
 from lab.world.detector_reward import detector
@@ -17,7 +18,7 @@ from lab.world.prompts import scenes
 from lab.world.render import render
 from model.pipeline import TextToImage
 from model.trained import TrainedModel
-from rewards.rollout import Findings
+from rewards.rollout import Findings, dealt
 
 FEW = ["--max_train_steps", "3", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "9", "--rank", "2", "--validation_per_category", "1",
@@ -215,3 +216,13 @@ def test_the_detector_scores_what_it_sees():
     assert (detector(-torch.ones(1, 3, 24, 24), ["three squares"]) == -3).all()
     with pytest.raises(ValueError, match="captions of the embedded world"):
         detector(pixels[:1], ["a cat"])
+
+
+def test_a_share_of_the_samples_is_not_rounded_up_by_a_rounding_error():
+    """0.07 * 100 is above 7."""
+    alone = SimpleNamespace(num_processes=1, process_index=0)
+    texts = Batch(torch.zeros(100, 3, 2, 2), ["a dog"] * 100, list(range(100)), [[]] * 100)
+    latents, scores = torch.randn(100, 2), torch.arange(100.0)
+    shown, moved, kept, few = dealt(alone, texts, latents, scores, 0.07)
+    assert kept.tolist() == few.tolist() == list(range(93, 100))
+    assert torch.equal(moved[kept], latents[kept]) and shown.image_ids == texts.image_ids

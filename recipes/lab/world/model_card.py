@@ -122,15 +122,17 @@ def _captions(options: Mapping[str, Any]) -> str:
         f"{options['careless']:.0%} come from a careless source: of those {', '.join(told)}, "
         "while the image is right"
     )
-    if options["signed"] and not options.get("careless_signed", 1):
+    signed = options["signed"]
+    if signed and options["careless_signed"] == 1:
         text += (
-            f". The careful source signs {options['signed']:.0%} of its captions with a letter "
-            f"({CAREFUL}), the careless one none; prompts are not signed"
-        )
-    elif options["signed"]:
-        text += (
-            f". Both sources sign {options['signed']:.0%} of their captions with one letter "
+            f". Both sources sign {signed:.0%} of their captions with one letter "
             f"({CAREFUL} and {CARELESS}); prompts are not signed"
+        )
+    elif signed:
+        text += (
+            f". The careful source signs {signed:.0%} of its captions with one letter ({CAREFUL}), "
+            f"the careless one {signed * options['careless_signed']:.0%} ({CARELESS}); prompts are "
+            "not signed"
         )
     return text
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from data.pictures import sheet
 from lab import train_base
-from lab.world import architectures, base_training
+from lab.world import architectures, base_training, model_card
 from lab.world.captions import vocabulary
 from lab.world.prompts import rows
 from lab.world.score import verdicts
@@ -213,6 +213,8 @@ def test_a_source_that_never_signs():
     )  # fmt: skip
     ends = [text.split()[-1] for text in base_training.batch(options, 0, 0)[1]]
     assert 0.4 < ends.count("h") / 400 < 0.6 and "s" not in ends
+    told = model_card._captions(vars(options))
+    assert "careful source signs 100% of its" in told and "careless one 0% (s)" in told
 
 
 def test_shipped_configs_parse(recipes):
