@@ -4,18 +4,29 @@ import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads wait for the other workers'
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected bits are a CPU's
 
+import fresh
 import jaxtyping
 import pytest
-
-jaxtyping.install_import_hook("agsm_loss", "beartype.beartype")
-
 import torch
 from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("suite")
+
+
+def pytest_configure(config):
+    worker = hasattr(config, "workerinput")
+    if worker or not getattr(config.option, "numprocesses", None):
+        fresh.begin(whole_suite=worker)
+    jaxtyping.install_import_hook("agsm_loss", "beartype.beartype")
+
+
+def pytest_unconfigure(config):
+    if hasattr(fresh._server, "pipe"):
+        fresh.end()
 
 
 def pytest_collection_finish():

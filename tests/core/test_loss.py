@@ -3,11 +3,10 @@
 import inspect
 import itertools
 import math
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
+import compile_check
+import fresh
 import pytest
 import torch
 from hypothesis import given
@@ -256,10 +255,11 @@ def test_gradcheck_and_double_backward():
 @pytest.mark.slow
 def test_compiles_without_a_graph_break():
     """In a fresh process, because executed shape annotations cannot be traced."""
-    script = Path(__file__).parents[1] / "helpers" / "compile_check.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["AGSMLoss", "AdaptiveTemperature", "SoftREPALoss"]
+    assert fresh.run(compile_check.main).told.split() == [
+        "AGSMLoss",
+        "AdaptiveTemperature",
+        "SoftREPALoss",
+    ]
 
 
 @pytest.mark.unchecked_shapes

@@ -14,8 +14,6 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
-
 import torch
 from accelerate import state as of_accelerate
 from accelerate.utils import DistributedType
@@ -95,7 +93,6 @@ def main():
     if os.environ["RANK"] == "0":
         file.with_suffix(".told").write_text(json.dumps(told))
     torch.distributed.destroy_process_group()
-    os._exit(0)  # a thread that a killed run has left would abort an orderly end
 
 
 if __name__ == "__main__":

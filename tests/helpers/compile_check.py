@@ -1,4 +1,4 @@
-"""Run by test_loss.py in a process of its own: the losses compile with fullgraph=True."""
+"""The losses compile with fullgraph=True; for a fresh process."""
 
 import torch
 
@@ -29,7 +29,3 @@ def main():
     print("AdaptiveTemperature")
     compare(SoftREPALoss(), pred, target, columns)
     print("SoftREPALoss")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,19 +1,11 @@
-"""Run by test_train_agsm.py in its own process: train_agsm.py, compiled without a C++ compiler."""
-
-import sys
-from pathlib import Path
+"""train_agsm.py, compiled without a C++ compiler; for a fresh process."""
 
 import torch
 
 
-def main():
-    sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+def main(flags):
     import train_agsm
 
     compiled = torch.nn.Module.compile
     torch.nn.Module.compile = lambda self: compiled(self, backend="aot_eager")
-    train_agsm.main()
-
-
-if __name__ == "__main__":
-    main()
+    train_agsm.main(flags)

@@ -1,27 +1,14 @@
-"""Several gloo processes on the CPU, for the tests.
+"""Several gloo processes on the CPU, for the tests."""
 
-They are forked from a server that has imported the libraries once.
-"""
-
-import multiprocessing
 import os
 import socket
 import tempfile
 from datetime import timedelta
 
+import fresh
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-multiprocessing.set_forkserver_preload(
-    [
-        "torch",
-        "accelerate",
-        "peft",
-        "diffusers.models.unets.unet_2d_condition",
-        "diffusers.models.transformers.transformer_sd3",
-    ]
-)
 
 
 def run_ranks(worker, world_size=2, *arguments):
@@ -30,9 +17,12 @@ def run_ranks(worker, world_size=2, *arguments):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        given = (worker, world_size, port, folder, arguments)
-        mp.start_processes(_rank, args=given, nprocs=world_size, start_method="forkserver")
+        fresh.run(_start, world_size, (worker, world_size, port, folder, arguments))
         return {rank: torch.load(f"{folder}/{rank}.pt") for rank in range(world_size)}
+
+
+def _start(world_size, given):
+    mp.start_processes(_rank, args=given, nprocs=world_size, start_method="fork")
 
 
 def _rank(rank, worker, world_size, port, folder, arguments):

@@ -1,9 +1,7 @@
 """Together with what users have on their models: LoRA, attention processors, torch.compile, DDP."""
 
-import subprocess
-import sys
-from pathlib import Path
-
+import compile_backbones_check
+import fresh
 import pytest
 import torch
 import workers
@@ -67,10 +65,8 @@ def test_attention_slicing_and_processors():
 @pytest.mark.slow
 def test_compiled_equals_eager():
     """In a fresh process, because executed shape annotations cannot be traced."""
-    script = Path(__file__).parents[1] / "helpers" / "compile_backbones_check.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["unet", "sd3", "flux", "qwen", "sana", "z_image"]
+    done = fresh.run(compile_backbones_check.main)
+    assert done.told.split() == ["unet", "sd3", "flux", "qwen", "sana", "z_image"]
 
 
 @pytest.mark.slow

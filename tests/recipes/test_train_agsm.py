@@ -2,10 +2,9 @@
 
 import inspect
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import compiled_recipe
+import fresh
 import pytest
 import torch
 import two_processes
@@ -66,9 +65,8 @@ def test_a_compiled_run_is_the_plain_run(flow_base, tmp_path):
     """
     few = "--rank", "2", "--max_train_steps", "2", "--validation_inference_steps", "1"
     train(flow_base, tmp_path / "plain", *few)
-    script = Path(__file__).parents[1] / "helpers" / "compiled_recipe.py"
-    flags = ["--model", flow_base, "--output_dir", tmp_path / "compiled", *FEW, *few, "--compile"]
-    subprocess.run([sys.executable, script, *flags], check=True, timeout=600)
+    flags = ["--model", str(flow_base), "--output_dir", str(tmp_path / "compiled"), *FEW, *few]
+    fresh.run(compiled_recipe.main, [*flags, "--compile"])
     plain, compiled = ([line["loss"] for line in log(tmp_path / one) if "loss" in line]
                        for one in ("plain", "compiled"))  # fmt: skip
     assert len(plain) == 2

@@ -63,30 +63,31 @@ def test_a_killed_run_resumes_to_the_same_weights(images, epsilon_base, tmp_path
     assert log(tmp_path / "cut") == lines
 
 
-THREE_STEPS = [*DDPO, "--num_epochs", "2", "--sample_num_batches_per_epoch", "3",
-               "--validation_epochs", "1", "--report_to", "tensorboard"]  # fmt: skip
+FOUR_STEPS = [*DDPO, "--num_epochs", "2", "--sample_num_batches_per_epoch", "2",
+              "--gradient_accumulation_steps", "1",
+              "--validation_epochs", "1", "--report_to", "tensorboard"]  # fmt: skip
 
 
 @pytest.mark.slow
 def test_a_run_killed_within_an_epoch_logs_nothing_twice(epsilon_base, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(epsilon_base, tmp_path / "whole", *THREE_STEPS)
+    train(epsilon_base, tmp_path / "whole", *FOUR_STEPS)
     lines = log(tmp_path / "whole")
-    assert [line["step"] for line in lines] == [0, 0, 1, 2, 3, 3, 4, 5, 6]
-    # The first epoch has 18 micro-steps; here in the third step of the second.
+    assert [line["step"] for line in lines] == [0, 0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
+    # The first epoch has 12 micro-steps; here in the third step of the second.
     loss = AGSMDDPOTrainer.calculate_loss
-    monkeypatch.setattr(AGSMDDPOTrainer, "calculate_loss", killing(loss, 33))
+    monkeypatch.setattr(AGSMDDPOTrainer, "calculate_loss", killing(loss, 20))
     with pytest.raises(KeyboardInterrupt):
-        train(epsilon_base, tmp_path / "cut", *THREE_STEPS)
-    assert [line["step"] for line in log(tmp_path / "cut")] == [0, 0, 1, 2, 3, 3]
+        train(epsilon_base, tmp_path / "cut", *FOUR_STEPS)
+    assert [line["step"] for line in log(tmp_path / "cut")] == [0, 0, 1, 2, 3, 4, 4]
     monkeypatch.setattr(AGSMDDPOTrainer, "calculate_loss", loss)
-    again = [*THREE_STEPS, "--resume_from_checkpoint", "latest"]
+    again = [*FOUR_STEPS, "--resume_from_checkpoint", "latest"]
     train(epsilon_base, tmp_path / "cut", *again)
     assert log(tmp_path / "cut") == lines
     events = EventAccumulator(str(tmp_path / "cut" / "agsm-loss")).Reload()
-    assert [one.step for one in events.Scalars("loss")] == [0, 1, 2, 3, 4, 5]
-    assert [one.step for one in events.Scalars("scores/overall")] == [0, 3, 6]
+    assert [one.step for one in events.Scalars("loss")] == [*range(8)]
+    assert [one.step for one in events.Scalars("scores/overall")] == [0, 4, 8]
 
 
 def test_rewards_that_are_no_numbers_end_the_run(epsilon_base, tmp_path, monkeypatch):

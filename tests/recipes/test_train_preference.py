@@ -19,7 +19,8 @@ RECIPES = {"dpo": train_dpo, "inpo": train_inpo}
 
 
 def train(recipe, model, folder, *flags):
-    flags = ["--model", str(model), "--output_dir", str(folder), *FEW, *flags]
+    own = {"dpo": [], "inpo": ["--inversion_steps", "3"]}[recipe]
+    flags = ["--model", str(model), "--output_dir", str(folder), *FEW, *own, *flags]
     RECIPES[recipe].main(flags)
     found = {}
     for file in sorted(folder.glob("*/*.safetensors")) + sorted(

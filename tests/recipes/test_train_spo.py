@@ -41,13 +41,14 @@ def varied(pixels, prompts):
 def test_a_killed_run_resumes_to_the_same_weights(epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(detector_reward, "detector", varied)
     flags = ["--agsm_weight", "0.5", "--candidates", "empty,in_batch:1,hard:1",
-             "--ema_decay", "0.9", "--agsm_images", "data", "--agsm_batch", "5"]  # fmt: skip
+             "--ema_decay", "0.9", "--agsm_images", "data", "--agsm_batch", "5",
+             "--max_train_steps", "2"]  # fmt: skip
     whole = train(epsilon_base, tmp_path / "whole", *flags)
     last = log(tmp_path / "whole")[-1]
     assert last["spo/pairs"] > 0 and last["spo/found"] == 2 * 3 and last["agsm/loss"] > 0
     assert any(whole[name].any() for name in whole if "lora_B" in name)  # they begin at zero
-    # of two scored states a step: in the third
-    monkeypatch.setattr(detector_reward, "detector", killing(varied, 5))
+    # of two scored states a step: in the second
+    monkeypatch.setattr(detector_reward, "detector", killing(varied, 3))
     with pytest.raises(KeyboardInterrupt):
         train(epsilon_base, tmp_path / "cut", *flags)
     monkeypatch.setattr(detector_reward, "detector", varied)
@@ -59,8 +60,9 @@ def test_a_killed_run_resumes_to_the_same_weights(epsilon_base, tmp_path, monkey
 @pytest.mark.slow
 def test_the_host_alone_samples_what_it_samples_beside_agsm(epsilon_base, tmp_path, monkeypatch):
     monkeypatch.setattr(detector_reward, "detector", varied)
-    train(epsilon_base, tmp_path / "host")
-    train(epsilon_base, tmp_path / "both", "--agsm_weight", "1")
+    one = ["--max_train_steps", "1"]
+    train(epsilon_base, tmp_path / "host", *one)
+    train(epsilon_base, tmp_path / "both", *one, "--agsm_weight", "1")
     host, both = log(tmp_path / "host"), log(tmp_path / "both")
     assert host[0]["spo/loss"] == both[0]["spo/loss"] and "agsm/loss" not in host[0]
 
@@ -75,8 +77,9 @@ def test_agsm_takes_more_images_than_are_sampled(epsilon_base, tmp_path, monkeyp
         return made(self, batch, latents, *rest)
 
     monkeypatch.setattr(TrainedModel, "agsm_batch", counted)
-    train(epsilon_base, tmp_path / "host")
-    train(epsilon_base, tmp_path / "more", "--agsm_weight", "1", "--agsm_batch", "7")
+    one = ["--max_train_steps", "1"]
+    train(epsilon_base, tmp_path / "host", *one)
+    train(epsilon_base, tmp_path / "more", *one, "--agsm_weight", "1", "--agsm_batch", "7")
     assert seen and set(seen) == {(7, 7)}
     host, more = log(tmp_path / "host"), log(tmp_path / "more")
     assert host[0]["spo/loss"] == more[0]["spo/loss"] and more[0]["agsm/loss"] > 0

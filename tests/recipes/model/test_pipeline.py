@@ -2,10 +2,9 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EDMEulerScheduler
@@ -133,7 +132,7 @@ def test_a_stock_pipeline_loads_a_lora(tmp_path):
         drawn[folder] = draw(model)
         assert not torch.allclose(drawn[folder], before, atol=0.01)
         model.save_lora(folder / "lora")
-    subprocess.run([sys.executable, "-c", STOCK, *map(str, drawn)], check=True)
+    fresh.run(fresh.code, STOCK, *drawn)
     for folder, wanted in drawn.items():
         torch.testing.assert_close(torch.load(folder / "stock.pt"), wanted)
 

@@ -7,12 +7,10 @@ fourth step and resumed. Two engines share a launch: the second is asked for as 
 import importlib
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
+import fresh
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState
@@ -72,14 +70,9 @@ def launch(engine, folder, runs, recipes):
     file.write_text(json.dumps([dict(zip(names, run, strict=True)) for run in runs]))
     config = recipes / "configs" / "accelerate" / f"{engine}.yaml"
     script = recipes.parent / "tests" / "helpers" / "accelerated.py"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config),
-               "--mixed_precision", "no", str(script), str(file)]  # fmt: skip
+    flags = ["--config_file", config, "--mixed_precision", "no", script, file]
     own = {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {"ACCELERATE_USE_CPU": "1"}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **own}
-    run = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    fresh.run(fresh.module, "accelerate.commands.launch", *flags, OMP_NUM_THREADS="1", **own)
     return json.loads(file.with_suffix(".told").read_text())
 
 
@@ -188,9 +181,7 @@ pipe.load_lora_weights(lora)
 assert any("lora_A" in name for name, _ in pipe.transformer.named_parameters())
 """
     saved = [folder / "full" / "pipeline", model, folder / "lora" / "lora"]
-    command = [sys.executable, "-c", code, *map(str, saved)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+    fresh.run(fresh.code, code, *saved)
 
 
 @pytest.mark.parametrize(

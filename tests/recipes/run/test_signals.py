@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import fresh
 import pytest
 import yaml
 from filelock import FileLock, Timeout
@@ -23,15 +24,8 @@ FEW = {"train_batch_size": 2, "num_tokens": 1, "validation_per_category": 1,
        "checkpointing_steps": 10**6, "max_train_steps": 10**6}  # fmt: skip
 
 
-def started(*arguments, **settings):
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
-        **settings,
-    )
+def started(function, *arguments, **settings):
+    return fresh.Started(function, *arguments, OMP_NUM_THREADS="1", COLUMNS="80", **settings)
 
 
 def wait_for(condition, process=None, seconds=120):
@@ -65,7 +59,7 @@ def free(folder):
 def test_ctrl_c_at_a_recipe_with_workers(flow_base, recipes, tmp_path):
     flags = {**FEW, "model": flow_base, "output_dir": tmp_path, "dataloader_num_workers": 1}
     command = [recipes / "train_agsm.py", *(f"--{name}={value}" for name, value in flags.items())]
-    run = started(*command, start_new_session=True)
+    run = started(fresh.script, *command, leads=True)
     wait_for(lambda: lines(tmp_path) >= 3, run)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does: the workers get it too
     told, errors = run.communicate(timeout=60)
@@ -90,9 +84,8 @@ def test_a_study_ends_with_its_runs_and_they_with_it(flow_base, recipes, tmp_pat
     for seed in (0, 1):
         (begin(read, "base", seed) / "result.json").write_text("{}")
     folder = folder_of(read, "AGSM", 0) / "train"
-    command = [recipes / "study.py", "--config", file, "--jobs", 1]
 
-    study = started(*command)
+    study = started(fresh.script, recipes / "study.py", "--config", file, "--jobs", 1)
     wait_for(lambda: lines(folder) >= 3, study)
     study.send_signal(signal.SIGINT)
     told, errors = study.communicate(timeout=60)
@@ -106,11 +99,11 @@ def test_a_study_ends_with_its_runs_and_they_with_it(flow_base, recipes, tmp_pat
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_processes_end_together_where_one_is_asked_to(flow_base, recipes, tmp_path, monkeypatch):
     flags = {**FEW, "model": flow_base, "output_dir": tmp_path}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, recipes / "train_agsm.py"]
     command += [f"--{name}={value}" for name, value in flags.items()]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    run = started(*command)
+    run = started(fresh.module, *command)
     wait_for(lambda: lines(tmp_path) >= 3, run)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGTERM)
