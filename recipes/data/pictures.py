@@ -63,6 +63,7 @@ def read_picture(source: str | Path | bytes) -> Image.Image:
         # Bytes always: Pillow maps files that it is given by name, and damaged ones then differ.
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
         with Image.open(io.BytesIO(content)) as file:
+            _scale_transparent(file)
             upright = ImageOps.exif_transpose(file)
             return _in_srgb(_in_eight_bits(upright, file.format), file.info.get("icc_profile"))
     except Exception as error:  # each format of PIL has errors of its own
@@ -70,6 +71,15 @@ def read_picture(source: str | Path | bytes) -> Image.Image:
         if isinstance(error, UnidentifiedImageError):  # PIL tells the bytes' address
             told = "it is damaged, or of no format that Pillow knows"
         raise ValueError(f"{name} cannot be read: {told}. Write it again, or remove it.") from error
+
+
+def _scale_transparent(file: Any) -> None:
+    """The colour that a PNG names transparent, as its pixels: Pillow scales those alone."""
+    named, kind = file.info.get("transparency"), file.tile[0].args if file.tile else ""
+    if named is not None and kind in ("L;2", "L;4"):
+        file.info["transparency"] = named * {"L;2": 85, "L;4": 17}[kind]
+    elif named is not None and kind == "RGB;16B":
+        file.info["transparency"] = tuple(one >> 8 for one in named)
 
 
 def _in_eight_bits(image: Any, kind: str | None) -> Image.Image:

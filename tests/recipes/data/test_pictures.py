@@ -2,6 +2,8 @@
 
 import io
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -51,6 +53,28 @@ def test_the_transparent_grey_of_16_bits_is_white_and_the_next_one_is_not():
     grey = Image.fromarray(np.array([[9000, 9001]], np.uint16))
     seen = read_picture(saved(grey, transparency=9000))
     assert [seen.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (35, 35, 35)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "colour", "row", "key"),
+    [
+        (1, 0, b"\x40", b"\0\1"),  # 0 and 1
+        (2, 0, b"\x10", b"\0\1"),
+        (4, 0, b"\x01", b"\0\1"),
+        (8, 0, b"\0\1", b"\0\1"),
+        (16, 2, bytes(6) + b"\1\2" * 3, b"\1\2" * 3),
+    ],
+)
+def test_the_transparent_colour_of_any_number_of_bits_is_white(bits, colour, row, key):
+    def chunk(name, data):
+        told = name + data
+        return struct.pack(">I", len(data)) + told + struct.pack(">I", zlib.crc32(told))
+
+    header = struct.pack(">IIBBBBB", 2, 1, bits, colour, 0, 0, 0)
+    parts = (b"IHDR", header), (b"tRNS", key), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")
+    file = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in parts)
+    seen = read_picture(file)
+    assert [seen.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
 
 
 def swapped_profile():

@@ -167,6 +167,17 @@ def test_a_fingerprint_is_of_contents():
     assert checkpoints.fingerprint_of({"a": other + 1e-3}, {"shift": 3.0}) != known
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool])
+def test_a_fingerprint_changes_with_any_number(dtype):
+    one = torch.arange(101).remainder(2).to(dtype)
+    known = checkpoints.fingerprint_of({"a": one})
+    assert checkpoints.fingerprint_of({"a": torch.cat([one[:1], one])[1:]}) == known  # a view
+    for place in (1, 50, 100):
+        other = one.clone()
+        other[place] = 1 - float(one[place])
+        assert checkpoints.fingerprint_of({"a": other}) != known
+
+
 def test_a_run_that_has_done_more_than_is_asked_for_says_so(tmp_path, capsys):
     run(options(tmp_path))
     with pytest.raises(ValueError, match=r"max_train_steps: expected at least 6, .* got 3"):
