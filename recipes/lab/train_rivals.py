@@ -9,7 +9,7 @@ s the guidance scale:
     drift         |v - tau|^2 + w |v - v0|^2, v0 the untrained model's: SimpleTuner's h3_drift
     contrastive   |v - tau|^2 - w |v - tau'|^2, tau' another image's: arXiv 2506.05350, its lambda
     tdpo          Diffusion-DPO between the image's caption and an edit of it (arXiv 2509.25771),
-                  w its beta
+                  w its beta; with --candidates hard:1
     levels        AGSM with a temperature per noise level, w times the standard deviation of the
                   errors' gaps there
 """
@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
         model = Session(options, run.accelerator, task, method=options.objective)
         model.prepare(run.accelerator)
         objective = Rival(options, model)
-        levels = options.objective == "levels"
-        hard = check_competitors(options, task) if levels else int(options.objective == "tdpo")
+        others = options.objective in ("tdpo", "levels")
+        hard = check_competitors(options, task) if others else 0
         batches = task.images(options.train_batch_size, hard, options.image_column)
         fill = precompute(options.precompute, model.pipeline, run.accelerator)
         for index, batch in run.steps(model, batches, objective, fill=fill):
@@ -115,8 +115,8 @@ class Rival:
     def tdpo(self, inputs: Inputs, pred: Tensor, target: Tensor) -> Tensor:
         batch = len(target)
         edited = slice(batch, 2 * batch)
-        if any(len(one) != 1 for one in inputs.captions["hard_negatives"]):
-            raise ValueError("data: expected an edited caption for every image.")
+        if any(len(one) != 1 for one in inputs.captions["hard_negatives"] or [()]):
+            raise ValueError("tdpo: expected --candidates hard:1, and an edit of every caption.")
         wrong = self.predict(inputs, {k: v[edited] for k, v in inputs.conditioning.items()})
         own = error(pred, target) - error(self.untrained(inputs, slice(batch)), target)
         other = error(wrong, target) - error(self.untrained(inputs, edited), target)

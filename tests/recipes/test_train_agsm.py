@@ -17,7 +17,7 @@ from lab.world.export import captioned
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "4", "--logging_steps", "1",
        "--validation_steps", "9", "--validation_per_category", "1",
-       "--validation_inference_steps", "2", "--checkpointing_steps", "2",
+       "--validation_inference_steps", "1", "--checkpointing_steps", "2",
        "--num_tokens", "2"]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*_encode_prompt.* is deprecated"),
 ]
 FEW = ["--rank", "2", "--num_tokens", "2", "--validation_per_category", "1",
-       "--validation_inference_steps", "2", "--num_inference_steps", "3",
+       "--validation_inference_steps", "1", "--num_inference_steps", "3",
        "--candidates", "in_batch:2", "--reward", "redness", "--learning_rate", "0.01"]  # fmt: skip
 DDPO = ["--num_epochs", "3", "--sample_batch_size", "4", "--sample_num_batches_per_epoch", "1",
         "--train_batch_size", "2", "--gradient_accumulation_steps", "2", "--agsm_batch", "3",

@@ -25,7 +25,7 @@ from rewards import rewards
 from rewards import rollout as on_policy
 
 FEW = ["--rank", "2", "--num_tokens", "2", "--validation_per_category", "1", "--group_size", "2",
-       "--validation_inference_steps", "2", "--num_inference_steps", "3",
+       "--validation_inference_steps", "1", "--num_inference_steps", "3",
        "--candidates", "empty,in_batch:1", "--reward", "redness", "--learning_rate", "0.01",
        "--logging_steps", "1", "--checkpointing_steps", "1", "--agsm_batch", "3"]  # fmt: skip
 GRPO = ["--max_train_steps", "3", "--train_batch_size", "2", "--train_timesteps", "2",

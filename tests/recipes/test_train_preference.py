@@ -13,7 +13,7 @@ from model.trained import TrainedModel
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "9", "--beta", "50", "--validation_per_category", "1",
-       "--validation_inference_steps", "2", "--checkpointing_steps", "2", "--num_tokens", "2",
+       "--validation_inference_steps", "1", "--checkpointing_steps", "2", "--num_tokens", "2",
        "--candidates", "in_batch:2"]  # fmt: skip
 RECIPES = {"dpo": train_dpo, "inpo": train_inpo}
 

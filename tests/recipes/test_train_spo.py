@@ -22,7 +22,7 @@ from rewards.rollout import Findings, dealt
 
 FEW = ["--max_train_steps", "3", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "9", "--rank", "2", "--validation_per_category", "1",
-       "--validation_inference_steps", "2", "--checkpointing_steps", "1", "--num_tokens", "2",
+       "--validation_inference_steps", "1", "--checkpointing_steps", "1", "--num_tokens", "2",
        "--candidates", "in_batch:2", "--num_inference_steps", "5",
        "--first_step", "2", "--num_candidates", "2", "--threshold", "0"]  # fmt: skip
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from recipe_runs import log
 
 from agsm_loss import AGSMLoss, Bank
+from lab import train_rivals
 from lab.studies import accuracy, report
 from lab.train_rivals import LevelTemperature, Rival
 from lab.world.captions import metadata
@@ -94,6 +96,17 @@ def test_the_other_rivals_are_their_formulas():
     loss, _, own, edited, _, target = rival("tdpo", 2.0)
     gap = (edited - target).square().mean(1) - (own - target).square().mean(1)
     torch.testing.assert_close(loss, -F.logsigmoid(2 * gap).mean())
+
+
+def test_captions_are_compared_where_edits_are_asked_for(flow_base, tmp_path):
+    flags = ["--model", str(flow_base), "--objective", "tdpo", "--rank", "1", "--num_tokens", "0",
+             "--max_train_steps", "1", "--train_batch_size", "2", "--validation_steps", "9",
+             "--learning_rate", "0.1"]  # fmt: skip
+    with pytest.raises(ValueError, match="tdpo: expected --candidates hard:1"):
+        train_rivals.main([*flags, "--output_dir", str(tmp_path / "without")])
+    train_rivals.main([*flags, "--candidates", "hard:1", "--output_dir", str(tmp_path / "with")])
+    line = log(tmp_path / "with")[0]
+    assert line["loss"] == pytest.approx(np.log(2)) and line["grad_norm"] > 0
 
 
 def test_a_temperature_per_noise_level_is_the_gaps_standard_deviation():
