@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads wait for the other workers'
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected bits are a CPU's
 
+import beartype  # noqa: F401  # before the hook, in which it would be compiled anew
 import fresh
 import jaxtyping
 import pytest
@@ -24,9 +25,8 @@ def pytest_configure(config):
     jaxtyping.install_import_hook("agsm_loss", "beartype.beartype")
 
 
-def pytest_unconfigure(config):
-    if hasattr(fresh._server, "pipe"):
-        fresh.end()
+def pytest_unconfigure():
+    fresh.end()
 
 
 def pytest_collection_finish():

@@ -41,7 +41,7 @@ def test_the_gradient_is_linear_in_the_prediction(problem, factor):
 
 
 @pytest.mark.unchecked_shapes
-@pytest.mark.parametrize("num", [2, 8])
+@pytest.mark.parametrize("num", [2, 3, 8])
 @pytest.mark.parametrize("neg_scale", [0.1, 1.0])
 @pytest.mark.parametrize("temperature", [1e-3, 1.0])
 def test_never_grows_inside_the_safe_region(num, neg_scale, temperature):
@@ -74,9 +74,9 @@ def test_one_step_of_the_proof_for_any_weights(num, pos_scale, neg_scale, seed):
 @pytest.mark.slow
 @pytest.mark.unchecked_shapes
 @pytest.mark.parametrize("neg_scale", [0.1, 1.0])
-def test_stays_in_a_ball_for_hundreds_of_steps(neg_scale):
+def test_stays_in_a_ball_for_a_thousand_steps(neg_scale):
     """With an EMA that lags, at the published (γ⁺, γ⁻) and K: within twice the start."""
-    assert worst_growth(4, 1.0, neg_scale, decay=0.99, starts=8, steps=500) <= 2.0
+    assert worst_growth(4, 1.0, neg_scale, decay=0.99, starts=8, steps=1000) <= 2.0
 
 
 def test_two_candidates_contract_at_the_derived_rate():
@@ -109,7 +109,7 @@ def test_softrepa_has_no_fixed_point():
     start = torch.tensor([0.1, 0.2]).double().reshape(1, 2, 1).expand(1, 2, 4)
     target = torch.zeros(1, 4).double()
     pred, loss, errors = start.clone().requires_grad_(), SoftREPALoss(), [0.2**2]
-    for _ in range(500):
+    for _ in range(1000):
         (grad,) = torch.autograd.grad(loss(pred, target), pred)
         assert (grad[0, 1] * pred[0, 1]).sum() < 0  # descent moves the negative outwards, always
         with torch.no_grad():
@@ -117,6 +117,6 @@ def test_softrepa_has_no_fixed_point():
         errors.append(float(AF.denoising_error(pred, target)[0, 1].detach()))
     assert all(later > earlier for earlier, later in itertools.pairwise(errors))
     assert errors[-1] > 5 * errors[0]
-    ours = distances(start, target, steps=500, neg_scale=1.0)[:, 0]
+    ours = distances(start, target, steps=1000, neg_scale=1.0)[:, 0]
     assert ours.sum(1).max() <= ours[0].sum() * (1 + 1e-9)
     assert ours[-1, 1] < ours[0, 1]

@@ -15,8 +15,6 @@ def main():
     for name in COMPILED:
         torch.compiler.reset()
         made = tiny(name)
-        for blocks in ("transformer_blocks", "layers"):  # the first and the last: two kinds
-            del getattr(made.model, blocks, torch.nn.ModuleList())[1:-1]
         tokens = make_soft_tokens(made.model, num_tokens=2, std=1.0).double()
         attached = attach_soft_tokens(made.model, tokens)
         compiled = torch.compile(made.model, backend="eager", fullgraph=True)

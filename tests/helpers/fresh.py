@@ -59,9 +59,11 @@ def begin(whole_suite):
 
 
 def end():
-    _server.pipe.close()
-    _server.process.join()
-    shutil.rmtree(_server.folder)
+    """Ends the server, if one has begun."""
+    if hasattr(_server, "process"):
+        _server.pipe.close()
+        _server.process.join()
+        shutil.rmtree(_server.folder)
 
 
 def _serve(pipe, other):
@@ -82,7 +84,7 @@ def _serve(pipe, other):
     os._exit(0)
 
 
-def _child(pipe, payload, environment, path, folder, files, leads, strict):
+def _child(pipe, payload, environment, path, folder, files, leads):
     pipe.close()
     if leads:
         os.setsid()
@@ -94,8 +96,6 @@ def _child(pipe, payload, environment, path, folder, files, leads, strict):
     warnings.resetwarnings()
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)
-    if strict:
-        warnings.simplefilter("error")
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -107,17 +107,15 @@ def _child(pipe, payload, environment, path, folder, files, leads, strict):
 class Started:
     """A process that calls `function(*arguments)`, with the part of Popen that the tests use.
 
-    leads: it is a session of its own. strict: its warnings are errors. folder: where it begins.
+    leads: it is a session of its own. environment: over that of pytest.
     """
 
-    def __init__(self, function, *arguments, leads=False, strict=False, folder=None, **environment):
+    def __init__(self, function, *arguments, leads=False, **environment):
         number = next(_server.number)
         self._files = [f"{_server.folder}/{number}.{kind}" for kind in ("out", "errors")]
         payload = pickle.dumps((function, arguments))
         environment = os.environ | environment
-        folder = folder or os.getcwd()
-        asked = payload, environment, sys.path, folder, self._files, leads, strict
-        _server.pipe.send(asked)
+        _server.pipe.send((payload, environment, sys.path, os.getcwd(), self._files, leads))
         self.pid = _server.pipe.recv()
         self.returncode = None
 

@@ -98,7 +98,7 @@ def test_the_other_rivals_are_their_formulas():
     torch.testing.assert_close(loss, -F.logsigmoid(2 * gap).mean())
 
 
-def test_captions_are_compared_where_edits_are_asked_for(flow_base, tmp_path):
+def test_tdpo_trains_by_its_command(flow_base, tmp_path):
     flags = ["--model", str(flow_base), "--objective", "tdpo", "--rank", "1", "--num_tokens", "0",
              "--max_train_steps", "1", "--train_batch_size", "2", "--validation_steps", "9",
              "--learning_rate", "0.1"]  # fmt: skip
