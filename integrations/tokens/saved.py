@@ -51,7 +51,7 @@ from agsm_loss.integrations.tokens.attach import (
 from agsm_loss.integrations.tokens.unet import UNetBackbone
 
 try:
-    from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
+    from huggingface_hub import ModelCardData, ModelHubMixin, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HFValidationError,
@@ -60,6 +60,8 @@ try:
     from huggingface_hub.utils import validate_repo_id
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
+
+    from agsm_loss.integrations.cards import quoted, save_card
 except ImportError as error:
     raise ImportError(
         "agsm_loss.integrations.tokens.saved needs huggingface_hub and safetensors. "
@@ -90,10 +92,11 @@ _DTYPES = {"BF16", "F16", "F32", "F64"}
 _SD3_TEXT_WIDTH = 4096
 
 _CARD = """
-# Soft tokens for {backbone}
+# Soft tokens for {{ line(backbone) }}
 
-Dual soft tokens ψ⁺/ψ⁻ for `{backbone}`{of}, trained with Alignment-Guided Score Matching
-(arXiv:2605.30038). {count:,} parameters: {tokens}.
+Dual soft tokens ψ⁺/ψ⁻ for `{{ line(backbone) }}`{% if base %} of `{{ line(base) }}`{% endif %},
+trained with Alignment-Guided Score Matching (arXiv:2605.30038).
+{{ "{:,}".format(count) }} parameters: {{ tokens }}.
 
 ```python
 import torch
@@ -101,7 +104,7 @@ from diffusers import DiffusionPipeline
 
 from agsm_loss.integrations.tokens.pipelines import Sampling, load_soft_tokens, set_sampling
 
-pipe = DiffusionPipeline.from_pretrained({source}).to(torch.float32)
+pipe = DiffusionPipeline.from_pretrained({{ source }}).to(torch.float32)
 attached = load_soft_tokens(pipe, "this folder or repository")
 image = pipe(prompt="two cats on a sofa").images[0]
 
@@ -111,7 +114,13 @@ attached.detach()  # the pipeline without them
 
 ## Training settings
 
-{training}
+{% if training -%}
+| setting | value |
+| --- | --- |
+{%- for name, value in training.items() %}
+| {{ cell(name) }} | `{{ cell(value) }}` |
+{%- endfor %}
+{%- else %}Not recorded.{% endif %}
 """
 
 
@@ -256,31 +265,17 @@ class SavedTokens(ModelHubMixin):
             # The hub takes its ids alone; anything else is named in the text only.
             base_model=base if base and _is_hub_id(base) and not Path(base).exists() else None,
         )
-        card = _CARD.format(
-            of=f" of `{_one_line(base)}`" if base else "",
-            backbone=_one_line(self.backbone),
+        save_card(
+            save_directory,
+            metadata,
+            _CARD,
+            base=base,
+            backbone=self.backbone,
             count=sum(p.numel() for p in self.tokens.parameters()),
             tokens=json.dumps(self.config()["tokens"]),
-            source=json.dumps(base or f"a pipeline with a {self.backbone}"),
-            training=_table(self.training) if self.training else "Not recorded.",
+            source=quoted(base or f"a pipeline with a {self.backbone}"),
+            training={name: json.dumps(value) for name, value in self.training.items()},
         )
-        card = f"---\n{metadata.to_yaml()}\n---\n{card}"
-        ModelCard(card).save(save_directory / "README.md")
-
-
-def _table(values: dict[str, Any]) -> str:
-    """A Markdown table of names and JSON values."""
-    cells = {name: json.dumps(value) for name, value in values.items()}
-    rows = [
-        "| {} | `{}` |".format(*(_one_line(one).replace("|", "\\|") for one in row))
-        for row in cells.items()
-    ]
-    return "\n".join(["| setting | value |", "| --- | --- |", *rows])
-
-
-def _one_line(text: str) -> str:
-    """For a card's prose: no line breaks, no backticks, nothing that UTF-8 does not have."""
-    return " ".join(text.replace("`", "'").split()).encode(errors="replace").decode()
 
 
 def _is_hub_id(name: str) -> bool:

@@ -7,52 +7,63 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
+from agsm_loss.integrations.cards import save_card
 from lab.world.captions import CAREFUL, CARELESS
 from lab.world.scene import TAGS
 
-_CARD = """---
-library_name: diffusers
-pipeline_tag: text-to-image
-license: apache-2.0
----
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon with AdamW"}
+_CARD = """
+# A text-to-image model of coloured shapes ({{ pipeline }})
 
-# A text-to-image model of coloured shapes ({pipeline})
-
-24x24 images of one to four circles, squares and triangles. {parameters:,} parameters, stock
-diffusers classes, half precision. It is a test object for post-training methods (agsm-loss) and
-good for nothing else.
+24x24 images of one to four circles, squares and triangles.
+{{ "{:,}".format(parameters) }} parameters, stock diffusers classes, half precision.
+It is a test object for post-training methods (agsm-loss) and good for nothing else.
 
 ```python
 import torch
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("{folder}").to(torch.float32)
+pipe = DiffusionPipeline.from_pretrained({{ quoted(folder) }}).to(torch.float32)
 image = pipe(
     "three red circles",
     guidance_scale=1.5,
-    num_inference_steps=12,{arguments}
+    num_inference_steps=12,
+{%- if three_encoders %}
+    max_sequence_length=1,
+{%- endif %}
 ).images[0]
 ```
 
 ## Training
 
-    {command}
+    {{ command }}
 
-Seed {seed}, {max_train_steps:,} steps of {train_batch_size} images{start}, rendered on the fly from
-all of the world's prompts (`recipes/lab/world`), {optimizer} at {learning_rate:g}, the last
-{lr_decay_steps:,} steps falling to zero; saved are the EMA weights (decay {ema_decay}). Noise
-levels: {levels}.
+Seed {{ seed }}, {{ "{:,}".format(max_train_steps) }} steps of {{ train_batch_size }} images
+{%- if init_from %}, from the weights of `{{ init_from }}`{% endif %},
+rendered on the fly from all of the world's prompts (`recipes/lab/world`),
+{{ optimizer }} at {{ "%g" % learning_rate }}, the last {{ "{:,}".format(lr_decay_steps) }} steps
+falling to zero; saved are the EMA weights (decay {{ ema_decay }}). Noise levels:
+{% if uniform_levels %}uniform{% else %}logit-normal around {{ "%g" % sigma_logit }}{% endif %}.
 
-Captions: {corruption}. {drop:.0%} are left empty for classifier-free guidance.
+Captions: {{ captions }}. {{ "%.0f" % (100 * drop_caption) }}% are left empty for classifier-free
+guidance.
 
 ![curve](curve.png)
 
 ## Scores
 
-On {n} validation prompts (by the world's exact detector; {validation_inference_steps} sampling
-steps, CFG {validation_guidance_scale:g}), at the end of training:
+On {{ scores.n }} validation prompts (by the world's exact detector;
+{{ validation_inference_steps }} sampling steps, CFG {{ "%g" % validation_guidance_scale }}),
+at the end of training:
 
-{table}
+| | score | too many | too few |
+| --- | --- | --- | --- |
+| overall | {{ "%.3f" % scores.overall }} | | |
+{%- for tag in tags %}{% set one = scores.categories[tag] %}
+| {{ tag }} | {{ "%.3f" % one.score }} | {{ "%.3f" % one.over }} | {{ "%.3f" % one.under }} |
+{%- endfor %}
 """
 
 
@@ -65,46 +76,24 @@ def write_card(
 ) -> None:
     """README.md and curve.png into `folder`, a saved pipeline."""
     scored = [line for line in log if "scores" in line]
-    last = scored[-1]["scores"]
     index = json.loads((folder / "model_index.json").read_text())
-    rows = [
-        "| | score | too many | too few |",
-        "| --- | --- | --- | --- |",
-        f"| overall | {last['overall']:.3f} | | |",
-    ]
-    for tag in TAGS:
-        one = last["categories"][tag]
-        rows.append(f"| {tag} | {one['score']:.3f} | {one['over']:.3f} | {one['under']:.3f} |")
-    text = _CARD.format(
+    metadata = ModelCardData(
+        library_name="diffusers", pipeline_tag="text-to-image", license="apache-2.0"
+    )
+    save_card(
+        folder,
+        metadata,
+        _CARD,
+        **{**options, "optimizer": _OPTIMIZERS[options["optimizer"]]},
         folder=folder,
         pipeline=index["_class_name"],
+        three_encoders="text_encoder_3" in index,
         parameters=parameters,
-        arguments="\n    max_sequence_length=1," if "text_encoder_3" in index else "",
         command=command,
-        start=f", from the weights of `{options['init_from']}`" if options["init_from"] else "",
-        corruption=_captions(options),
-        drop=options["drop_caption"],
-        levels="uniform"
-        if options["uniform_levels"]
-        else f"logit-normal around {options['sigma_logit']:g}",
-        optimizer={"adamw": "AdamW", "muon": "Muon with AdamW"}[options["optimizer"]],
-        n=last["n"],
-        table="\n".join(rows),
-        **{
-            key: options[key]
-            for key in (
-                "seed",
-                "max_train_steps",
-                "train_batch_size",
-                "learning_rate",
-                "lr_decay_steps",
-                "ema_decay",
-                "validation_inference_steps",
-                "validation_guidance_scale",
-            )
-        },
+        captions=_captions(options),
+        scores=scored[-1]["scores"],
+        tags=TAGS,
     )
-    (folder / "README.md").write_text(text)
     _curve(log, scored, folder / "curve.png")
 
 

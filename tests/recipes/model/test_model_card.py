@@ -4,7 +4,6 @@ import ast
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +14,10 @@ from pipelines_tiny import speaking_pipeline
 
 import train_agsm
 import train_dpo
+from agsm_loss.integrations.cards import quoted
 from lab.world.export import captioned
 from lab.world.prompts import rows
-from model import card as model_card
+from model.card import Trained, write_cards
 from model.pipeline import TextToImage
 from run.log import lines_of
 
@@ -137,11 +137,22 @@ def test_a_merged_lora_is_part_of_the_code(epsilon_base, lora_run, tmp_path):
     assert data["tags"] == ["text-to-image", "soft-tokens"]
 
 
+def written(folder, prompt="two red circles", names=("tokens",), **options):
+    """The cards' text for these options and the log in `folder`."""
+    pipe = StableDiffusionPipeline.__new__(StableDiffusionPipeline)
+    chosen = train_agsm.OPTIONS.make(output_dir=str(folder), **options)
+    saved = {name: folder / name for name in names}
+    for one in saved.values():
+        one.mkdir(parents=True)
+    write_cards(saved, Trained(chosen, "", pipe, 1, 1, prompt, {}))
+    return "".join((one / "README.md").read_text() for one in saved.values())
+
+
 def test_what_the_run_used_is_no_score(tmp_path):
     line = {"step": 1, "seconds": 2.5, "gpu_memory": 3.5, "loss": 0.25}
     (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
-    told = model_card._scores(tmp_path / "log.jsonl")
-    assert "0.25" in told and "gpu_memory" not in told and "seconds" not in told
+    told = written(tmp_path)
+    assert "`0.25`" in told and "gpu_memory" not in told and "seconds" not in told
 
 
 @pytest.mark.parametrize(
@@ -151,19 +162,19 @@ def test_a_damaged_line_of_the_log_is_left_out(damaged, tmp_path):
     line = json.dumps({"step": 1, "loss": 0.25})
     (tmp_path / "log.jsonl").write_text(f"{damaged}\n{line}\n")
     assert lines_of(tmp_path / "log.jsonl") == [line]
-    assert "0.25" in model_card._scores(tmp_path / "log.jsonl")
+    assert "`0.25`" in written(tmp_path)
 
 
-def test_any_path_is_a_string_of_python():
+def test_any_path_is_a_string_of_python(tmp_path):
     for text in ('a "b".png', "a\\n'b\\", "a\nb", "\u2028\U0001f600", "caf\xe9", "\udcff", "{x}"):
-        assert ast.literal_eval(model_card._quoted(Path(text))) == text
-    folder = Path('runs/"it\'s"\\n\n')
-    options = SimpleNamespace(
-        model='m"\\', merge_lora='l"\n', mixed_precision="no", validation_inference_steps=2,
-        validation_guidance_scale=3.0,
-    )  # fmt: skip
-    pipe = StableDiffusionPipeline.__new__(StableDiffusionPipeline)
-    run = model_card.Trained(options, "", pipe, 1, 1, 'a "red"\ncircle', {})
-    code = model_card._code({"lora": folder / "lora", "tokens": folder / "tokens"}, run)
-    texts = {one.value for one in ast.walk(ast.parse(code)) if isinstance(one, ast.Constant)}
-    assert texts >= {'m"\\', 'l"\n', str(folder / "lora"), str(folder / "tokens"), run.prompt}
+        assert ast.literal_eval(quoted(Path(text))) == text
+    folder, given = tmp_path / '"it\'s"\\n\n', {"model": 'm"\\', "merge_lora": 'l"\n{{ name }}'}
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("")
+    text = written(folder, 'a "red"\ncircle', ("lora", "tokens"), **given)
+    code = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    for one in code:
+        texts = {one.value for one in ast.walk(ast.parse(one)) if isinstance(one, ast.Constant)}
+        own = {str(folder / "lora"), str(folder / "tokens")}
+        assert texts >= {*given.values(), *own, 'a "red"\ncircle'}
+    assert len(code) == 2
