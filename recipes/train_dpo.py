@@ -7,7 +7,7 @@ r"""Diffusion-DPO on a text-to-image pipeline, alone or with AGSM in its step.
 `--model` is a Stable Diffusion, SDXL, SD3, Flux.1, FLUX.2, Qwen-Image, Sana or Z-Image pipeline.
 `--rank N` trains a LoRA, `--full` all weights, `--num_tokens N` soft tokens as well. `--data` is
 the embedded world, or a table with Pick-a-Pic's columns (jpg_0, jpg_1, label_0, caption) or
-image_w, image_l, caption. AGSM's negatives are the batch's other captions, edited ones, or both.
+image_w, image_l, caption. AGSM's captions are `--candidates`.
 
 Under `--output_dir`:
     tokens/, lora/ or pipeline/   what was trained: soft tokens, a LoRA, or all weights

@@ -2,7 +2,7 @@
 
 Trains on pairs of images of one caption, of which people preferred the winner to the loser. AGSM
 runs on the winner under its own caption, at the host's x_t, t and target, and uses the host's own
-prediction. The negatives are the batch's other captions, or edited ones.
+prediction. The captions that compete are the AGSMRegularizer's to choose.
 
 All of the model is trained here; its reference is a copy of how it began:
 

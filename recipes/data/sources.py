@@ -38,11 +38,11 @@ def is_hub_id(name: str) -> bool:
 def _may_be_id(name: str) -> bool:
     """One of the hub's "owner/name"s; one whose owner is a folder here is a path."""
     owner, slash, _ = name.partition("/")
-    of_path = (slash and Path(owner).is_dir()) or Path(name).suffix in _ENDINGS
+    of_path = (slash and Path(owner).is_dir()) or Path(name).suffix.lower() in _ENDINGS
     return is_hub_id(name) and not of_path
 
 
-_ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".tar", ".safetensors", ".yaml"}
+_ENDINGS = {".parquet", ".jsonl", ".json", ".csv", ".tsv", ".tar", ".txt", ".safetensors", ".yaml"}
 
 
 def found_here(name: str) -> Path | None:

@@ -1,7 +1,7 @@
 """The evidence: the embedded world, its base models, the studies and the benches.
 
-It imports the recipes' parts, and none of them imports it: `data.sources.world` and the reward
-`detector` load it by name. Of the commands, study.py, score_images.py and edit.py use it.
+It imports the recipes' parts. Of them `data.sources.world` and the reward `detector` load it, by
+name; of the commands study.py, score_images.py and edit.py import it.
 
     python recipes/study.py --config recipes/configs/demo.yaml
     python -m recipes.lab.train_base --config recipes/lab/configs/base_flow.yaml

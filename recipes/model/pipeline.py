@@ -4,7 +4,7 @@
     conditioning = model.encode_prompts(captions)      # what TokenDenoiser takes
     latents = model.encode_images(pixels)              # (B, C, h, w)
 
-Everything is frozen. `model.families` lists the pipelines that are known.
+Everything is frozen. What differs by pipeline is in `model.families`.
 """
 
 from __future__ import annotations

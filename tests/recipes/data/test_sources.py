@@ -1,8 +1,10 @@
-"""What a name's content is."""
+"""What a name is, and what its content is."""
 
 import os
 
-from data.sources import content_of
+import pytest
+
+from data.sources import check_source, content_of
 
 
 def test_the_content_is_also_that_of_linked_folders(tmp_path):
@@ -32,3 +34,10 @@ def test_two_links_to_one_folder_are_both_content(tmp_path):
         found.add(content_of(str(model)))
         (model / "unet").unlink()
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("name", ["photos.tsv", "photos.PARQUET", "shards/0001.tar", "prompts.txt"])
+def test_what_ends_as_a_file_is_no_hub_id(name):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        check_source("data", name)
+    check_source("data", "owner/photos")
