@@ -22,11 +22,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from data.task import DataOptions, ImageOptions, PromptFileOptions
+import torch
+
+from agsm_loss.integrations.hosts import rollouts
+from agsm_loss.integrations.hosts.dynamics import Dynamics
+from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
+from data.task import DataOptions, ImageOptions, PromptFileOptions, open_task
 from model.agsm import AGSMOptions, HostOptions, method
-from model.session import ValidationOptions
+from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
-from rewards.rollout import GroupOptions, PromptOptions, RewardOptions
+from rewards.rewards import check
+from rewards.rollout import GroupOptions, OnPolicy, PromptOptions, RewardOptions
 from run.cli import command
 from run.loop import LoopOptions, Run, RunOptions
 from run.options import OptionSet, option
@@ -80,16 +86,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves."""
     options = OPTIONS.parse(__doc__, arguments)
 
-    import torch
-
-    from agsm_loss.integrations.hosts.dynamics import Dynamics
-    from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
-    from agsm_loss.integrations.hosts.rollouts import sample_sde
-    from data.task import open_task
-    from model.session import Session
-    from rewards.rewards import check
-    from rewards.rollout import OnPolicy
-
     Dynamics.of(options.sde_type, options.noise_level)  # checked before anything is loaded
     check(options.reward)
     with Run(options) as run:
@@ -110,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
             generator = run.draws(index)
             captions = own.grouped(batch.captions)
             text, image = own.conditioning(captions)
-            trajectory = sample_sde(
+            trajectory = rollouts.sample_sde(
                 own.denoise(text, image),
                 model.scheduler,
                 own.noise(len(captions), generator),

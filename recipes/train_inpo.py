@@ -23,7 +23,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from data.task import DataOptions, PromptFileOptions
+import torch
+
+from agsm_loss.integrations.hosts.base import AGSMBatch
+from agsm_loss.integrations.hosts.inpo import InPO
+from data.task import DataOptions, PromptFileOptions, open_task
 from model.agsm import (
     AGSMOptions,
     HostOptions,
@@ -32,7 +36,7 @@ from model.agsm import (
     method,
 )
 from model.precompute import PrecomputeOptions, precompute
-from model.session import ValidationOptions
+from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
 from run.cli import command
 from run.loop import LoopOptions, Run, RunOptions
@@ -88,13 +92,6 @@ OPTIONS = OptionSet(
 def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves."""
     options = OPTIONS.parse(__doc__, arguments)
-
-    import torch
-
-    from agsm_loss.integrations.hosts.base import AGSMBatch
-    from agsm_loss.integrations.hosts.inpo import InPO
-    from data.task import open_task
-    from model.session import Session
 
     with Run(options, sharding=True) as run:
         task = open_task(options, run.accelerator)

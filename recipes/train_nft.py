@@ -28,13 +28,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from data.task import DataOptions, ImageOptions, PromptFileOptions
+from agsm_loss import EMA
+from agsm_loss.integrations.hosts.base import take_rows
+from agsm_loss.integrations.hosts.diffusion_nft import DiffusionNFT, rising_decay
+from agsm_loss.integrations.hosts.rollouts import sample_latents
+from data.task import DataOptions, ImageOptions, PromptFileOptions, open_task
 from model.agsm import AGSMOptions, HostOptions, method
-from model.session import ValidationOptions
+from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
-from rewards.rollout import BestSample, GroupOptions, PromptOptions, RewardOptions
+from rewards.rewards import check
+from rewards.rollout import BestSample, GroupOptions, OnPolicy, PromptOptions, RewardOptions
 from run.cli import command
 from run.loop import LoopOptions, Run, RunOptions
 from run.options import OptionSet, option
@@ -110,17 +116,6 @@ class Rollout(NamedTuple):
 def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves."""
     options = OPTIONS.parse(__doc__, arguments)
-
-    import torch
-
-    from agsm_loss import EMA
-    from agsm_loss.integrations.hosts.base import take_rows
-    from agsm_loss.integrations.hosts.diffusion_nft import DiffusionNFT, rising_decay
-    from agsm_loss.integrations.hosts.rollouts import sample_latents
-    from data.task import open_task
-    from model.session import Session
-    from rewards.rewards import check
-    from rewards.rollout import OnPolicy
 
     images = options.sample_batch_size * options.sample_num_batches_per_epoch
     batch_size, group = options.train_batch_size, options.group_size

@@ -24,11 +24,31 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from data.task import DataOptions, ImageOptions, PromptFileOptions
+import torch
+from diffusers import DDIMScheduler
+
+from agsm_loss import Bank
+from agsm_loss.integrations.hosts.spo import (
+    SPO,
+    StatePairs,
+    check_steps,
+    classifier_free_guidance,
+    sample_pairs,
+)
+from agsm_loss.integrations.noise import prediction_type
+from data.task import DataOptions, ImageOptions, PromptFileOptions, open_task
 from model.agsm import AGSMOptions, HostOptions, agsm_weight, method
-from model.session import ValidationOptions
+from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
-from rewards.rollout import RewardOptions
+from rewards.rewards import check, load
+from rewards.rollout import (
+    Findings,
+    RewardOptions,
+    check_prompts,
+    dealt,
+    decoded_scores,
+    on_policy_images,
+)
 from run.cli import command
 from run.loop import LoopOptions, Run, RunOptions
 from run.options import OptionSet, option
@@ -89,23 +109,6 @@ OPTIONS = OptionSet(
 def main(arguments: list[str] | None = None) -> None:
     """Trains, validates, checkpoints and saves."""
     options = OPTIONS.parse(__doc__, arguments)
-
-    import torch
-    from diffusers import DDIMScheduler
-
-    from agsm_loss import Bank
-    from agsm_loss.integrations.hosts.spo import (
-        SPO,
-        StatePairs,
-        check_steps,
-        classifier_free_guidance,
-        sample_pairs,
-    )
-    from agsm_loss.integrations.noise import prediction_type
-    from data.task import open_task
-    from model.session import Session
-    from rewards.rewards import check, load
-    from rewards.rollout import Findings, check_prompts, dealt, decoded_scores, on_policy_images
 
     check_steps(options.num_inference_steps, options.first_step)
     usual = OPTIONS.defaults["agsm_batch"]
