@@ -24,9 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data.sources import given_model
+import numpy as np
+from PIL import Image
+
+from agsm_loss.integrations.tokens.pipelines import Sampling
+from data.pictures import side_by_side
+from data.sources import check_source, given_model
 from model.sampling import SamplingOptions, check_sources, load
 from run.cli import command
+from run.log import say
 from run.options import OptionSet, option
 
 
@@ -75,11 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Edits, scores and writes."""
     options = OPTIONS.parse(__doc__, arguments)
 
-    from agsm_loss.integrations.tokens.pipelines import Sampling
-    from data.sources import check_source
+    # Not before `parse`, which turns off what transformers prints while diffusers imports these.
     from lab.world.edits import changes_of, world_edits
     from model.editing import change, image_to_image, read_changes
-    from run.log import say
 
     output, of_world = Path(options.output_dir), options.data == "world"
     if output.exists() and any(output.iterdir()):
@@ -112,10 +116,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _write(output: Path, asked: Any, edits: list[Any], results: dict[str, Any]) -> None:
     """The images in GenEval's layout, a sheet of some, and for the world's edits their scores."""
-    import numpy as np
-    from PIL import Image
-
-    from data.pictures import side_by_side
     from lab.world.captions import metadata
     from lab.world.edits import edit_summary, edit_table, judge_edit
     from lab.world.score import verdicts

@@ -28,9 +28,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.sources import given_model
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from agsm_loss.integrations.tokens.pipelines import Sampling
+from data.pictures import side_by_side
+from data.prompts import read_prompts, rows_of
+from data.sources import content_of, given_model
 from model.sampling import SOURCES, SamplingOptions, calls, check_sources, load
 from run.cli import command
+from run.log import replace_text, say, writing
 from run.options import OptionSet, option
 
 
@@ -84,16 +92,6 @@ OPTIONS = OptionSet(Options, SamplingOptions, resolve=resolve)
 def main(arguments: list[str] | None = None) -> None:
     """Generates what is not there yet."""
     options = OPTIONS.parse(__doc__, arguments)
-
-    import numpy as np
-    from PIL import Image
-    from tqdm.auto import tqdm
-
-    from agsm_loss.integrations.tokens.pipelines import Sampling
-    from data.pictures import side_by_side
-    from data.prompts import read_prompts
-    from data.sources import content_of
-    from run.log import say, writing
 
     check_sources(options)
     given = {name: getattr(options, name) for name in SOURCES}
@@ -175,8 +173,6 @@ def _begin(
     output: Path, folder: Path, rows: list[dict[str, Any]], settings: dict[str, Any]
 ) -> None:
     """Writes the settings and prompts, once there is an image: a failed run leaves none."""
-    from run.log import replace_text, writing
-
     for index, row in enumerate(rows):
         with writing(folder / f"{index:05d}" / "metadata.jsonl") as file:
             (file.parent / "samples").mkdir(parents=True, exist_ok=True)
@@ -247,8 +243,6 @@ def _check_kept(
 
 def _rows_kept(file: Path) -> list[Any]:
     """What a file tells of the images that are there."""
-    from data.prompts import rows_of
-
     try:
         return [row for _, row in rows_of(file)]
     except (OSError, ValueError) as error:
