@@ -34,7 +34,7 @@ from agsm_loss._random import draws
 from agsm_loss.integrations.hosts.base import AGSMBatch
 from agsm_loss.integrations.hosts.ddpo_parts import check_fraction
 from data.task import DataOptions, ImageOptions, PromptFileOptions, Task, open_task
-from model.agsm import AGSMOptions, Competitors, HostOptions, agsm_weight, method
+from model.agsm import AGSMOptions, Competitors, HostOptions, method
 from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
 from rewards.rewards import check, load
@@ -241,9 +241,7 @@ def make_trainer(
 
     own: dict[str, Any] = {}
     if options.agsm_weight:
-        own["agsm"] = lambda denoiser, parameters: model.agsm(
-            options.agsm_batch, agsm_weight(options)
-        )
+        own["agsm"] = lambda denoiser, parameters: model.agsm_in_step(options.agsm_batch)
         if options.agsm_images == "data":
             own["batches"] = data_batches(options, model, state)
     pipeline = LoadedPipeline(model.pipeline.pipe, full=options.full)

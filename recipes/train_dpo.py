@@ -24,13 +24,7 @@ import torch
 
 from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
 from data.task import DataOptions, PromptFileOptions, open_task
-from model.agsm import (
-    AGSMOptions,
-    HostOptions,
-    agsm_weight,
-    check_competitors,
-    method,
-)
+from model.agsm import AGSMOptions, HostOptions, check_competitors, method
 from model.precompute import PrecomputeOptions, precompute
 from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
@@ -85,15 +79,12 @@ def main(arguments: list[str] | None = None) -> None:
         hard = check_competitors(options, task) if options.agsm_weight else 0
         model = Session(options, run.accelerator, task, method=method(options))
         model.prepare(run.accelerator)
-        agsm = None
-        if options.agsm_weight:
-            agsm = model.agsm(options.train_batch_size, agsm_weight(options))
         step = DiffusionDPO(
             model.denoiser,
             model.scheduler,
             reference=model.reference,
             beta=options.beta,
-            agsm=agsm,
+            agsm=model.agsm_in_step(options.train_batch_size),
         )
         batches = task.pairs(options.train_batch_size, hard)
         fill = precompute(options.precompute, model.pipeline, run.accelerator)

@@ -28,13 +28,7 @@ import torch
 from agsm_loss.integrations.hosts.base import AGSMBatch
 from agsm_loss.integrations.hosts.inpo import InPO
 from data.task import DataOptions, PromptFileOptions, open_task
-from model.agsm import (
-    AGSMOptions,
-    HostOptions,
-    agsm_weight,
-    check_competitors,
-    method,
-)
+from model.agsm import AGSMOptions, HostOptions, check_competitors, method
 from model.precompute import PrecomputeOptions, precompute
 from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
@@ -98,9 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         hard = check_competitors(options, task) if options.agsm_weight else 0
         model = Session(options, run.accelerator, task, method=method(options))
         model.prepare(run.accelerator)
-        agsm = None
-        if options.agsm_weight:
-            agsm = model.agsm(options.train_batch_size, agsm_weight(options))
+        agsm = model.agsm_in_step(options.train_batch_size)
         step = InPO(
             model.denoiser,
             model.scheduler,

@@ -37,7 +37,7 @@ from agsm_loss.integrations.hosts.spo import (
 )
 from agsm_loss.integrations.noise import prediction_type
 from data.task import DataOptions, ImageOptions, PromptFileOptions, open_task
-from model.agsm import AGSMOptions, HostOptions, agsm_weight, method
+from model.agsm import AGSMOptions, HostOptions, method
 from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
 from rewards.rewards import check, load
@@ -129,12 +129,10 @@ def main(arguments: list[str] | None = None) -> None:
                 "a flow: SPO compares the likelihoods of DDIM's steps. Use train_dpo.py."
             )
         scheduler = DDIMScheduler.from_config(model.scheduler.config)
-        agsm, more = None, None
-        batches = on_policy_images(options, task, options.train_batch_size)
-        if options.agsm_weight and options.agsm_images == "best":
-            agsm = model.agsm(options.train_batch_size, agsm_weight(options))
-        elif options.agsm_weight:
-            agsm = model.agsm(options.agsm_batch, agsm_weight(options))
+        batches, more = on_policy_images(options, task, options.train_batch_size), None
+        on_best = options.agsm_images == "best"
+        agsm = model.agsm_in_step(options.train_batch_size if on_best else options.agsm_batch)
+        if agsm is not None and not on_best:
             more = on_policy_images(options, task, options.agsm_batch)
         step = SPO(
             model.denoiser,

@@ -27,7 +27,7 @@ from agsm_loss.integrations.tokens.unet import bos_embedding
 from data.batches import Batch, PairBatch
 from data.sources import check_source, found_here, given_model, is_world
 from data.task import Task
-from model.agsm import Competitors, make_agsm, resolve_agsm
+from model.agsm import Competitors, agsm_weight, make_agsm, resolve_agsm
 from model.pipeline import TextToImage
 from run.checkpoints import digest_of, fingerprint_of
 from run.engines import blocks_of, is_sharded
@@ -218,6 +218,12 @@ class TrainedModel:
         """AGSM over the denoiser, with λ = weight, on so many images a micro-step."""
         self.has_agsm = True
         return make_agsm(self.options, self.denoiser, batch_size, weight)
+
+    def agsm_in_step(self, batch_size: int) -> AGSMRegularizer | None:
+        """`agsm` in a host's step, with λ as `HostOptions` say; None where it is 0."""
+        if not self.options.agsm_weight:
+            return None
+        return self.agsm(batch_size, agsm_weight(self.options))
 
     def captions(
         self, batch: Batch | PairBatch, compete: bool | None = None

@@ -47,7 +47,7 @@ from data.pictures import sheet, to_uint8
 from data.prompts import read_prompts
 from data.sources import is_world
 from data.task import Captions, Task
-from model.agsm import Competitors, agsm_weight, check_competitors
+from model.agsm import Competitors, check_competitors
 from model.pipeline import TextToImage
 from model.trained import TrainedModel
 from rewards.rewards import Reward, load
@@ -202,9 +202,7 @@ class OnPolicy:
             "rewards that differ between the images of a prompt",
             "Every advantage was 0. Take a larger --group_size, other prompts or another --reward.",
         )
-        self.agsm = None
-        if options.agsm_weight:
-            self.agsm = trained.agsm(options.agsm_batch, agsm_weight(options))
+        self.agsm = trained.agsm_in_step(options.agsm_batch)
         on_data = self.agsm is not None and options.agsm_images == "data"
         task = trained.task
         self.batches = PromptBatches(
