@@ -91,7 +91,8 @@ class Rows:
         check_columns(table, images, text)
         if len(table) == 0:
             raise ValueError("data: expected at least one row, got none.")
-        self.table = table.select_columns([*images, text])  # others may be heavy, or damaged
+        # Other columns may be heavy, or damaged.
+        self.table = as_images(table, images).select_columns([*images, text])
         self.images, self.text = tuple(images), text
         self.batch_size, self.seed, self.size = batch_size, seed, size
         self.rank, self.processes = rank, processes
@@ -190,8 +191,6 @@ class TableBatches(Dataset[Batch]):
         text: str = "caption",
         **rows: Any,
     ) -> None:
-        check_columns(table, [image], text)
-        table = as_images(table, [image])
         self.rows = Rows(table, [image], text, batch_size, **rows)
         self.hard = hard
 
@@ -268,8 +267,7 @@ class TablePairs(Dataset[PairBatch]):
                 "data: expected columns jpg_0, jpg_1 and label_0, or image_w and image_l, got "
                 f"{sorted(names)}."
             )
-        check_columns(table, images, text)
-        self.rows = Rows(as_images(table, images), images, text, batch_size, **rows)
+        self.rows = Rows(table, images, text, batch_size, **rows)
         self.hard = hard
 
     @cached_property
