@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
         for batch in calls(
             model.pipe,
             [rows[index]["prompt"] for index, _ in places],
-            [(options.seed, *place) for place in places],
+            seeds=[(options.seed, *place) for place in places],
             num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
             batch_size=options.batch_size,

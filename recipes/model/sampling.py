@@ -86,48 +86,30 @@ def load(options: Any) -> TextToImage:
     return TextToImage.load(options.model, dtype, device)
 
 
-def sample(
-    pipe: Any,
-    prompts: Sequence[str],
-    *,
-    seeds: Sequence[Any],
-    num_inference_steps: int,
-    guidance_scale: float,
-    batch_size: int = 0,
-    arguments: Mapping[str, Any] | None = None,
-) -> npt.NDArray[np.uint8]:
-    """One image a prompt, (N, H, W, 3) uint8. Image i's noise is `draws(seeds[i])`.
+def sample(pipe: Any, prompts: Sequence[str], **settings: Any) -> npt.NDArray[np.uint8]:
+    """One image a prompt, (N, H, W, 3) uint8.
 
-    guidance_scale: of classifier-free guidance, by whichever name the pipeline knows it.
-    batch_size: images a call of the pipeline; 0: 64 of up to 128 pixels a side, 4 of any larger.
-    arguments: what else the pipeline is called with.
+    settings: of `calls`; seeds, num_inference_steps and guidance_scale have no default.
     """
-    return np.concatenate(
-        list(
-            calls(
-                pipe,
-                prompts,
-                seeds,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                batch_size=batch_size,
-                arguments=arguments,
-            )
-        )
-    )
+    return np.concatenate(list(calls(pipe, prompts, **settings)))
 
 
 def calls(
     pipe: Any,
     prompts: Sequence[str],
-    seeds: Sequence[Any],
     *,
+    seeds: Sequence[Any],
     num_inference_steps: int,
     guidance_scale: float,
     batch_size: int = 0,
     arguments: Mapping[str, Any] | None = None,
 ) -> Iterator[npt.NDArray[np.uint8]]:
-    """The images of one call of the pipeline after the other.
+    """The images (B, H, W, 3) uint8 of one call of the pipeline after the other.
+
+    seeds: image i's noise is `draws(seeds[i])`.
+    guidance_scale: of classifier-free guidance, by whichever name the pipeline knows it.
+    batch_size: images a call; 0: 64 of up to 128 pixels a side, 4 of any larger.
+    arguments: what else the pipeline is called with.
 
     Raises:
         FloatingPointError: an image is not finite.
