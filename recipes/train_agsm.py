@@ -108,7 +108,18 @@ class Inputs(NamedTuple):
 Result = tuple[Tensor, Mapping[str, Tensor]]
 
 
-class AGSM:
+class Objective:
+    """What `Run.steps` asks of a loss; this one has no averages."""
+
+    def update_ema(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class AGSM(Objective):
     """`AGSMRegularizer` alone."""
 
     def __init__(self, regularizer: AGSMRegularizer) -> None:
@@ -135,7 +146,7 @@ class AGSM:
         self.regularizer.load_state_dict(state)
 
 
-class SoftREPA:
+class SoftREPA(Objective):
     """SoftREPA's contrast over the captions that would compete; every one uses the one bank."""
 
     def __init__(self, denoiser: nn.Module, loss: SoftREPALoss, candidates: Rule) -> None:
@@ -149,15 +160,8 @@ class SoftREPA:
         loss = self.loss(pred, inputs.target, positives, mask)
         return loss, _ranking(pred, inputs.target, candidates, self.loss.temperature)
 
-    def update_ema(self) -> None: ...
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-class Denoising:
+class Denoising(Objective):
     """Plain score matching of each image under its own caption, which uses ψ⁺."""
 
     def __init__(self, denoiser: nn.Module) -> None:
@@ -169,13 +173,6 @@ class Denoising:
         given = inputs.noisy, inputs.timesteps, inputs.conditioning, bank
         pred = self.denoiser(*given, **inputs.image)
         return AF.denoising_error(pred.unsqueeze(1), inputs.target).mean(), {}
-
-    def update_ema(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def _every_candidate(denoiser: nn.Module, inputs: Inputs, candidates: Candidates) -> Tensor:
