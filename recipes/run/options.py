@@ -95,11 +95,14 @@ class OptionSet:
         **changes: Any,
     ) -> None:
         self.kinds, self.title, self.resolve = kinds, title, resolve
-        self._changes = changes
         self._fields: dict[str, Any] = {one.name: one for kind in kinds for one in fields(kind)}
         unknown = sorted(set(changes) - set(self._fields))
         if unknown:
             raise TypeError(f"changes: expected options of {kinds}, got {unknown}.")
+        for name, change in changes.items():
+            if not isinstance(change, Field):  # a default alone
+                change = field(default=change, metadata=self._fields[name].metadata)
+            self._fields[name] = change
 
     @property
     def module(self) -> str:
@@ -113,14 +116,10 @@ class OptionSet:
 
     def help_of(self, name: str) -> str:
         """An option's sentence."""
-        change = self._changes.get(name)
-        one = change if isinstance(change, Field) else self._fields[name]
-        return str(one.metadata["help"]).replace("{title}", self.title)
+        return str(self._fields[name].metadata["help"]).replace("{title}", self.title)
 
     def _default(self, name: str) -> Any:
-        one = self._changes.get(name, self._fields[name])
-        if not isinstance(one, Field):
-            return one
+        one = self._fields[name]
         return one.default if one.default is not MISSING else one.default_factory()
 
     def make(self, **given: Any) -> Chosen:
@@ -137,8 +136,7 @@ class OptionSet:
         chosen = Chosen(**{name: _from_home(value) for name, value in values.items()})
         chosen.of = self
         for name, value in vars(chosen).items():
-            change = self._changes.get(name)
-            limits = (change if isinstance(change, Field) else self._fields[name]).metadata
+            limits = self._fields[name].metadata
             for word, holds in _LIMITS.items():
                 if word in limits and value is not None and not holds(value, limits[word]):
                     limit = f"{word.replace('_', ' ')} {limits[word]}"
