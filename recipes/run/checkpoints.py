@@ -34,6 +34,7 @@ from accelerate.checkpointing import load_accelerator_state, save_accelerator_st
 from accelerate.utils import (
     DistributedType,
     broadcast_object_list,
+    extract_model_from_parallel,
     gather_object,
     patch_environment,
 )
@@ -51,7 +52,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.utils._pytree import tree_leaves
 
-from run.engines import bare, held, reshard
+from run.engines import held, reshard
 from run.log import keep_lines, lines_of, replace_text
 
 LOGGER = logging.getLogger(__name__)
@@ -383,7 +384,8 @@ class RunState:
         return broken
 
     def _trained(self) -> list[str]:
-        return [name for name, one in bare(self.model).named_parameters() if one.requires_grad]
+        module = extract_model_from_parallel(self.model)
+        return [name for name, one in module.named_parameters() if one.requires_grad]
 
 
 def _has_torchs_state(optimizer: torch.optim.Optimizer) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, extract_model_from_parallel
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -154,11 +154,6 @@ def held(parameter: Tensor) -> Tensor:
         shard: Tensor = parameter.ds_tensor
         return shard
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The module that an engine has wrapped."""
-    return extract_model_from_parallel(model)
 
 
 def _asked(name: str) -> bool:
