@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ from data.prompts import read_prompts, rows_of
 from data.sources import content_of, given_model
 from model.sampling import SOURCES, SamplingOptions, calls, check_sources, load
 from run.cli import command
-from run.log import replace_text, say, writing
+from run.log import check_writable, replace_text, say, writing
 from run.options import OptionSet, option
 
 
@@ -115,7 +114,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not left and not no_sheet:
         say(f"All {number} images are in {output} already")
         return
-    _check_writable(output, folders.values(), len(rows))
+    for folder in folders.values():
+        for index in range(len(rows)):
+            check_writable(output, _file(folder, (index, 0)).parent)
     model = load(options)
     # Sampled without tokens and LoRA as well.
     bare = compared if no_sheet and changed and not several else []
@@ -190,18 +191,6 @@ def _settings(options: Any, contents: dict[str, str | None]) -> dict[str, Any]:
     free = {"output_dir", "batch_size", "device", "sheet"}
     settings = {name: value for name, value in vars(options).items() if name not in free}
     return {**settings, "contents": contents}
-
-
-def _check_writable(output: Path, folders: Iterable[Path], number: int) -> None:
-    """ValueError where a file is in the place of a folder for images, or one is read-only."""
-    samples = [_file(folder, (index, 0)).parent for folder in folders for index in range(number)]
-    for one in samples:
-        place = next(each for each in (one, *one.absolute().parents) if each.exists())
-        if not (place.is_dir() and os.access(place, os.W_OK)):
-            raise ValueError(
-                f"output_dir: expected a folder that can be written, got {output}: {place} is "
-                f"{'read-only' if place.is_dir() else 'a file'}. Choose another --output_dir."
-            )
 
 
 def _check_kept(

@@ -53,7 +53,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils._pytree import tree_leaves
 
 from run.engines import held, reshard
-from run.log import keep_lines, lines_of, replace_text
+from run.log import check_writable, keep_lines, lines_of, not_writable, replace_text
 
 LOGGER = logging.getLogger(__name__)
 COMPLETE, KEPT = "complete", 2
@@ -119,13 +119,11 @@ def check_output(options: Any) -> None:
             is off, or that run's options make another one.
     """
     output = Path(options.output_dir)
-    place = next(one for one in (output, *output.absolute().parents) if one.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise _not_writable(output, f"{place} is {'read-only' if place.is_dir() else 'a file'}")
+    check_writable(output, output)
     for name in ("log.jsonl", "options.json", "checkpoints"):
         if (taken := output / name).exists() and taken.is_dir() != (name == "checkpoints"):
             kind = "folder" if taken.is_dir() else "file"
-            raise _not_writable(output, f"{name} there is a {kind}, no run's")
+            raise not_writable(output, f"{name} there is a {kind}, no run's")
     if not _checkpoints(output):
         return
     if not options.resume_from_checkpoint:
@@ -165,7 +163,7 @@ def _open(options: Any, lock: FileLock, made_of: Mapping[str, str]) -> Checkpoin
     except NotImplementedError:
         LOGGER.warning("%s: its file system has no locks; start no second run there.", output)
     except OSError as error:
-        raise _not_writable(output, str(error)) from None
+        raise not_writable(output, str(error)) from None
     check_output(options)  # now that no other run changes it
     found, log = None, output / "log.jsonl"
     if folders := _checkpoints(output):
@@ -179,13 +177,6 @@ def _open(options: Any, lock: FileLock, made_of: Mapping[str, str]) -> Checkpoin
     keep_lines(log, 0 if found is None else found.lines)
     replace_text(output / "options.json", json.dumps(vars(options), indent=1) + "\n")
     return found
-
-
-def _not_writable(output: Path, why: str) -> ValueError:
-    return ValueError(
-        f"output_dir: expected a folder that can be written, got {output}: {why}. Choose another "
-        "--output_dir."
-    )
 
 
 def save(

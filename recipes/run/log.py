@@ -98,6 +98,21 @@ def writing(file: Path, then: str = "give the command again") -> Iterator[Path]:
         ) from error
 
 
+def check_writable(output: Path, folder: Path) -> None:
+    """ValueError where a folder in an output_dir, or the output_dir, cannot be written."""
+    place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise not_writable(output, f"{place} is {'read-only' if place.is_dir() else 'a file'}")
+
+
+def not_writable(output: Path, why: str) -> ValueError:
+    """The error for an output_dir."""
+    return ValueError(
+        f"output_dir: expected a folder that can be written, got {output}: {why}. Choose another "
+        "--output_dir."
+    )
+
+
 def append_line(file: Path, line: Mapping[str, Any]) -> None:
     with (
         writing(file, "continue with --resume_from_checkpoint latest"),
