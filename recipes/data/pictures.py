@@ -163,25 +163,23 @@ def sheet(
 ) -> None:
     """Saves a PNG of N images (H, W, 3), enlarged or reduced to `side` pixels. Under each are its
     verdict, where they were judged, and its prompt. titles: one a column, above them."""
-    height = width = side
-    cell_width, cell_height = width + 8, height + 52
+    cell_width, cell_height = side + 8, side + 52
     lines = -(-len(images) // columns)
     headings = [textwrap.wrap(title, width=side // 6) for title in titles]
     top_margin = 4 + 12 * max(map(len, headings)) if headings else 0
-    size = (columns * cell_width, lines * cell_height + top_margin)
-    page = Image.new("RGB", size, "white")
+    page = Image.new("RGB", (columns * cell_width, lines * cell_height + top_margin), "white")
     draw = ImageDraw.Draw(page)
     for column, heading in enumerate(headings):
         draw.multiline_text(
             (column * cell_width + 4, 2), "\n".join(heading), fill="black", spacing=1
         )
     for index, (image, row) in enumerate(zip(images, rows, strict=True)):
-        left, top = index % columns * cell_width + 4, index // columns * cell_height + 2
-        top += top_margin
+        left = index % columns * cell_width + 4
+        top = index // columns * cell_height + 2 + top_margin
         crisp = max(image.shape[:2]) <= side
         filter_ = Image.Resampling.NEAREST if crisp else Image.Resampling.LANCZOS
-        page.paste(Image.fromarray(image).resize((width, height), filter_), (left, top))
-        below = top + height + 1
+        page.paste(Image.fromarray(image).resize((side, side), filter_), (left, top))
+        below = top + side + 1
         if judged is not None:
             verdict = judged[index]
             text, colour = (
