@@ -34,7 +34,7 @@ from agsm_loss._random import draws
 from agsm_loss.integrations.hosts.base import AGSMBatch
 from agsm_loss.integrations.hosts.ddpo_parts import check_fraction
 from data.task import DataOptions, ImageOptions, PromptFileOptions, Task, open_task
-from model.agsm import AGSMOptions, Competitors, HostOptions, method
+from model.agsm import AGSMOptions, Competitors, HostOptions
 from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
 from rewards.rewards import check, load
@@ -138,13 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     torch.manual_seed(options.seed)
     task = open_task(options, state)
-    model = Session(
-        options,
-        state,
-        task,
-        method=method(options),
-        every=f"{options.validation_epochs:,} epochs",
-    )
+    model = Session(options, state, task, every=f"{options.validation_epochs:,} epochs")
     if type(model.pipeline.pipe).__name__ != "StableDiffusionPipeline":
         raise ValueError(
             f"model: expected a StableDiffusionPipeline, got {type(model.pipeline.pipe).__name__}: "

@@ -24,7 +24,7 @@ import torch
 
 from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
 from data.task import DataOptions, PromptFileOptions, open_task
-from model.agsm import AGSMOptions, HostOptions, check_competitors, method
+from model.agsm import AGSMOptions, HostOptions, check_competitors
 from model.precompute import PrecomputeOptions, precompute
 from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
@@ -77,8 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     with Run(options, sharding=True) as run:
         task = open_task(options, run.accelerator)
         hard = check_competitors(options, task) if options.agsm_weight else 0
-        model = Session(options, run.accelerator, task, method=method(options))
-        model.prepare(run.accelerator)
+        model = Session(options, run.accelerator, task).prepare(run.accelerator)
         step = DiffusionDPO(
             model.denoiser,
             model.scheduler,

@@ -28,7 +28,7 @@ from agsm_loss.integrations.hosts import rollouts
 from agsm_loss.integrations.hosts.dynamics import Dynamics
 from agsm_loss.integrations.hosts.flow_grpo import FlowGRPO
 from data.task import DataOptions, ImageOptions, PromptFileOptions, open_task
-from model.agsm import AGSMOptions, HostOptions, method
+from model.agsm import AGSMOptions, HostOptions
 from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
 from rewards.rewards import check
@@ -90,8 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     check(options.reward)
     with Run(options) as run:
         task = open_task(options, run.accelerator)
-        model = Session(options, run.accelerator, task, method=method(options))
-        model.prepare(run.accelerator)
+        model = Session(options, run.accelerator, task).prepare(run.accelerator)
         own = OnPolicy(options, run.accelerator, model, prompts=options.train_batch_size)
         step = FlowGRPO(
             model.denoiser,

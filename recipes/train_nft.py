@@ -36,7 +36,7 @@ from agsm_loss.integrations.hosts.base import take_rows
 from agsm_loss.integrations.hosts.diffusion_nft import DiffusionNFT, rising_decay
 from agsm_loss.integrations.hosts.rollouts import sample_latents
 from data.task import DataOptions, ImageOptions, PromptFileOptions, open_task
-from model.agsm import AGSMOptions, HostOptions, method
+from model.agsm import AGSMOptions, HostOptions
 from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
 from rewards.rewards import check
@@ -132,8 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     check(options.reward)
     with Run(options) as run:
         task = open_task(options, run.accelerator)
-        model = Session(options, run.accelerator, task, method=method(options))
-        model.prepare(run.accelerator)
+        model = Session(options, run.accelerator, task).prepare(run.accelerator)
         own = OnPolicy(
             options,
             run.accelerator,

@@ -37,7 +37,7 @@ from agsm_loss.integrations.hosts.spo import (
 )
 from agsm_loss.integrations.noise import prediction_type
 from data.task import DataOptions, ImageOptions, PromptFileOptions, open_task
-from model.agsm import AGSMOptions, HostOptions, method
+from model.agsm import AGSMOptions, HostOptions
 from model.session import Session, ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
 from rewards.rewards import check, load
@@ -121,8 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     check(options.reward)
     with Run(options) as run:
         task = open_task(options, run.accelerator)
-        model = Session(options, run.accelerator, task, method=method(options))
-        model.prepare(run.accelerator)
+        model = Session(options, run.accelerator, task).prepare(run.accelerator)
         if prediction_type(model.scheduler) == "flow":
             raise ValueError(
                 f"model: expected eps- or v-prediction, got {type(model.pipeline.pipe).__name__}, "

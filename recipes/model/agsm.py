@@ -123,7 +123,7 @@ class Competitors:
         return InBatch(self.in_batch, allow_empty=True) if self.in_batch else None
 
 
-def method(options: Any) -> str:
+def method_of(options: Any) -> str:
     """A host's name, and AGSM's where it is in its step."""
     own = f" with AGSM (lambda {options.agsm_weight:g})" if options.agsm_weight else ""
     return f"{options.of.title}{own}"

@@ -17,7 +17,7 @@ from accelerate import Accelerator, PartialState
 from data.pictures import sheet
 from data.sources import is_world
 from data.task import Task
-from model.agsm import summary_of
+from model.agsm import method_of, summary_of
 from model.card import Trained, write_cards
 from model.sampling import sample
 from model.trained import TrainedModel
@@ -47,7 +47,7 @@ class Session(TrainedModel):
     """A `TrainedModel` with prompts to look at.
 
     Args:
-        method: what trains it, in words.
+        method: what trains it, in words; left out: the host of the options.
         every: what lies between two validations, in words; left out: of the options.
     """
 
@@ -57,11 +57,11 @@ class Session(TrainedModel):
         state: Accelerator | PartialState,
         task: Task,
         *,
-        method: str,
+        method: str | None = None,
         every: str = "",
     ) -> None:
         super().__init__(options, state, task)
-        self.method = method
+        self.method = method_of(options) if method is None else method
         self.every = every or f"{options.validation_steps:,} steps"
 
     def summary(self) -> tuple[str, dict[str, str]]:
