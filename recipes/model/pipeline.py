@@ -153,24 +153,19 @@ class TextToImage:
     Args:
         pipe: the pipeline.
         cached_bytes: so much of the latest prompts' encodings is kept, on the CPU.
-        guidance: the distilled guidance scale that Flux.1-dev is given in training.
 
     Attributes:
+        guidance: the distilled guidance scale that Flux.1-dev is given in training.
         text_rows: prompts -> their conditioning, on the CPU.
         arguments: what its prompts are encoded and its images sampled with, besides the prompts.
         image_rows: images (3, H, W) -> "mean", and "std" where the VAE has one, of their latents.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        *,
-        cached_bytes: int = 2**30,
-        guidance: float = 3.5,
-    ) -> None:
+    guidance = 3.5
+
+    def __init__(self, pipe: Any, *, cached_bytes: int = 2**30) -> None:
         self.pipe = pipe
         family_of(pipe)
-        self.guidance = guidance
         self.cached_bytes = cached_bytes
         self.arguments = call_of(pipe)
         self.text_rows: Encoder = self._text_rows
@@ -184,10 +179,7 @@ class TextToImage:
 
     @classmethod
     def load(
-        cls,
-        model: str,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
+        cls, model: str, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> TextToImage:
         """From a saved folder or a hub id; the VAE in float32: SDXL's is not finite in fp16."""
         if Path(model).expanduser().is_file():
@@ -381,11 +373,7 @@ class TextToImage:
         return {name: value.to(self.device) for name, value in given.items()}
 
     def timesteps(
-        self,
-        number: int,
-        density: str,
-        generator: torch.Generator,
-        low: float = 0.0,
+        self, number: int, density: str, generator: torch.Generator, low: float = 0.0
     ) -> Tensor:
         """(number,) training timesteps: whole ones for a DDPM schedule, real ones for flows.
 
