@@ -186,10 +186,9 @@ NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten
 COLOUR_WORDS = (
     "red", "green", "blue", "yellow", "orange", "purple", "pink", "brown", "black", "white", "gray",
 )  # fmt: skip
-RELATION_WORDS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-RELATION_WORDS |= {"on": "under", "under": "on"}
-RELATION_WORDS |= {"in front of": "behind", "behind": "in front of", "left": "right"}
-RELATION_WORDS |= {"right": "left", "inside": "outside", "outside": "inside"}
+RELATION_WORDS = {"left of": "right of", "left": "right", "above": "below", "on": "under",
+                  "in front of": "behind", "inside": "outside"}  # fmt: skip
+RELATION_WORDS |= {other: word for word, other in RELATION_WORDS.items()}
 
 MOST_CHARACTERS = 10**7
 """Of all edits of one caption together: a caption of a million characters has ten."""
