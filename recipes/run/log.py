@@ -288,18 +288,16 @@ class FirstStep:
     def __init__(self, denoiser: nn.Module) -> None:
         self.passes = self.trained = 0
         self.began = time.time()
-        self._handle: Any = denoiser.register_forward_pre_hook(self._count)
+        self._handle = denoiser.register_forward_pre_hook(self._count)
 
     def _count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         self.passes += len(inputs[0])
         self.trained += len(inputs[0]) if torch.is_grad_enabled() else 0
 
     def tell(self) -> None:
-        """Prints the counts, once."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-            say(
-                f"A step: {self.passes} forward passes of one image, {self.trained} of them with a "
-                f"gradient; the first took {time.time() - self.began:.1f} s"
-            )
+        """Prints the counts, and counts no more."""
+        self._handle.remove()
+        say(
+            f"A step: {self.passes} forward passes of one image, {self.trained} of them with a "
+            f"gradient; the first took {time.time() - self.began:.1f} s"
+        )

@@ -259,6 +259,7 @@ class Run:
             bar.update()
             if first is not None:
                 first.tell()
+                first = None
             last = number == options.max_train_steps
             entry: dict[str, Any] = {}
             if number % options.logging_steps == 0 or last:
