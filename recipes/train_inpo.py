@@ -27,7 +27,7 @@ import torch
 
 from agsm_loss.integrations.hosts.base import AGSMBatch
 from agsm_loss.integrations.hosts.inpo import InPO
-from data.task import DataOptions, PromptFileOptions, open_task
+from data.task import PAIRS, DataOptions, PromptFileOptions, open_task
 from model.agsm import AGSMOptions, HostOptions, check_competitors
 from model.precompute import PrecomputeOptions, precompute
 from model.session import Session, ValidationOptions
@@ -73,12 +73,7 @@ OPTIONS = OptionSet(
     title="InPO",
     resolve=partial(resolve, of_world="recipes/lab/models/epsilon"),
     output_dir="runs/inpo",
-    data=option(
-        "world",
-        "Preference pairs to train on: world (the embedded one, rendered), or a table as a file, a "
-        "folder or a hub id, with the columns jpg_0, jpg_1, label_0 and caption (Pick-a-Pic's), or "
-        "image_w (the preferred one), image_l and caption.",
-    ),
+    data=PAIRS,
     train_batch_size=option(16, "Pairs per process and micro-step.", at_least=1),
 )
 

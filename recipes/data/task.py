@@ -47,6 +47,15 @@ class DataOptions:
     )
 
 
+PAIRS = option(
+    "world",
+    "Preference pairs to train on: world (the embedded one, rendered), or a table as a file, a "
+    "folder or a hub id, with the columns jpg_0, jpg_1, label_0 and caption (Pick-a-Pic's), or "
+    "image_w (the preferred one), image_l and caption.",
+)
+"""`data` of `DataOptions`, where two images a row are trained on."""
+
+
 @dataclass(frozen=True)
 class ImageOptions:
     """Data of one image per row (preference pairs have two)."""
