@@ -215,13 +215,10 @@ def precompute(folder: str, model: TextToImage, accelerator: Accelerator) -> Fil
     if not folder:
         return None
     root = Path(folder)
-    texts, images = (
-        Cached(encode, key_of, Store(root / f"{name}-{identity}"))
-        for name, encode, key_of, identity in (
-            ("text", model.text_rows, _key_of_text, text_identity(model)),
-            ("images", model.image_rows, _key_of_image, image_identity(model)),
-        )
-    )
+    in_text = Store(root / f"text-{text_identity(model)}")
+    in_images = Store(root / f"images-{image_identity(model)}")
+    texts = Cached(model.text_rows, _key_of_text, in_text)
+    images = Cached(model.image_rows, _key_of_image, in_images)
     model.text_rows, model.image_rows = texts, images
 
     def fill(items: Iterable[tuple[int, Any]], number: int) -> None:
