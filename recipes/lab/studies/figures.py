@@ -7,11 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from lab.studies.plan import BASE, OF, Plan, images_of, log_of
 from lab.world.detect import detect
@@ -34,8 +31,8 @@ def curves(plan: Plan, path: Path) -> None:
         against["seconds of training"] = "seconds"
     number = len(panels) + len(against)
     height = -(-number // 4)
-    figure, grid = plt.subplots(height, 4, figsize=(16, 3.6 * height), layout="constrained")
-    axes = grid.flatten()
+    figure = Figure(figsize=(16, 3.6 * height), layout="constrained")
+    axes = figure.subplots(height, 4).flatten()
     for axis in axes[number:]:
         axis.set_axis_off()
     for axis, (title, read) in zip(axes, panels, strict=False):
@@ -64,7 +61,6 @@ def curves(plan: Plan, path: Path) -> None:
         axes[0].set_yscale("log")
     axes[3].legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def chart(plan: Plan, scores: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -72,7 +68,8 @@ def chart(plan: Plan, scores: Mapping[str, Sequence[float]], path: Path) -> None
 
     scores: an entry's, one a seed.
     """
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
     for (name, points), style in zip(plan.chart.items(), ("s--", "o-", "^:", "d-."), strict=False):
         means = np.array([np.mean(scores[one]) for one in points.values()])
         least, most = ([f(scores[one]) for one in points.values()] for f in (min, max))
@@ -83,7 +80,6 @@ def chart(plan: Plan, scores: Mapping[str, Sequence[float]], path: Path) -> None
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def pictures(plan: Plan, path: Path, counting: int = 4) -> None:
@@ -98,9 +94,8 @@ def pictures(plan: Plan, path: Path, counting: int = 4) -> None:
     guided = [name for name, one in plan.sampled.items() if one[OF] == BASE]
     entries = plan.shown or [BASE, *guided[:1], *plan.methods]
     size = (1.4 * len(shown) + 0.4, 1.45 * len(entries) + 0.7)
-    figure, grid = plt.subplots(
-        len(entries), len(shown), figsize=size, layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(entries), len(shown), squeeze=False)
     for axis, i in zip(grid[0], shown, strict=True):
         axis.set_title("\n".join(textwrap.wrap(wanted[i]["prompt"], 18)), fontsize=8)
     for name, axes in zip(entries, grid, strict=True):
@@ -112,7 +107,6 @@ def pictures(plan: Plan, path: Path, counting: int = 4) -> None:
             axis.set(xticks=[], yticks=[])
         axes[0].set_ylabel("\n".join(textwrap.wrap(_plain(name), 16)), fontsize=9)
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 class Point(NamedTuple):

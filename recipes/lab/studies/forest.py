@@ -12,11 +12,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import yaml
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parents[1] / "results"
 GROUPS: dict[str, list[tuple[str, str, str]]] = yaml.safe_load(
@@ -49,7 +46,8 @@ def differences(report: str) -> dict[tuple[str, str], Difference]:
 def draw(path: Path, results: Path = RESULTS) -> None:
     """A line for each of GROUPS: the difference in overall to the control, with its interval."""
     number = sum(len(rows) + 1 for rows in GROUPS.values())
-    figure, axis = plt.subplots(figsize=(9, 0.26 * number + 0.8), layout="constrained")
+    figure = Figure(figsize=(9, 0.26 * number + 0.8), layout="constrained")
+    axis = figure.subplots()
     labels: list[str] = []
     for group, rows in GROUPS.items():
         labels.append(group)
@@ -67,7 +65,6 @@ def draw(path: Path, results: Path = RESULTS) -> None:
     axis.set_xlabel("difference in overall, 95 % interval over prompts", fontsize=9)
     axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 def _colour(mean: float, half: float) -> str:

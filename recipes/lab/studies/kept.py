@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from lab.studies.plan import OF, SCALES, STRENGTH, Plan, images_of, log_of
 from lab.world.detect import in_corner
@@ -46,7 +46,8 @@ def kept_table(plan: Plan, groups: Groups, told: Callable[[Sequence[float]], str
 
 def kept_chart(plan: Plan, path: Path) -> None:
     """Right pictures against those in the new layout, a line a method over its validations."""
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
     for name in plan.methods:
         points: dict[int, list[tuple[float, float]]] = {}
         for seed in plan.seeds:
@@ -67,7 +68,6 @@ def kept_chart(plan: Plan, path: Path) -> None:
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _guided_entry(plan: Plan, name: str) -> str:

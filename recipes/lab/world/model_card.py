@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from matplotlib.figure import Figure
 
 from agsm_loss.integrations.cards import save_card
 from lab.world.captions import CAREFUL, CARELESS
@@ -129,12 +130,8 @@ def _captions(options: Mapping[str, Any]) -> str:
 def _curve(
     log: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]], path: Path
 ) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     losses = [(line["step"], line["loss"]) for line in log if "loss" in line]
     left.plot(*zip(*losses, strict=True))
     left.set(title="training loss", xlabel="step", yscale="log")
@@ -154,4 +151,3 @@ def _curve(
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
-    plt.close(figure)
