@@ -57,8 +57,11 @@ def metadata(spec: Spec) -> dict[str, Any]:
     return {"tag": spec.tag, "include": include, "exclude": exclude, "prompt": caption(spec)}
 
 
-def _with_group(spec: Spec, index: int, group: Group) -> Spec:
-    return replace(spec, groups=(*spec.groups[:index], group, *spec.groups[index + 1 :]))
+def _with(spec: Spec, index: int, **changes: Any) -> Spec:
+    """`spec` with another count, colour or shape of a group."""
+    groups = list(spec.groups)
+    groups[index] = replace(groups[index], **changes)
+    return replace(spec, groups=tuple(groups))
 
 
 def corrupt(spec: Spec, shares: Mapping[str, float], rng: np.random.Generator) -> Spec:
@@ -79,15 +82,13 @@ def corrupt(spec: Spec, shares: Mapping[str, float], rng: np.random.Generator) -
     several = [index for index, group in enumerate(spec.groups) if group.count > 1]
     if hits["count"] and several:
         index = several[int(rng.integers(len(several)))]
-        group = spec.groups[index]
-        others = [count for count in range(2, MAX_COUNT + 1) if count != group.count]
-        spec = _with_group(spec, index, replace(group, count=others[int(rng.integers(2))]))
+        others = [n for n in range(2, MAX_COUNT + 1) if n != spec.groups[index].count]
+        spec = _with(spec, index, count=others[int(rng.integers(2))])
     coloured = [index for index, group in enumerate(spec.groups) if group.colour is not None]
     if hits["colour"] and coloured:
         index = coloured[int(rng.integers(len(coloured)))]
-        group = spec.groups[index]
-        choices = [colour for colour in COLOURS if colour != group.colour]
-        spec = _with_group(spec, index, replace(group, colour=choices[int(rng.integers(3))]))
+        others = [colour for colour in COLOURS if colour != spec.groups[index].colour]
+        spec = _with(spec, index, colour=others[int(rng.integers(3))])
     return spec
 
 
@@ -99,31 +100,22 @@ def hard_negatives(spec: Spec) -> list[Spec]:
     """
     edits: list[Spec] = []
     for index, group in enumerate(spec.groups):
-        for count in (group.count - 1, group.count + 1):
-            if 1 <= count <= MAX_COUNT and spec.relation is None:
-                edits.append(_with_group(spec, index, replace(group, count=count)))
+        if spec.relation is None:
+            counts = (group.count - 1, group.count + 1)
+            edits += [_with(spec, index, count=n) for n in counts if 1 <= n <= MAX_COUNT]
         if group.colour is not None:
-            edits += [
-                _with_group(spec, index, replace(group, colour=colour))
-                for colour in COLOURS
-                if colour != group.colour
-            ]
-        edits += [
-            _with_group(spec, index, replace(group, shape=shape))
-            for shape in SHAPES
-            if shape != group.shape
-        ]
+            edits += [_with(spec, index, colour=colour) for colour in COLOURS]
+        edits += [_with(spec, index, shape=shape) for shape in SHAPES]
     if len(spec.groups) == 2:
         first, second = spec.groups
         swapped = (replace(first, colour=second.colour), replace(second, colour=first.colour))
         edits.append(replace(spec, groups=swapped))
     if spec.relation is not None:
         edits.append(replace(spec, relation=OPPOSITE[spec.relation]))
-    return [edit for edit in dict.fromkeys(edits) if edit != spec and not _same(edit, spec)]
+    return [edit for edit in dict.fromkeys(edits) if not _same(edit, spec)]
 
 
 def _same(one: Spec, other: Spec) -> bool:
-    """Whether two specs without a relation say the same in another order."""
-    if one.relation is not None or other.relation is not None:
-        return False
-    return sorted(map(repr, one.groups)) == sorted(map(repr, other.groups))
+    """Whether two specs say the same, without a relation in any order of their groups."""
+    in_any_order = one.relation is None and set(one.groups) == set(other.groups)
+    return one == other or in_any_order
