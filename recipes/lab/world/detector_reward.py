@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.pictures import to_uint8
-from lab.world.captions import caption, metadata
 from lab.world.detect import detect
-from lab.world.prompts import specs
-from lab.world.scene import TAGS
+from lab.world.prompts import row_by_prompt
 from lab.world.score import judge
 
 
@@ -34,18 +31,12 @@ def detector(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
 
 def row_of(prompt: str) -> dict[str, Any]:
     """The prompt's GenEval row; ValueError where it is not one of the world's."""
-    if prompt not in _rows():
+    if prompt not in row_by_prompt():
         raise ValueError(
             f"detector: expected captions of the embedded world, got {prompt[:80]!r}. Take "
             "another --reward for other prompts."
         )
-    return _rows()[prompt]
+    return row_by_prompt()[prompt]
 
 
 detector.check = row_of  # type: ignore[attr-defined]
-
-
-@cache
-def _rows() -> dict[str, dict[str, Any]]:
-    """Every prompt of the world -> its GenEval row."""
-    return {caption(spec): metadata(spec) for tag in TAGS for spec in specs(tag)}

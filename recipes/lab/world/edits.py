@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 
 from lab.world.captions import caption, hard_negatives, metadata
 from lab.world.detect import Detection, detect
-from lab.world.prompts import specs
+from lab.world.prompts import row_by_prompt, specs
 from lab.world.render import Image, render
 from lab.world.scene import SHAPE_SIDE, TAGS, Scene, Spec, Thing, place
 from lab.world.score import judge
@@ -79,7 +78,9 @@ def edits_of(spec: Spec, kind: str) -> list[Spec]:
     """The hard negatives with one count or one colour changed that are prompts of the world."""
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
-    return [one for one in hard_negatives(spec) if _kind(spec, one) == kind and _known(one)]
+    found = [one for one in hard_negatives(spec) if _kind(spec, one) == kind]
+    # "two circles and a square" is no prompt of the world, and no model has seen it.
+    return [one for one in found if caption(one) in row_by_prompt()]
 
 
 def _kind(spec: Spec, edit: Spec) -> str | None:
@@ -87,16 +88,6 @@ def _kind(spec: Spec, edit: Spec) -> str | None:
     if len(pairs) != 1 or pairs[0][0].shape != pairs[0][1].shape:
         return None
     return "colour" if pairs[0][0].count == pairs[0][1].count else "count"
-
-
-@cache
-def _prompts() -> frozenset[str]:
-    return frozenset(caption(spec) for tag in TAGS for spec in specs(tag))
-
-
-def _known(spec: Spec) -> bool:
-    """Whether the models have seen such captions: "two circles and a square" is none of them."""
-    return caption(spec) in _prompts()
 
 
 def world_edits(number: int, *, seed: int, fold: str = "heldout") -> list[Edit]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .captions import metadata
+from .captions import caption, metadata
 from .scene import COLOURS, GRID, MAX_COUNT, RELATIONS, SHAPES, TAGS, Group, Scene, Spec, place
 
 FOLD_SEED = 20240
@@ -65,6 +65,12 @@ def specs(tag: str, fold: str = ALL) -> tuple[Spec, ...]:
     return tuple(every[index] for index in sorted(chosen))
 
 
+@cache
+def row_by_prompt() -> dict[str, dict[str, Any]]:
+    """Every prompt of the world -> its GenEval row."""
+    return {caption(spec): metadata(spec) for tag in TAGS for spec in specs(tag)}
+
+
 def draw_spec(rng: np.random.Generator, fold: str = ALL) -> Spec:
     """One spec: its category by TAG_WEIGHTS, then uniform within it (coloured or not alike)."""
     weights = np.array([TAG_WEIGHTS[tag] for tag in TAGS])
@@ -96,8 +102,10 @@ def corner_scenes(seed: int, number: int) -> Iterator[tuple[Spec, Scene]]:
         yield album[int(rng.integers(number))]
 
 
-def deal(fold: str, per_category: int, seed: int = 0, tags: Sequence[str] = TAGS) -> list[Spec]:
-    """Specs of a fold: `per_category` a category of `tags`, grouped by category.
+def rows(
+    fold: str, per_category: int, seed: int = 0, tags: Sequence[str] = TAGS
+) -> list[dict[str, Any]]:
+    """GenEval rows of a fold: `per_category` a category of `tags`, grouped by category.
 
     A category's prompts are shuffled with `seed` and dealt round and round, so that every prompt
     comes equally often (to within one).
@@ -109,11 +117,4 @@ def deal(fold: str, per_category: int, seed: int = 0, tags: Sequence[str] = TAGS
         choices, index = specs(tag, fold), TAGS.index(tag)
         order = np.random.default_rng([seed, index]).permutation(len(choices))
         dealt += [choices[order[i % len(choices)]] for i in range(per_category)]
-    return dealt
-
-
-def rows(
-    fold: str, per_category: int, seed: int = 0, tags: Sequence[str] = TAGS
-) -> list[dict[str, Any]]:
-    """The GenEval rows of `deal`."""
-    return [metadata(spec) for spec in deal(fold, per_category, seed, tags)]
+    return [metadata(spec) for spec in dealt]
