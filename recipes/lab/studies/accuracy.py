@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from itertools import islice
 
-import numpy as np
 import torch
 
 from agsm_loss import Bank
 from agsm_loss.integrations.denoisers import PlainDenoiser
 from agsm_loss.integrations.hosts.diffusion_dpo import diffusion_dpo_loss
 from agsm_loss.integrations.noise import add_noise, clean_and_noise, regression_target
-from data.batches import to_model
 from diagnosis.measure import held
 from lab.world.captions import caption
-from lab.world.data import WorldPairs
+from lab.world.data import WorldPairs, pixels_of
 from lab.world.prompts import scenes
-from lab.world.render import render
 from lab.world.scene import GRID
 from model.pipeline import TextToImage
 
@@ -81,8 +78,7 @@ def held_scale(
     stream, along, length = scenes(seed, "heldout", side), 0.0, 0.0
     for first in range(0, number, batch_size):
         drawn = list(islice(stream, min(batch_size, number - first)))
-        pixels = torch.from_numpy(to_model(np.stack([render(scene) for _, scene in drawn])))
-        latents = model.encode_images(pixels, generator)
+        latents = model.encode_images(pixels_of(scene for _, scene in drawn), generator)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         timesteps = model.timesteps(len(latents), "uniform", generator, low)
         noisy = add_noise(scheduler, latents, noise, timesteps)

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from data.batches import to_model
 from data.pictures import sheet
 from data.sources import loading
 from lab.world.architectures import BASES, NoiseLevels
 from lab.world.captions import CAREFUL, CARELESS, caption, corrupt
+from lab.world.data import pixels_of
 from lab.world.model_card import write_card
 from lab.world.prompts import rows, scenes
-from lab.world.render import render
 from lab.world.score import summarize, verdicts
 from model.families import call_of
 from model.sampling import sample
@@ -43,16 +42,15 @@ def batch(options: Any, step: int, rank: int) -> Batch:
         "missing": options.corrupt_missing,
     }
     stream = scenes(int(rng.integers(2**62)))
-    images, captions = [], []
-    for spec, scene in islice(stream, options.train_batch_size):
-        images.append(render(scene))
-        drawn, signs = sources.random(2)
-        careless = drawn < options.careless
+    drawn, captions = list(islice(stream, options.train_batch_size)), []
+    for spec, _ in drawn:
+        source, signs = sources.random(2)
+        careless = source < options.careless
         told = caption(corrupt(spec, shares, rng) if careless else spec)
         if signs < options.signed * (options.careless_signed if careless else 1):
             told += f" {CARELESS if careless else CAREFUL}"
         captions.append("" if rng.random() < options.drop_caption else told)
-    return Batch(torch.from_numpy(to_model(np.stack(images))), captions)
+    return Batch(pixels_of(scene for _, scene in drawn), captions)
 
 
 def build(options: Any) -> torch.nn.Module:

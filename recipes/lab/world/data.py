@@ -5,6 +5,7 @@ Item i is a function of (seed, i, process), as in `data.batches`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,10 +15,14 @@ from torch.utils.data import Dataset
 
 from data.batches import Batch, PairBatch, to_model
 from lab.world.captions import caption, hard_negatives
-from lab.world.export import pair_of_scenes
-from lab.world.prompts import corner_scenes, scenes
+from lab.world.prompts import corner_scenes, pair_of_scenes, scenes
 from lab.world.render import render
-from lab.world.scene import Spec
+from lab.world.scene import Scene, Spec
+
+
+def pixels_of(scenes: Iterable[Scene]) -> torch.Tensor:
+    """(N, 3, 24, 24) in [-1, 1], as models take them."""
+    return torch.from_numpy(to_model(np.stack([render(scene) for scene in scenes])))
 
 
 class _Rendered(Dataset[Any]):
@@ -35,6 +40,14 @@ class _Rendered(Dataset[Any]):
         """For a run's summary."""
         return f"the embedded world's {self.of}, rendered"
 
+    def _texts(
+        self, index: int, specs: Sequence[Spec], rng: np.random.Generator
+    ) -> tuple[list[str], list[int], list[list[str]]]:
+        """Captions, numbers and hard negatives of item `index`."""
+        captions = [caption(spec) for spec in specs]
+        ids = [index * self.batch_size + i for i in range(self.batch_size)]
+        return captions, ids, [world_edits(spec, self.hard, rng) for spec in specs]
+
 
 class WorldBatches(_Rendered):
     """Scenes with their own captions.
@@ -51,12 +64,8 @@ class WorldBatches(_Rendered):
         rng = np.random.default_rng([self.seed, index, self.rank, 3])
         seed = int(rng.integers(2**62))
         stream = corner_scenes(seed, self.corner) if self.corner else scenes(seed, self.fold)
-        drawn = list(islice(stream, self.batch_size))
-        pixels = to_model(np.stack([render(scene) for _, scene in drawn]))
-        hard = [world_edits(spec, self.hard, rng) for spec, _ in drawn]
-        captions = [caption(spec) for spec, _ in drawn]
-        ids = [index * self.batch_size + i for i in range(self.batch_size)]
-        return Batch(torch.from_numpy(pixels), captions, ids, hard)
+        specs, drawn = zip(*islice(stream, self.batch_size), strict=True)
+        return Batch(pixels_of(drawn), *self._texts(index, specs, rng))
 
 
 class WorldPairs(_Rendered):
@@ -67,12 +76,9 @@ class WorldPairs(_Rendered):
     def __getitem__(self, index: int) -> PairBatch:
         rng = np.random.default_rng([self.seed, index, self.rank, 7])
         drawn = list(islice(scenes(int(rng.integers(2**62)), self.fold), self.batch_size))
-        pairs = [pair_of_scenes(spec, scene, rng) for spec, scene in drawn]
-        winner, loser = (to_model(np.stack([render(pair[i]) for pair in pairs])) for i in (0, 1))
-        hard = [world_edits(spec, self.hard, rng) for spec, _ in drawn]
-        ids = [index * self.batch_size + i for i in range(self.batch_size)]
-        captions = [caption(spec) for spec, _ in drawn]
-        return PairBatch(torch.from_numpy(winner), torch.from_numpy(loser), captions, ids, hard)
+        right, wrong = zip(*(pair_of_scenes(*one, rng) for one in drawn), strict=True)
+        texts = self._texts(index, [spec for spec, _ in drawn], rng)
+        return PairBatch(pixels_of(right), pixels_of(wrong), *texts)
 
 
 def world_edits(spec: Spec, number: int, rng: np.random.Generator) -> list[str]:

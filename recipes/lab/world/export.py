@@ -13,33 +13,25 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 
-from .captions import caption, hard_negatives, metadata
-from .prompts import ALL, scenes
+from .captions import caption, metadata
+from .prompts import ALL, pair_of_scenes, scenes
 from .render import render
-from .scene import Scene, Spec, place
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from .scene import Scene, Spec
 
 
 def _png(scene: Scene) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(render(scene)).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def pair_of_scenes(spec: Spec, scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene]:
-    """The right scene and a wrong one: the caption's hard negative, one edit away."""
-    edits = [edit for edit in hard_negatives(spec) if _placeable(edit)]
-    return scene, place(_named(edits[int(rng.integers(len(edits)))], scene), rng)
 
 
 def preference_pair(spec: Spec, scene: Scene, rng: np.random.Generator) -> dict[str, Any]:
@@ -54,38 +46,23 @@ def preference_pair(spec: Spec, scene: Scene, rng: np.random.Generator) -> dict[
     }
 
 
-def _placeable(spec: Spec) -> bool:
-    return sum(group.count for group in spec.groups) <= 4
-
-
-def _named(edit: Spec, scene: Scene) -> Spec:
-    """Keeps the right image's colours where the caption leaves them open: only the edit differs."""
-    shown = {thing.shape: thing.colour for thing in scene}
-    groups = tuple(
-        replace(group, colour=group.colour or shown.get(group.shape)) for group in edit.groups
-    )
-    return replace(edit, groups=groups)
-
-
 def captioned(n: int, *, seed: int, fold: str = ALL) -> Dataset:
     """n images with caption and GenEval row (as JSON text), the same for the same arguments."""
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageFeature
-
     _check(n)
-    columns: dict[str, list[Any]] = {"image": [], "caption": [], "metadata": []}
-    for spec, scene in islice(scenes(seed, fold), n):
-        columns["image"].append({"bytes": _png(scene), "path": None})
-        columns["caption"].append(caption(spec))
-        columns["metadata"].append(json.dumps(metadata(spec)))
+    rows = [
+        {
+            "image": Image.fromarray(render(scene)),
+            "caption": caption(spec),
+            "metadata": json.dumps(metadata(spec)),
+        }
+        for spec, scene in islice(scenes(seed, fold), n)
+    ]
     features = Features(image=ImageFeature(), caption=Value("string"), metadata=Value("string"))
-    return Dataset.from_dict(columns, features=features)
+    return Dataset.from_list(rows, features=features)
 
 
 def preferences(n: int, *, seed: int, fold: str = ALL) -> Dataset:
     """n preference pairs, the same for the same arguments."""
-    from datasets import Dataset, Features, Value
-
     _check(n)
     rng = np.random.default_rng([seed, 2])
     pairs = [preference_pair(spec, scene, rng) for spec, scene in islice(scenes(seed, fold), n)]

@@ -10,13 +10,14 @@ other category are enumerated, shuffled with `FOLD_SEED`, and dealt 60/20/20. Ch
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import permutations, product
 from typing import Any
 
 import numpy as np
 
-from .captions import caption, metadata
+from .captions import caption, hard_negatives, metadata
 from .scene import COLOURS, GRID, MAX_COUNT, RELATIONS, SHAPES, TAGS, Group, Scene, Spec, place
 
 FOLD_SEED = 20240
@@ -100,6 +101,22 @@ def corner_scenes(seed: int, number: int) -> Iterator[tuple[Spec, Scene]]:
     rng = np.random.default_rng(seed)
     while True:
         yield album[int(rng.integers(number))]
+
+
+def pair_of_scenes(spec: Spec, scene: Scene, rng: np.random.Generator) -> tuple[Scene, Scene]:
+    """The right scene and a wrong one: the caption's hard negative, one edit away."""
+    edits = [
+        edit
+        for edit in hard_negatives(spec)
+        if sum(group.count for group in edit.groups) <= MAX_COUNT
+    ]
+    edit = edits[int(rng.integers(len(edits)))]
+    # Colours that the caption leaves open are the right image's: only the edit differs.
+    shown = {thing.shape: thing.colour for thing in scene}
+    groups = tuple(
+        replace(group, colour=group.colour or shown.get(group.shape)) for group in edit.groups
+    )
+    return scene, place(replace(edit, groups=groups), rng)
 
 
 def rows(
