@@ -94,8 +94,7 @@ class InstanceDetector:
             return objects
         for info, map_ in zip(result["segments_info"], result["segmentation"], strict=True):
             mask = np.asarray(map_.cpu(), dtype=bool)
-            down, across = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            box = (int(across[0]), int(down[0]), int(across[-1]) + 1, int(down[-1]) + 1)
+            box: Any = Image.fromarray(mask).getbbox()
             objects.append(Detected(self.labels[info["label_id"]], info["score"], box, mask))
         return objects
 

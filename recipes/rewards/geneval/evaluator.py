@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,7 @@ class Evaluator:
         judged: list[tuple[Judgement, Kept]] = []
         for image, row, found in zip(images, rows, self.detector(images, rows), strict=True):
             kept = self.detector.rules.keep(found, row["tag"])
-
-            def colours(
-                objects: Sequence[Detected], label: str, image: Image.Image = image
-            ) -> list[str]:
-                return self.colours(image, objects, label)
-
-            judged.append((judge(kept, row, colours), kept))
+            judged.append((judge(kept, row, partial(self.colours, image)), kept))
         return judged
 
 

@@ -229,16 +229,15 @@ def row_of(prompt: str) -> dict[str, Any]:
     things = [_thing(part, prompt) for part in parts[::2]]
     joints, coloured = parts[1::2], ["color" in thing for thing in things]
     if not joints:
-        return {"tag": "colors" if coloured[0] else "single_object", "include": things,
-                "prompt": prompt}  # fmt: skip
-    if joints == ["and"] and coloured[0] == coloured[1]:
+        tag = "colors" if coloured[0] else "single_object"
+    elif joints == ["and"] and coloured[0] == coloured[1]:
         tag = "color_attr" if coloured[0] else "two_object"
-        return {"tag": tag, "include": things, "prompt": prompt}
-    if len(joints) == 1 and joints != ["and"]:
+    elif len(joints) == 1 and joints != ["and"]:
         placed, target = things
-        return {"tag": "position", "include": [target, placed | {"position": [joints[0], 0]}],
-                "prompt": prompt}  # fmt: skip
-    raise _unknown(prompt)
+        tag, things = "position", [target, placed | {"position": [joints[0], 0]}]
+    else:
+        raise _unknown(prompt)
+    return {"tag": tag, "include": things, "prompt": prompt}
 
 
 def _thing(text: str, prompt: str) -> dict[str, Any]:
