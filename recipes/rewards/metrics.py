@@ -42,7 +42,6 @@ class Metrics:
         names: of the metrics.
         clip: the CLIP model of clipscore, a folder or a hub id.
         reference: folder of the real images that fid and kid compare with.
-        features: of fid and kid; None: Inception-v3's.
 
     Raises:
         ValueError: an unknown name.
@@ -56,13 +55,12 @@ class Metrics:
         clip: str = CLIP,
         reference: str = "",
         device: torch.device | str = "cpu",
-        features: Features | None = None,
     ) -> None:
         self.distances = {
             name: distance for name, distance in (("fid", fid), ("kid", kid)) if name in names
         }
         if self.distances:
-            self.features = Inception(device) if features is None else features
+            self.features = Inception(device)
             self.reference = features_of(image_files(Path(reference)), self.features)
         self.rewards = {
             name: CLIPScore(clip, device) if name == "clipscore" else load(name, device)
