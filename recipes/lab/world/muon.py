@@ -48,9 +48,6 @@ class MuonAdamW(torch.optim.Optimizer):
 
     lr: of Muon, with updates of AdamW's size (`adjust_lr_fn="match_rms_adamw"`, Liu et al., 2025).
     A convolution (out, in, h, w) is the matrix (out, in * h * w) to it.
-
-    Raises:
-        RuntimeError: torch is older than 2.9, which brought Muon.
     """
 
     def __init__(
@@ -62,10 +59,6 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise RuntimeError(
-                f"torch: expected 2.9 or later, for torch.optim.Muon, got {torch.__version__}"
-            )
         self.taken = in_blocks(model)
         self.matrices = [nn.Parameter(as_matrix(weight.detach())) for weight in self.taken]
         known = {id(weight) for weight in self.taken}

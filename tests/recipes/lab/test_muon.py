@@ -140,9 +140,3 @@ def test_what_it_takes_of_the_bases(base):
     assert any("denoiser" in name and ".attn" in name for name in names)
     assert not any("norm" in name or "embed" in name for name in names)
     assert not any(name.endswith((".conv_in.weight", "conv_out.weight")) for name in names)
-
-
-def test_an_old_torch_is_told_so(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(RuntimeError, match=r"torch: expected 2\.9 or later"):
-        MuonAdamW(net(), **RATES)
