@@ -24,13 +24,12 @@ def implicit_accuracy(
     reference: TextToImage,
     number: int,
     *,
-    fold: str,
     seed: int,
     low: float = 0.0,
     batch_size: int = 64,
 ) -> float:
-    """Share of `number` pairs of the world's fold in which `tuned`, more than `reference`, denoises
-    the winner better than the loser (`diffusion_dpo_loss`'s accuracy, arXiv 2311.12908).
+    """Share of `number` held-out pairs of the world in which `tuned`, more than `reference`,
+    denoises the winner better than the loser (`diffusion_dpo_loss`'s accuracy, arXiv 2311.12908).
 
     Each pair has one noise and one timestep, from the share `low` of the schedule on; the draws are
     the seed's. `tuned` uses its tokens as it does when sampling.
@@ -39,7 +38,7 @@ def implicit_accuracy(
     scheduler, right = reference.pipe.scheduler, 0.0
     for index, first in enumerate(range(0, number, batch_size)):
         size = min(batch_size, number - first)
-        batch = WorldPairs(size, 0, seed=seed, fold=fold)[index]
+        batch = WorldPairs(size, 0, seed=seed, fold="heldout")[index]
         latents = reference.encode_images(torch.cat([batch.winner, batch.loser]), generator)
         noise = (
             torch.randn(latents[:size].shape, generator=generator).repeat(2, 1, 1, 1).to(latents)

@@ -95,7 +95,7 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
     low = plan.common.get("timestep_low", 0.0)
     if plan.pairs and method in plan.methods:
         base = TextToImage.load(plan.model, torch.float32)
-        found = implicit_accuracy(model, base, plan.pairs, fold="heldout", seed=seed, low=low)
+        found = implicit_accuracy(model, base, plan.pairs, seed=seed, low=low)
         result["implicit_accuracy"] = found
     if plan.scale_images and method not in plan.sampled:
         side = 2 if ":corner:" in plan.common.get("data", "") else GRID

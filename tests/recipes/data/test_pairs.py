@@ -127,7 +127,7 @@ def test_the_worlds_export_reads_back(tmp_path):
 def test_implicit_accuracy_of_models_made_worse_on_one_of_each_pair(flow_base):
     base = TextToImage.load(str(flow_base), torch.float32)
     tuned = TextToImage.load(str(flow_base), torch.float32)
-    settings = {"fold": "heldout", "seed": 3, "low": 0.3, "batch_size": 4}
+    settings = {"seed": 3, "low": 0.3, "batch_size": 4}
 
     def accuracy():
         return implicit_accuracy(tuned, base, 6, **settings)
