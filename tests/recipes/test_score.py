@@ -9,7 +9,8 @@ from lab.world.detect import detect
 from lab.world.prompts import scenes
 from lab.world.render import render
 from lab.world.scene import TAGS, Group, Spec, Thing
-from lab.world.score import judge, relations, summarize
+from lab.world.score import judge, summarize
+from rewards.geneval.rules import relations
 
 SPOTS = ((1, 1), (9, 1), (17, 1), (1, 9), (9, 9))
 
@@ -64,8 +65,8 @@ def test_positions(relation):
 
 def test_a_diagonal_is_in_both_relations():
     one, other = detect(render((Thing("circle", "red", 1, 1), Thing("square", "red", 9, 9))))
-    assert relations(one, other) == {"left of", "above"}
-    assert relations(other, one) == {"right of", "below"}
+    assert relations(one.box, other.box) == {"left of", "above"}
+    assert relations(other.box, one.box) == {"right of", "below"}
 
 
 def test_a_blob_is_extra():

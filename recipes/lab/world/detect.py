@@ -32,13 +32,11 @@ class Detection:
     """One component: `shape` is a shape's name or "blob", `colour` a colour's or "unclear".
 
     box: left, top, right, bottom in pixels, right and bottom exclusive.
-    overlap: intersection over union with the best template, 0 to 1.
     """
 
     shape: str
     colour: str
     box: tuple[int, int, int, int]
-    overlap: float
 
     @property
     def position(self) -> tuple[float, float]:
@@ -99,7 +97,7 @@ def detect(image: npt.NDArray[np.uint8]) -> list[Detection]:
                 shape = "blob"
             rows, columns = box
             corners = (columns.start, rows.start, columns.stop, rows.stop)
-            found.append(Detection(shape, colour, corners, overlap))
+            found.append(Detection(shape, colour, corners))
     return sorted(found, key=lambda one: (one.box[1], one.box[0]))
 
 

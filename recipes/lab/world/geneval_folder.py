@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from tqdm.auto import tqdm
 
 from data.pictures import image_files, read_picture
@@ -146,8 +145,7 @@ def judge_folder(
     lines = []
     for start in tqdm(range(0, len(files), AT_ONCE), desc="detecting", leave=False):
         part = range(start, min(start + AT_ONCE, len(files)))
-        images = [Image.fromarray(pixels(files[i])) for i in part]
-        judged = evaluator(images, [rows[i] for i in part])
+        judged = evaluator([read_picture(files[i]) for i in part], [rows[i] for i in part])
         lines += [result(files[i], rows[i], *one) for i, one in zip(part, judged, strict=True)]
     with writing(results):
         results.write_text("".join(json.dumps(line) + "\n" for line in lines))

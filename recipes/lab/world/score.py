@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rewards.geneval.rules import relations as relations_of_boxes
+from rewards.geneval.rules import relations
 
 from .detect import Detection, detect, in_corner
 
@@ -38,11 +38,6 @@ class Verdict:
     cornered: bool | None = None
 
 
-def relations(one: Detection, other: Detection) -> set[str]:
-    """Where `one` is as seen from `other`."""
-    return relations_of_boxes(one.box, other.box)
-
-
 def _reason(found: Sequence[Detection], row: Mapping[str, Any]) -> str | None:
     """The first of REASONS that applies, or None."""
     matched: list[list[Detection]] = []
@@ -58,7 +53,8 @@ def _reason(found: Sequence[Detection], row: Mapping[str, Any]) -> str | None:
         if "position" in wanted and objects:
             relation, target = wanted["position"]
             anchors = matched[target]
-            if anchors and not any(relation in relations(a, b) for a in objects for b in anchors):
+            seen = [relations(one.box, other.box) for one in objects for other in anchors]
+            if seen and not any(relation in places for places in seen):
                 failed.add("wrong_place")
         matched.append(objects)
     for unwanted in row.get("exclude", []):
