@@ -82,14 +82,14 @@ def chart(plan: Plan, scores: Mapping[str, Sequence[float]], path: Path) -> None
     figure.savefig(path, dpi=110)
 
 
-def pictures(plan: Plan, path: Path, counting: int = 4) -> None:
+def pictures(plan: Plan, path: Path) -> None:
     """The same prompts and noise, a row an entry: green frames are right, red ones wrong.
 
-    The first held-out prompt of each category, and more of counting.
+    The first held-out prompt of each category, and four of counting.
     """
     wanted = plan.prompts("heldout", plan.per_category)
     first = {tag: i for i, tag in reversed(list(enumerate(row["tag"] for row in wanted)))}
-    several = range(first["counting"], first["counting"] + min(counting, plan.per_category))
+    several = range(first["counting"], first["counting"] + min(4, plan.per_category))
     shown = sorted({*first.values(), *several})
     guided = [name for name, one in plan.sampled.items() if one[OF] == BASE]
     entries = plan.shown or [BASE, *guided[:1], *plan.methods]
