@@ -37,8 +37,9 @@ from diffusers import (
 )
 from diffusers.utils.logging import disable_progress_bar
 from peft import LoraConfig
+from torch import Tensor
 
-from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank, InBatch, Passes, StepOutput
+from agsm_loss import EMA, AGSMLoss, AGSMRegularizer, Bank, InBatch, Passes
 from agsm_loss.integrations.denoisers import PlainDenoiser, TokenDenoiser
 from agsm_loss.integrations.hosts.base import AGSMBatch, Host, adapters_off, take_rows
 from agsm_loss.integrations.hosts.diffusion_dpo import DiffusionDPO
@@ -65,13 +66,13 @@ class Again(AGSMRegularizer):
         return super().__call__(*args, **{**kwargs, "pred": None})
 
 
-# name -> settings of the regularizer; None: the host alone
+# name -> what makes the regularizer; None: the host alone
 VARIANTS: dict[str, Any] = {
     "alone": None,
-    "K = 2": {"candidates": InBatch(1)},
-    "K = 4": {},
-    "K = 4, winner again": {"kind": Again},
-    "K = 4, 8 samples a pass": {"passes": Passes(chunk_size=8)},
+    "K = 2": partial(AGSMRegularizer, candidates=InBatch(1)),
+    "K = 4": AGSMRegularizer,
+    "K = 4, winner again": Again,
+    "K = 4, 8 samples a pass": partial(AGSMRegularizer, passes=Passes(chunk_size=8)),
 }
 PREFERENCE_HOSTS: dict[str, Callable[..., Host]] = {
     "DPO": DiffusionDPO,
@@ -112,17 +113,12 @@ def make(host: str, variant: str) -> Callable[[], float]:
     ).requires_grad_(False)
     unet.add_adapter(LORA)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
-    settings = VARIANTS[variant]
-    if settings is None:
-        denoiser: Any = PlainDenoiser(unet)
-    else:
-        denoiser = TokenDenoiser(unet)
+    regularizer = VARIANTS[variant]
+    denoiser: Any = TokenDenoiser(unet) if regularizer else PlainDenoiser(unet)
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     agsm = None
-    if settings is not None:
-        settings = dict(settings)
-        kind = settings.pop("kind", AGSMRegularizer)
-        agsm = kind(denoiser, EMA(trained), AGSMLoss(neg_scale=0.1), **settings)
+    if regularizer:
+        agsm = regularizer(denoiser, EMA(trained), AGSMLoss(neg_scale=0.1))
     step = PREFERENCE_HOSTS[host](
         denoiser, scheduler, reference=partial(adapters_off, unet), agsm=agsm
     )
@@ -142,18 +138,19 @@ def make(host: str, variant: str) -> Callable[[], float]:
             pairs = StatePairs(noise, winner, loser, times, times - 50, torch.arange(BATCH))
             own = AGSMBatch(other, times, noise, text, captions) if agsm else None
             out = step(pairs, text, empty, agsm_batch=own)
-        return trained_on(out, step, optimizer)
+        return trained_on(out.loss, optimizer, step)
 
     return run
 
 
-def trained_on(out: StepOutput, step: Host, optimizer: torch.optim.Optimizer) -> float:
-    """Backward, optimizer and EMA -> the loss."""
+def trained_on(loss: Tensor, optimizer: torch.optim.Optimizer, owner: Any) -> float:
+    """Backward, optimizer and the EMA of its owner, if any -> the loss."""
     optimizer.zero_grad()
-    out.loss.backward()
+    loss.backward()
     optimizer.step()
-    step.update_ema()
-    return float(out.loss.detach())
+    if owner is not None:
+        owner.update_ema()
+    return float(loss.detach())
 
 
 def make_denoising(name: str, lora: bool, variant: str) -> Callable[[], float]:
@@ -166,7 +163,7 @@ def make_denoising(name: str, lora: bool, variant: str) -> Callable[[], float]:
     denoiser, scheduler = PlainDenoiser(model), pipe.scheduler
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    chosen = DENOISING_VARIANTS[variant]
+    chosen, agsm = DENOISING_VARIANTS[variant], None
     if chosen is not None:
         ema = EMA(trained, decay=0.98) if chosen[1] else None
         agsm = AGSMRegularizer(denoiser, ema, AGSMLoss(guidance_scale=3))
@@ -182,15 +179,10 @@ def make_denoising(name: str, lora: bool, variant: str) -> Callable[[], float]:
     def run() -> float:
         pred = denoiser(noisy, times, text, Bank.POSITIVE)
         loss = torch.nn.functional.mse_loss(pred, target)
-        if chosen is not None:
+        if agsm is not None:
             given = {"pred": pred} if chosen[0] else {}
             loss = loss + agsm(noisy, times, target, text, captions, null=null, **given).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if chosen is not None:
-            agsm.update_ema()
-        return float(loss.detach())
+        return trained_on(loss, optimizer, agsm)
 
     return run
 
@@ -221,8 +213,8 @@ def make_with_rollout(host: str, variant: str) -> Callable[[], float]:
     data = AGSMBatch(noise[:shown], times[:shown], noise[-shown:], pool, captions, null=empty)
     given = {"agsm_batch": data if agsm else None}
 
-    def denoise(x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        pred: torch.Tensor = denoiser(x, timesteps, prompts, Bank.POSITIVE)
+    def denoise(x: Tensor, timesteps: Tensor) -> Tensor:
+        pred: Tensor = denoiser(x, timesteps, prompts, Bank.POSITIVE)
         return pred
 
     if host == "Flow-GRPO":
@@ -232,7 +224,7 @@ def make_with_rollout(host: str, variant: str) -> Callable[[], float]:
             trajectory = sample_sde(denoise, scheduler, noise)
             advantages = group_advantages(trajectory.last.mean((1, 2, 3)), BATCH)
             out = step(trajectory, advantages, prompts, torch.arange(4), **given)
-            return trained_on(out, step, optimizer)
+            return trained_on(out.loss, optimizer, step)
 
     else:
         reference = partial(adapters_off, model)
@@ -247,8 +239,8 @@ def make_with_rollout(host: str, variant: str) -> Callable[[], float]:
             for rows in torch.arange(images).chunk(2):
                 part = latents[rows], advantages[rows], take_rows(prompts, rows)
                 out = step(*part, times[rows], noise[rows], **given)
-                loss = trained_on(out, step, optimizer)
-            return loss
+                last = trained_on(out.loss, optimizer, step)
+            return last
 
     return run
 
