@@ -25,6 +25,7 @@ from lab.studies.plan import BASE, OF, Plan, folder_of, images_of, jobs_of, log_
 from lab.world.detect import palette_error
 from lab.world.prompts import specs
 from lab.world.summary import markdown_table, plain
+from rewards.metrics import pooled_with_interval
 from rewards.rewards import load
 
 Floats = npt.NDArray[np.float64]
@@ -84,13 +85,8 @@ def paired(one: Floats, other: Floats, prompts: npt.NDArray[Any]) -> tuple[float
     cluster-robust standard error of a mean, with Student's t (Cameron & Miller 2015, section II).
     One prompt: nan.
     """
-    gaps = one - other
-    _, cluster = np.unique(prompts, return_inverse=True)
-    sums = np.bincount(cluster, gaps - gaps.mean())
-    if len(sums) < 2:
-        return float(gaps.mean()), float("nan")
-    error = (len(sums) / (len(sums) - 1) * (sums**2).sum()) ** 0.5 / len(gaps)
-    return float(gaps.mean()), float(t.ppf(0.975, len(sums) - 1) * error)
+    found = pooled_with_interval((one - other).tolist(), prompts.tolist())
+    return found["score"], found.get("high", float("nan")) - found["score"]
 
 
 def markdown(plan: Plan, results: list[dict[str, Any]], config: Path) -> str:
