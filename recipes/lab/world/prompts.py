@@ -52,8 +52,6 @@ def _enumerate(tag: str) -> list[Spec]:
 @cache
 def specs(tag: str, fold: str = ALL) -> tuple[Spec, ...]:
     """The specs of a category in a fold (`train`, `validation`, `heldout` or `all`)."""
-    if tag not in TAGS:
-        raise ValueError(f"tag: expected one of {TAGS}, got {tag!r}")
     if fold not in (*FOLDS, ALL):
         raise ValueError(f"fold: expected one of {(*FOLDS, ALL)}, got {fold!r}")
     every = _enumerate(tag)

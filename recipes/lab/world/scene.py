@@ -94,12 +94,10 @@ def place(spec: Spec, rng: np.random.Generator, side: int = GRID) -> Scene:
 
     A group without a colour gets one at random, the same for all of its objects.
     """
-    total = sum(group.count for group in spec.groups)
     if spec.relation is not None:
-        if total != 2:
-            raise ValueError(f"relation: expected two groups of one object, got {total} objects")
         cells = _related_cells(spec.relation, rng, side)
     else:
+        total = sum(group.count for group in spec.groups)
         chosen = rng.choice(side * side, size=total, replace=False)
         cells = [(int(cell) % side, int(cell) // side) for cell in chosen]
     things: list[Thing] = []
