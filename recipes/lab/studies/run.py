@@ -38,7 +38,7 @@ from lab.world.score import verdicts
 from lab.world.summary import summarize_with_intervals
 from model.pipeline import TextToImage
 from model.sampling import sample
-from run.log import say
+from run.log import replace_text, say
 from run.options import flags
 from run.stop import PIPED, Stop
 
@@ -101,7 +101,7 @@ def run_one(plan: Plan, method: str, seed: int) -> dict[str, Any]:
         side = 2 if ":corner:" in plan.common.get("data", "") else GRID
         found = held_scale(model, plan.scale_images, seed=seed, low=low, side=side)
         result["held_scale"] = round(found, 4)
-    _write(folder / "result.json", result)
+    replace_text(folder / "result.json", json.dumps(result) + "\n")
     return result
 
 
@@ -142,15 +142,8 @@ def begin(plan: Plan, method: str, seed: int) -> Path:
     check_settings(plan, [(method, seed)])
     folder = folder_of(plan, method, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / SETTINGS, settings_of(plan, method))
+    replace_text(folder / SETTINGS, json.dumps(settings_of(plan, method)) + "\n")
     return folder
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    """The file is whole or not there."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content) + "\n")
-    part.rename(file)
 
 
 def run_all(config: Path, plan: Plan, jobs: int) -> None:
