@@ -82,6 +82,32 @@ def chart(plan: Plan, scores: Mapping[str, Sequence[float]], path: Path) -> None
     figure.savefig(path, dpi=110)
 
 
+def kept_chart(plan: Plan, path: Path) -> None:
+    """Right pictures against those in the new layout, a line a method over its validations."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    for name in plan.methods:
+        points: dict[int, list[tuple[float, float]]] = {}
+        for seed in plan.seeds:
+            for line in log_of(plan, name, seed):
+                if "cornered" in line.get("scores", {}):
+                    scores = line["scores"]
+                    point = (scores["cornered"], scores["overall"])
+                    points.setdefault(line["step"], []).append(point)
+        if points:  # else it learns nothing new
+            means = np.array([np.mean(points[step], axis=0) for step in sorted(points)])
+            style = "o-" if len(axis.lines) < 10 else "s--"  # ten colours
+            axis.plot(means[:, 0], means[:, 1], style, markersize=4, label=name)
+    axis.set(
+        title=plan.title,
+        xlabel="pictures in the new layout (validation, no CFG)",
+        ylabel="right pictures (validation, no CFG)",
+    )
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def pictures(plan: Plan, path: Path) -> None:
     """The same prompts and noise, a row an entry: green frames are right, red ones wrong.
 

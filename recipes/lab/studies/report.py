@@ -19,10 +19,19 @@ import torch
 from markdown_it import MarkdownIt
 from scipy.stats import t
 
-from lab.studies.figures import chart, curves, frontier, pictures
-from lab.studies.kept import kept_chart, kept_table
-from lab.studies.plan import BASE, OF, Plan, folder_of, images_of, jobs_of, log_of
-from lab.world.detect import palette_error
+from lab.studies.figures import chart, curves, frontier, kept_chart, pictures
+from lab.studies.plan import (
+    BASE,
+    OF,
+    SCALES,
+    STRENGTH,
+    Plan,
+    folder_of,
+    images_of,
+    jobs_of,
+    log_of,
+)
+from lab.world.detect import in_corner, palette_error
 from lab.world.prompts import specs
 from lab.world.summary import markdown_table, plain
 from rewards.metrics import pooled_with_interval
@@ -105,7 +114,7 @@ def markdown(plan: Plan, results: list[dict[str, Any]], config: Path) -> str:
         scales=_scales_told(plan),
         prompts=", ".join(prompts),
         heldout=_heldout(plan, groups),
-        kept=kept_table(plan, groups, _told),
+        kept=_kept(plan, groups),
         sweep=_sweep(plan, groups),
         preferences=_preferences(plan, groups),
         differences={one: _differences(plan, groups, one) for one in baselines},
@@ -191,6 +200,35 @@ def _heldout(plan: Plan, groups: Groups) -> str:
         best = max(range(len(rows)), key=lambda i: _mean([*groups.values()][i], key))
         rows[best][column] = f"**{rows[best][column]}**"
     return markdown_table(["", "CFG", "overall", *plan.categories], rows)
+
+
+def _kept(plan: Plan, groups: Groups) -> str:
+    """What fine-tuning on a new layout (`--data world:corner:N`) leaves of guidance."""
+    if not plan.scale_images:
+        return ""
+    rows = []
+    for name, group in groups.items():
+        if name in plan.sampled and STRENGTH not in plan.sampled[name]:
+            continue
+        old = [one["heldout"]["overall"] for one in group]
+        shown = [images_of(plan, name, one["seed"]) for one in group]
+        new = [float(np.mean([in_corner(one) for one in images])) for images in shown]
+        cells = [_told(new), _told(old), "", ""]
+        if guided := _guided_entry(plan, name):
+            best = [one["heldout"]["overall"] for one in groups[guided]]
+            cells[2] = _told([high - low for high, low in zip(best, old, strict=True)])
+        if "held_scale" in group[0]:
+            cells[3] = _told([one["held_scale"] for one in group])
+        rows.append([name, *cells])
+    heads = ["", "in the new layout", "right", "what CFG adds", "held scale"]
+    return markdown_table(heads, rows)
+
+
+def _guided_entry(plan: Plan, name: str) -> str:
+    """The method's own entry under guidance, if there is one."""
+    of_it = {entry: one for entry, one in plan.sampled.items() if one[OF] == name}
+    guided = [entry for entry, one in of_it.items() if STRENGTH not in one and min(one[SCALES]) > 1]
+    return guided[0] if guided else ""
 
 
 def _sweep(plan: Plan, groups: Groups) -> str:
