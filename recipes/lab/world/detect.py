@@ -84,9 +84,7 @@ def detect(image: npt.NDArray[np.uint8]) -> list[Detection]:
         )
     colours = colour_map(image)
     found: list[Detection] = []
-    for index, colour in enumerate(_NAMES):
-        if colour == "ground":
-            continue
+    for index, colour in enumerate(_NAMES[1:], 1):  # without the ground
         labels, count = ndimage.label(colours == index)
         for label, box in zip(range(1, count + 1), ndimage.find_objects(labels), strict=True):
             component = labels[box] == label

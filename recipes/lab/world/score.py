@@ -88,11 +88,9 @@ def verdicts(
     """
     if len(images) != len(rows):
         raise ValueError(f"expected one row per image, got {len(images)} images, {len(rows)} rows")
-    found = [judge(detect(image), row) for image, row in zip(images, rows, strict=True)]
-    if not corner:
-        return found
     return [
-        replace(one, cornered=in_corner(image)) for one, image in zip(found, images, strict=True)
+        replace(judge(detect(image), row), cornered=in_corner(image) if corner else None)
+        for image, row in zip(images, rows, strict=True)
     ]
 
 
