@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 GROUPS: dict[str, list[tuple[str, str, str]]] = yaml.safe_load(
     Path(__file__).with_suffix(".yaml").read_text()
 )  # -> study, method and control
-SHORT = {"constant weights, empty": "Model-guidance", "AGSM, empty": "AGSM", "lambda": "λ"}
+SHORT = {"lambda": "λ"}
 
 
 class Difference(NamedTuple):
