@@ -2,7 +2,11 @@
 
     python recipes/train_flow_grpo.py --rank 8 --num_tokens 0 --reward redness --agsm_weight 1
 
-Samples have no guidance, so begin with a model that has guidance in it: `train_nft.py` says how.
+Samples have no guidance, so a start with guidance in it does more than AGSM in the step
+(recipes/lab/results/rewards.md, study_reward_start):
+
+    python recipes/train_agsm.py --rank 16 --agsm_guidance_scale 3 --timestep_low 0.6
+    python recipes/train_flow_grpo.py --merge_lora runs/agsm/lora --reward redness
 
 Each step samples `--group_size` images per prompt, scores them by `--reward`, and follows the
 gradient of the better ones' likelihood. Prompts are the data set's captions, or the lines of

@@ -219,7 +219,8 @@ def test_the_make_targets_exist(name):
 
 
 # python -m recipes.lab....
-LAB = ["train_base", "train_rivals", "fuzz", "bench.loss", "bench.step", "bench.hosts"]
+LAB = ["train_base", "train_rivals", "fuzz", "studies.negative"]
+LAB += ["bench.loss", "bench.step", "bench.hosts"]
 
 
 @pytest.fixture(scope="module")
