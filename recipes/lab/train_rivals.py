@@ -33,7 +33,7 @@ from model.trained import ModelOptions, TimestepOptions, resolve
 from run.cli import command
 from run.loop import LoopOptions, Run, RunOptions
 from run.options import OptionSet, option
-from train_agsm import Inputs, Result, prepare
+from train_agsm import Inputs, Objective, Result, prepare
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         model.save()
 
 
-class Rival:
+class Rival(Objective):
     """The loss that `--objective` names, over a model's denoiser."""
 
     def __init__(self, options: Any, model: Session) -> None:
@@ -154,8 +154,6 @@ class Rival:
         with self.model.reference():
             text = {name: value[rows] for name, value in inputs.conditioning.items()}
             return self.predict(inputs, text, Bank.OFF)
-
-    def update_ema(self) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
         return self.temperature.state_dict()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
+from torch import Tensor
 
 from agsm_loss import Bank
 from agsm_loss.integrations.denoisers import PlainDenoiser
@@ -14,7 +16,7 @@ from diagnosis.measure import held
 from lab.world.captions import caption
 from lab.world.data import WorldPairs, pixels_of
 from lab.world.prompts import scenes
-from lab.world.scene import GRID
+from lab.world.scene import GRID, Scene
 from model.pipeline import TextToImage
 
 
@@ -56,6 +58,19 @@ def implicit_accuracy(
     return right / number
 
 
+def noised(
+    model: TextToImage, scenes: Sequence[Scene], generator: torch.Generator, low: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scenes' latents (N, C, h, w), the same noised, and their timesteps (N,).
+
+    low: timesteps are drawn from this share of the schedule on.
+    """
+    latents = model.encode_images(pixels_of(scenes), generator)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    timesteps = model.timesteps(len(latents), "uniform", generator, low)
+    return latents, add_noise(model.pipe.scheduler, latents, noise, timesteps), timesteps
+
+
 @torch.no_grad()
 def held_scale(
     model: TextToImage,
@@ -77,10 +92,7 @@ def held_scale(
     stream, along, length = scenes(seed, "heldout", side), 0.0, 0.0
     for first in range(0, number, batch_size):
         drawn = list(islice(stream, min(batch_size, number - first)))
-        latents = model.encode_images(pixels_of(scene for _, scene in drawn), generator)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        timesteps = model.timesteps(len(latents), "uniform", generator, low)
-        noisy = add_noise(scheduler, latents, noise, timesteps)
+        latents, noisy, timesteps = noised(model, [scene for _, scene in drawn], generator, low)
         captions = [caption(spec) for spec, _ in drawn]
         own, without = (
             clean_and_noise(

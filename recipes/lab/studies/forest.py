@@ -19,7 +19,6 @@ RESULTS = Path(__file__).parents[1] / "results"
 GROUPS: dict[str, list[tuple[str, str, str]]] = yaml.safe_load(
     Path(__file__).with_suffix(".yaml").read_text()
 )  # -> study, method and control
-SHORT = {"lambda": "λ"}
 
 
 class Difference(NamedTuple):
@@ -55,7 +54,8 @@ def draw(path: Path, results: Path = RESULTS) -> None:
             report = (results / study / "report.md").read_text()
             mean, half = differences(report)[method, control]
             axis.errorbar(mean, len(labels), xerr=half, fmt="o", color=_colour(mean, half))
-            labels.append(f"{study.removeprefix('study_')}: {_named(method)} vs. {_named(control)}")
+            label = f"{study.removeprefix('study_')}: {method} vs. {control}"
+            labels.append(label.replace("lambda", "λ"))
     axis.axvline(0, color="black", linewidth=1)
     axis.set_yticks(range(len(labels)), labels, fontsize=9)
     for label in axis.get_yticklabels():
@@ -70,12 +70,6 @@ def draw(path: Path, results: Path = RESULTS) -> None:
 def _colour(mean: float, half: float) -> str:
     """Grey where the interval has 0 in it."""
     return "grey" if abs(mean) <= half else "tab:green" if mean > 0 else "tab:red"
-
-
-def _named(text: str) -> str:
-    for long, short in SHORT.items():
-        text = text.replace(long, short)
-    return text
 
 
 if __name__ == "__main__":

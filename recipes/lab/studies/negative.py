@@ -18,10 +18,9 @@ from torch.nn.functional import cosine_similarity
 
 from agsm_loss import Bank
 from agsm_loss.integrations.denoisers import PlainDenoiser
-from agsm_loss.integrations.noise import add_noise
 from agsm_loss.integrations.tokens.saved import SavedTokens
+from lab.studies.accuracy import noised
 from lab.world.captions import caption
-from lab.world.data import pixels_of
 from lab.world.prompts import scenes
 from model.pipeline import TextToImage
 
@@ -51,10 +50,7 @@ def measure(model: TextToImage, tokens: SavedTokens, number: int, seed: int) -> 
     generator = torch.Generator().manual_seed(seed)
     attached, denoiser = tokens.attach(model.denoiser), PlainDenoiser(model.denoiser)
     drawn = list(islice(scenes(seed, "heldout"), number))
-    latents = model.encode_images(pixels_of(scene for _, scene in drawn), generator)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    timesteps = model.timesteps(number, "uniform", generator)
-    noisy = add_noise(model.pipe.scheduler, latents, noise, timesteps)
+    _, noisy, timesteps = noised(model, [scene for _, scene in drawn], generator)
     right = [caption(spec) for spec, _ in drawn]
     wrong = right[1:] + right[:1]
 
