@@ -82,7 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
         task = open_task(options, run.accelerator)
         hard = 0 if options.objective == "denoising" else check_competitors(options, task)
         method = METHODS[options.objective]
-        model = Session(options, run.accelerator, task, method=method).prepare(run.accelerator)
+        model = Session(options, run.accelerator, task, method=method)
+        model.prepare(run.accelerator, reference=False)
         objective = make_objective(options, model)
         batches = task.images(options.train_batch_size, hard, options.image_column)
         fill = precompute(options.precompute, model.pipeline, run.accelerator)

@@ -69,6 +69,8 @@ class Measured:
     captions: list[list[str]]
     """The K captions of each image."""
     image_ids: list[int]
+    guidance_input: float | None = None
+    """The distilled guidance scale that the model was given; None: it has no such input."""
 
 
 @torch.no_grad()
@@ -118,7 +120,8 @@ def measure(
     errors, guidance, along, away, power = (
         torch.cat(kind).double() for kind in zip(*found, strict=True)
     )
-    return Measured(errors, guidance, along, away, power, torch.cat(masks), captions, ids)
+    given = model.guidance if "guidance" in image else None
+    return Measured(errors, guidance, along, away, power, torch.cat(masks), captions, ids, given)
 
 
 def _noisings(
@@ -181,6 +184,8 @@ class Numbers:
     levels, g the guidance. Where s was trained in it rests s times as far from x_empty as the data
     are (`agsm_loss.functional`), so that this is s; it is 1 where the data alone were learnt."""
     suspects: list[Suspect]
+    guidance_input: float | None = None
+    """As `Measured` has it."""
 
     @property
     def decided_from(self) -> float:
@@ -234,6 +239,7 @@ def summarize(measured: Measured) -> Numbers:
         cosine=(along / (guidance * away).sqrt()).numpy(),
         held=held(float(along.sum()), float(guidance.sum())),
         suspects=_suspects(measured, win_rate["in_batch"]),
+        guidance_input=measured.guidance_input,
     )
 
 

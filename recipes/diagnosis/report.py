@@ -182,10 +182,16 @@ def verdict(numbers: Numbers) -> list[Finding]:
     text = (
         f"{'Keep it' if inside else f'Train a guidance scale of {scale:g} into the model'}: "
         f"--agsm_guidance_scale {scale:g} --candidates {CANDIDATES[kind]}. A step takes about "
-        f"{(3 + PASSES[kind]) / 3:.2g} times as long as one of plain denoising. Then sample "
-        "without guidance (--guidance_scale 1): one pass a step in place of two."
+        f"{(3 + PASSES[kind]) / 3:.2g} times as long as one of plain denoising. "
     )
-    options = {"agsm_guidance_scale": scale, "candidates": CANDIDATES[kind]}
+    options: dict[str, Any] = {"agsm_guidance_scale": scale, "candidates": CANDIDATES[kind]}
+    if (given := numbers.guidance_input) is None:
+        text += (
+            "Then sample without guidance (--guidance_scale 1): one pass a step in place of two."
+        )
+    else:
+        text += f"Train and sample with the model's own guidance input at {given:g}, as here."
+        options["validation_guidance_scale"] = given
     found.append(Finding("scale", text, {"objective": "agsm", **options}))
     edited = numbers.win_rate["edited"][first:].mean()
     if edited >= numbers.decided_from:

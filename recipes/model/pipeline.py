@@ -155,7 +155,7 @@ class TextToImage:
         cached_bytes: so much of the latest prompts' encodings is kept, on the CPU.
 
     Attributes:
-        guidance: the distilled guidance scale that Flux.1-dev is given in training.
+        guidance: the distilled guidance scale that is an input of Flux.1-dev and FLUX.2-dev.
         text_rows: prompts -> their conditioning, on the CPU.
         arguments: what its prompts are encoded and its images sampled with, besides the prompts.
         image_rows: images (3, H, W) -> "mean", and "std" where the VAE has one, of their latents.
@@ -250,10 +250,17 @@ class TextToImage:
                 load_soft_tokens(pipe or self.pipe, name, sampling)
 
     def set_lora_scale(self, scale: float) -> None:
-        """The strength of the LoRA of `load_extras`: 0 is the model without it."""
+        """The strength of the LoRA of `load_extras`: 0 is the model without it.
+
+        Raises:
+            ValueError: a strength between, of a DoRA: it does not scale the lengths of its weights.
+        """
         for part in self.pipe.components.values():
             for layer in part.modules() if isinstance(part, nn.Module) else ():
                 if isinstance(layer, BaseTunerLayer):
+                    if scale not in (0, 1) and getattr(layer, "use_dora", {}).get(_LORA):
+                        raise ValueError(f"lora_scale: expected 0 or 1 for a DoRA, got {scale:g}.")
+                    layer.enable_adapters(scale != 0)
                     layer.set_scale(_LORA, scale)
 
     def check_side(self, side: int) -> None:

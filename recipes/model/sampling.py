@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from agsm_loss._random import draws
 from data.prompts import rows_of
-from data.sources import check_source
+from data.sources import check_source, found_here
 from model.families import guidance, image_side
 from model.pipeline import TextToImage, chosen_device
 from run.log import say
@@ -158,21 +158,24 @@ def _overflow_seen(pipe: Any, prompts: Sequence[str]) -> Iterator[None]:
 
 
 def default_guidance_scale(folders: Iterable[str]) -> float:
-    """What one of them was looked at with in training, as its options.json tells; else 3.
+    """What they were looked at with in training, by options.json: 1 if one was, else the last.
 
-    That is 1 where guidance was trained in.
+    1 is where guidance was trained in. 3 where nothing is told.
 
-    folders: of tokens, a LoRA or a pipeline, or hub ids, or "". options.json is in or above each.
+    folders: of a pipeline, tokens, a LoRA, or files in them, or hub ids, or "". options.json is in
+        the folder or the one above.
 
     Raises:
         ValueError: an options.json that cannot be read, or whose scale is no number.
     """
-    for folder in filter(None, folders):
-        for file in (Path(folder) / "options.json", Path(folder).parent / "options.json"):
-            scale = _scale_in(file) if file.is_file() else None
-            if scale is not None:
-                return scale
-    return 3.0
+    scales = []
+    for place in map(found_here, filter(None, folders)):
+        if place is not None:
+            folder = place.resolve() if place.is_dir() else place.resolve().parent
+            files = (folder / "options.json", folder.parent / "options.json")
+            told = [_scale_in(file) for file in files if file.is_file()]
+            scales += [scale for scale in told if scale is not None][:1]
+    return 1.0 if 1.0 in scales else scales[-1] if scales else 3.0
 
 
 def _scale_in(file: Path) -> float | None:

@@ -37,8 +37,8 @@ class ValidationOptions:
     validation_inference_steps: int = option(20, "Sampling steps per validation image.", at_least=1)
     validation_guidance_scale: float | None = option(
         None,
-        "Classifier-free guidance scale of validation images; 1: no guidance. Left out: 1 "
-        "where guidance is trained in, else 3.",
+        "Guidance scale of validation images; 1: no guidance. Left out: 1 where guidance is "
+        "trained in, else 3. Flux.1-dev and FLUX.2-dev, whose input it is, train with it, too.",
         at_least=0,
     )
 

@@ -29,6 +29,7 @@ from data.sources import check_source, found_here, given_model, is_world
 from data.task import Task
 from model.agsm import Competitors, agsm_weight, make_agsm, resolve_agsm
 from model.pipeline import TextToImage
+from model.sampling import default_guidance_scale
 from run.checkpoints import digest_of, fingerprint_of
 from run.engines import blocks_of, is_sharded
 from run.options import option
@@ -119,8 +120,10 @@ def resolve(options: Any, of_world: str = "recipes/lab/models/flow") -> None:
     steps = getattr(options, "max_train_steps", None)  # DDPO counts epochs
     resolve_agsm(options, steps or max(1, options.num_epochs * options.train_num_inner_epochs))
     if options.validation_guidance_scale is None:
-        trained_in = trains_guidance(options)
-        options.validation_guidance_scale = 1.0 if trained_in else 3.0
+        options.validation_guidance_scale = (
+            1.0 if trains_guidance(options)
+            else default_guidance_scale([options.model, options.merge_lora])
+        )  # fmt: skip
 
 
 def trains_guidance(options: Any) -> bool:
@@ -167,6 +170,9 @@ class TrainedModel:
         if is_sharded(state):  # FSDP2 takes no channels_last
             model.denoiser.to(memory_format=torch.contiguous_format)
         self.fingerprint = _fingerprint(model)
+        model.guidance = options.validation_guidance_scale
+        if getattr(model.denoiser.config, "guidance_embeds", False):  # an input, in training too
+            self.fingerprint += f" guidance {model.guidance:g}"
         if options.merge_lora:
             model.merge_lora(options.merge_lora)
             self.fingerprint += _content(options.merge_lora)  # a hub's is in the cache by now
@@ -185,15 +191,18 @@ class TrainedModel:
         if options.rank:
             self.reference = partial(adapters_off, model.denoiser)
 
-    def prepare(self, accelerator: Accelerator) -> Self:
-        """Gives the denoiser and its optimizer to accelerate."""
+    def prepare(self, accelerator: Accelerator, reference: bool = True) -> Self:
+        """Gives the denoiser and its optimizer to accelerate.
+
+        reference: whether `reference` is used; with --full it is a frozen copy of the weights.
+        """
         options = self.options
         optimizer = torch.optim.AdamW(self.parameters, options.learning_rate, weight_decay=1e-4)
         module = blocks_of(self.denoiser, self.pipeline.denoiser)
         self.denoiser, self.optimizer = accelerator.prepare(module, optimizer)
         # FSDP2 has put its shards in their place.
         self.parameters = [one for one in self.denoiser.parameters() if one.requires_grad]
-        if options.full:  # a frozen copy of what is trained
+        if options.full and reference:
             self.reference = EMA(self.denoiser, decay=1.0).applied
         return self
 

@@ -15,6 +15,7 @@ from pipelines_tiny import WORDS, speaking_pipeline
 from recipe_runs import log
 
 from model.families import call_of, image_side
+from model.pipeline import TextToImage
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 CLASSES = {
@@ -91,6 +92,14 @@ def test_it_builds_its_training_and_takes_a_step(config, models, data, tmp_path,
             else call_of(pipe)
         ),
     )
+    inputs, plain = set(), TextToImage.image_conditioning
+
+    def conditioning(self, pixels):
+        found = plain(self, pixels)
+        inputs.update(found.get("guidance", torch.empty(0)).tolist())
+        return found
+
+    monkeypatch.setattr(TextToImage, "image_conditioning", conditioning)
     recipe, kind = recipe_of(config), CLASSES[model_of(config)]
     known = vars(recipe.OPTIONS.parse("", ["--config", str(config)]))
     pairs = recipe.__name__ in ("train_dpo", "train_inpo")
@@ -108,3 +117,5 @@ def test_it_builds_its_training_and_takes_a_step(config, models, data, tmp_path,
     lines = [line for line in log(tmp_path / "run") if "loss" in line]
     assert lines and all(torch.tensor(line["loss"]).isfinite() for line in lines)
     assert any("agsm/loss" in line for line in log(tmp_path / "run"))
+    # Where guidance is an input, images are drawn with what was trained.
+    assert inputs == ({known["validation_guidance_scale"]} if kind == "flux" else set())

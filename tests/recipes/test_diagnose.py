@@ -174,6 +174,8 @@ EMPTY = {"candidates": "empty", "timestep_low": 0.6}
     ({"held": np.inf}, "scale", "Keep it: --agsm_guidance_scale 10 --candidates empty.", {}),
     ({}, "scale", "--agsm_guidance_scale 3 --candidates empty. A step takes about 1.3 times",
      {"objective": "agsm", "agsm_guidance_scale": 3.0, "candidates": "empty"}),
+    ({"guidance_input": 3.5}, "scale", "sample with the model's own guidance input at 3.5, as here",
+     {"validation_guidance_scale": 3.5}),
     (UNKNOWN, "empty_unknown", "hardly trained without captions", OTHERS),
     (UNKNOWN, "scale", "--candidates in_batch:3. A step takes about 2 times", OTHERS),
     ({"empty": HIGH, "edited": np.repeat([0.5, 0.62], [6, 4])}, "edits",

@@ -12,6 +12,8 @@ from PIL import Image
 
 import generate
 import score_images
+import train_dpo
+import train_nft
 from data.prompts import read_prompts
 from lab.world.geneval_folder import pixels, read_results
 from lab.world.prompts import rows
@@ -154,10 +156,32 @@ def test_what_is_kept_is_kept_by_content(flow_base, tmp_path, capsys):
 
 def test_the_guidance_scale_is_what_was_trained_for(tmp_path):
     assert default_guidance_scale(["", "owner/name", str(tmp_path)]) == 3.0
+    (tmp_path / "lora").mkdir()
     for scale, wanted in ((1.0, 1.0), (4.5, 4.5), (None, 3.0)):
         (tmp_path / "options.json").write_text(json.dumps({"validation_guidance_scale": scale}))
         for folder in (tmp_path, tmp_path / "lora"):
             assert default_guidance_scale(["", str(folder)]) == wanted
+
+
+def test_guidance_in_one_of_the_parts_is_found(tmp_path, monkeypatch):
+    for name, scale in (("start/pipeline", 3.0), ("tokens/tokens", 2.0), ("agsm/lora", 1.0)):
+        (tmp_path / name).mkdir(parents=True)
+        told = json.dumps({"validation_guidance_scale": scale})
+        (tmp_path / name).with_name("options.json").write_text(told)
+    start, tokens, lora = (
+        str(tmp_path / one) for one in ("start/pipeline", "tokens/tokens", "agsm/lora")
+    )
+    (file := tmp_path / "agsm/lora/pytorch_lora_weights.safetensors").touch()
+    assert default_guidance_scale([start, tokens, ""]) == 2.0
+    for given in ([start, "", lora], [lora, "", start], [str(file)]):
+        assert default_guidance_scale(given) == 1.0
+    for recipe, flags in ((train_nft, ["--reward", "redness"]), (train_dpo, [])):
+        assert (
+            recipe.OPTIONS.parse("", ["--merge_lora", lora, *flags]).validation_guidance_scale
+            == 1.0
+        )
+    monkeypatch.chdir(lora)
+    assert default_guidance_scale(["."]) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -171,6 +195,7 @@ def test_the_guidance_scale_is_what_was_trained_for(tmp_path):
 )
 def test_a_scale_that_cannot_be_read_is_named(content, tmp_path):
     (tmp_path / "options.json").write_text(content)
+    (tmp_path / "lora").mkdir()
     with pytest.raises(ValueError, match=r"options\.json.*: expected .*or give --guidance_scale"):
         default_guidance_scale([str(tmp_path / "lora")])
 

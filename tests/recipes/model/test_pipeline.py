@@ -265,6 +265,25 @@ def test_a_lora_of_zero_by_any_of_its_parts_is_refused(kind, epsilon_base, tmp_p
             use(fresh, str(tmp_path))
 
 
+def test_a_dora_at_strength_0_is_the_model_without_it(epsilon_base, tmp_path):
+    loaded = TextToImage.load(str(epsilon_base), torch.float32)
+    bare = picture(loaded)
+    loaded.denoiser.add_adapter(LoraConfig(r=2, use_dora=True, target_modules=["to_q"]))
+    for name, one in loaded.denoiser.named_parameters():
+        if "magnitude" in name:
+            one.data.mul_(1.5)
+    loaded.save_lora(tmp_path)
+    loaded = TextToImage.load(str(epsilon_base), torch.float32)
+    loaded.load_extras("", str(tmp_path))
+    strong = picture(loaded)
+    loaded.set_lora_scale(0)
+    assert (picture(loaded) == bare).all() and not (strong == bare).all()
+    loaded.set_lora_scale(1)
+    assert (picture(loaded) == strong).all()
+    with pytest.raises(ValueError, match=r"expected 0 or 1 for a DoRA, got 0\.5"):
+        loaded.set_lora_scale(0.5)
+
+
 def test_a_merged_lora_of_the_text_encoder_is_in_the_saved_pipeline(epsilon_base, tmp_path):
     file = lora(
         DiffusionPipeline.from_pretrained(epsilon_base), tmp_path / "lora",
