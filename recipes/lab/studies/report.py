@@ -255,11 +255,15 @@ def _preferences(plan: Plan, groups: Groups) -> str:
 
 def _differences(plan: Plan, groups: Groups, baseline: str) -> str:
     """To a baseline, image by image on the same noise."""
-    rows = [
-        [name, *(f"{mean:+.3f} ± {half:.3f}" for mean, half in parts), ratio]
-        for name, *parts, ratio in _gaps(plan, groups, baseline)
-    ]
-    return markdown_table(["", "overall", "counting", "counting, as a ratio"], rows)
+    rows = []
+    control = [one["heldout"]["overall"] for one in groups[baseline]]
+    for name, *parts, ratio in _gaps(plan, groups, baseline):
+        own = [one["heldout"]["overall"] for one in groups[name]]
+        _, half = spread(np.subtract(own, control).tolist())
+        gaps = [f"{mean:+.3f} ± {half:.3f}" for mean, half in parts]
+        rows.append([name, gaps[0], "" if isnan(half) else f"± {half:.3f}", gaps[1], ratio])
+    heads = ["", "overall", "over seeds", "counting", "counting, as a ratio"]
+    return markdown_table(heads, rows)
 
 
 def _gaps(plan: Plan, groups: Groups, baseline: str) -> list[Any]:

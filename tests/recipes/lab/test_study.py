@@ -54,6 +54,11 @@ def test_a_study_from_plan_to_report(flow_base, tmp_path, monkeypatch):
     counting = [one["categories"]["counting"]["score"] for one in swept]
     overall = np.mean([one["overall"] for one in swept])
     assert row.split(" | ")[1] == f"{overall:.3f}, {np.mean(counting):.3f}"
+    gaps = np.subtract(
+        *([r["heldout"]["overall"] for r in group] for group in (results[2::3], results[::3]))
+    )
+    row = text.split("## Against the base")[1].split("| AGSM | ")[1].split(" | ")
+    assert row[0].startswith(f"{gaps.mean():+.3f}") and row[1] == f"± {report.spread(gaps)[1]:.3f}"
     cleanness = text.split("## How clean")[1].split("## ")[0]
     assert cleanness.count(" ± ") == 3 and "| AGSM | 0.00" not in cleanness
     page = (tmp_path / "out" / "report.html").read_text()
