@@ -1,6 +1,6 @@
 r"""DDPO by trl on a Stable Diffusion pipeline, alone or with AGSM in its step.
 
-    python recipes/train_ddpo.py --config recipes/configs/ddpo_epsilon.yaml --agsm_weight 1
+    python recipes/train_ddpo.py --config recipes/configs/ddpo_epsilon.yaml --agsm_weight 0.3
     accelerate launch recipes/train_ddpo.py --config recipes/configs/ddpo_sd15.yaml \
         --data captions.parquet
 

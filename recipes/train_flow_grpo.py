@@ -1,6 +1,6 @@
 """Flow-GRPO on a flow-matching pipeline, alone or with AGSM in its step.
 
-    python recipes/train_flow_grpo.py --rank 8 --num_tokens 0 --reward redness --agsm_weight 1
+    python recipes/train_flow_grpo.py --rank 8 --num_tokens 0 --reward redness --agsm_weight 0.1
 
 Samples have no guidance, so a start with guidance in it does more than AGSM in the step
 (recipes/lab/results/rewards.md, study_reward_start):
