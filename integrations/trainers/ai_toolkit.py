@@ -16,7 +16,8 @@ empty prompt. That is the same loss times s²: its gradient is s times AGSM's.
 >>> from types import SimpleNamespace
 >>> from agsm_loss.integrations.trainers.ai_toolkit import AGSMTrainer
 >>> class SDTrainer:  # ai-toolkit's
-...     train_config = SimpleNamespace(do_guidance_loss=False)
+...     train_config = SimpleNamespace(do_guidance_loss=False, loss_type="mse")
+...     dataset_configs = []
 ...     unconditional_embeds = torch.tensor([1.0])
 ...     def get_conf(self, key, default): return default
 ...     def predict_noise(self, noisy_latents, conditional_embeds, is_primary_pred=False):
@@ -43,16 +44,21 @@ class AGSMTrainer:
     """What is put before ai-toolkit's `SDTrainer`, or a subclass of it, in the bases of a class.
 
     The trainer's loss, with its masks and weightings, gets its prediction with guidance undone.
-    `agsm_guidance_scale` of the process's config is s ≥ 1, 3 by default; 1 is the trainer alone.
+    Where its target is the model's own prediction (`prior_reg`, `inverted_mask_prior`), the loss is
+    the trainer's. `agsm_guidance_scale` of the process's config is s ≥ 1, 3 by default; 1 is the
+    trainer alone.
 
     Raises:
-        ValueError: a scale below 1, or `do_guidance_loss`, which would do the same once more.
+        ValueError: a scale below 1; `do_guidance_loss`, which would do the same once more; a loss
+            that takes another prediction: mean_flow, or that of pairs (`unconditional_path`).
     """
 
     concat_prompt_embeds: Any
+    dataset_configs: Any
     get_conf: Any
     train_config: Any
     unconditional_embeds: Any
+    _agsm_shift: Tensor | float = 0.0  # by which undoing guidance moved the prediction
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -63,6 +69,16 @@ class AGSMTrainer:
                 "do_guidance_loss: expected false with agsm_guidance_scale, got true. Both train "
                 "guidance in; keep one."
             )
+        for name, found in {
+            "loss_type: mean_flow": self.train_config.loss_type == "mean_flow",
+            "unconditional_path": any(one.unconditional_path for one in self.dataset_configs),
+        }.items():
+            if found and self.agsm_guidance_scale != 1:
+                raise ValueError(
+                    f"{name}: expected a job without it, got agsm_guidance_scale "
+                    f"{self.agsm_guidance_scale} too. Its loss takes predictions that AGSM does "
+                    "not change; keep one."
+                )
 
     def predict_noise(self, *args: Any, **kwargs: Any) -> Tensor:
         """ai-toolkit's prediction; with guidance undone where it is the one that is trained."""
@@ -86,7 +102,16 @@ class AGSMTrainer:
             batch.audio_pred = undo_guidance(
                 sound, batch.audio_pred_uncond, self.agsm_guidance_scale
             )
-        return undo_guidance(pred, null_pred, self.agsm_guidance_scale)
+        unguided = undo_guidance(pred, null_pred, self.agsm_guidance_scale)
+        self._agsm_shift = (unguided - pred).detach()
+        return unguided
+
+    def calculate_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """ai-toolkit's loss. A target that is the model's own prediction moves with the trained."""
+        if kwargs.get("prior_pred") is not None:
+            kwargs["prior_pred"] = kwargs["prior_pred"] + self._agsm_shift
+        loss: Tensor = super().calculate_loss(*args, **kwargs)  # type: ignore[misc]
+        return loss
 
 
 class AGSMExtension:

@@ -120,10 +120,12 @@ def test_in_diffsynth_studio_a_negative_prompt_that_is_not_encoded_is_named():
 class SDTrainer:
     """As ai-toolkit's, of a model with one layer: its own guidance loss is form A."""
 
-    def __init__(self, config, do_guidance_loss=False, scale=3.0):
+    def __init__(self, config, scale=3.0, unconditional_path=None, **train):
         torch.manual_seed(0)
         self.config, self.scale, self.calls = config, scale, []
-        self.train_config = SimpleNamespace(do_guidance_loss=do_guidance_loss)
+        self.dataset_configs = [SimpleNamespace(unconditional_path=unconditional_path)]
+        given = {"do_guidance_loss": False, "loss_type": "mse"}
+        self.train_config = SimpleNamespace(**given | train)
         self.layer = nn.Linear(7, 4, dtype=torch.float64)
         self.unconditional_embeds = encoded(2)[0]
 
@@ -146,7 +148,7 @@ class SDTrainer:
             setattr(batch, batch.audio_pred_slot or "audio_pred", pred[:, :2] * timesteps)
         return pred
 
-    def calculate_loss(self, noise_pred, noise, noisy_latents, batch):
+    def calculate_loss(self, noise_pred, noise, noisy_latents, batch, mask=1, prior_pred=None):
         target, audio_target = noise - 1, batch.audio_target
         if self.train_config.do_guidance_loss:
             with torch.no_grad():
@@ -158,19 +160,21 @@ class SDTrainer:
                 if audio_target is not None:
                     u = batch.audio_pred_uncond
                     audio_target = u + self.scale * (audio_target - u)
-        loss = (torch.arange(1, 5) * (noise_pred - target) ** 2).mean()
+        loss = (mask * torch.arange(1, 5) * (noise_pred - target) ** 2).mean()
+        if prior_pred is not None:
+            loss = loss + ((1 - mask) * (noise_pred - prior_pred) ** 2).mean()
         if audio_target is not None:
             loss = loss + 0.5 * (batch.audio_pred - audio_target).square().mean()
         return loss
 
-    def loss(self, audio=False):
+    def loss(self, audio=False, **preserved):
         torch.manual_seed(1)
         noise, text = (torch.randn(3, n, dtype=torch.float64) for n in (4, 3))
         batch = SimpleNamespace(audio_target=None, audio_pred=None, audio_pred_slot=None)
         batch.audio_target = noise[:, :2] + 1 if audio else None
         given = {"timesteps": 0.5, "conditional_embeds": text, "batch": batch, "extra": 1}
         pred = self.predict_noise(noisy_latents=noise, **given, is_primary_pred=True)
-        return self.calculate_loss(pred, noise, noise, batch)
+        return self.calculate_loss(pred, noise, noise, batch, **preserved)
 
 
 class OurTrainer(ai_toolkit.AGSMTrainer, SDTrainer):
@@ -189,6 +193,20 @@ def test_in_ai_toolkit_the_loss_is_its_guidance_loss(audio):
     assert ours.calls == [(True, True, {"extra": 1}), (False, False, {"extra": 1})]
 
 
+def test_in_ai_toolkit_what_is_to_be_preserved_is():
+    """inverted_mask_prior, prior_reg: there the target is the model's own prediction."""
+    mask, prior = torch.tensor([[1.0], [0.25], [0.0]]), torch.ones(3, 4, dtype=torch.float64)
+    losses = []
+    for kind in (OurTrainer, SDTrainer):
+        for given in ({"mask": mask}, {"mask": mask, "prior_pred": prior}):
+            trainer = kind({})
+            losses.append(both(trainer.loss(**given), trainer.layer.weight))
+    (ours, ours_prior, theirs, theirs_prior) = ((one, grad) for one, (grad,) in losses)
+    for a, b, c, d in zip(ours, ours_prior, theirs, theirs_prior, strict=True):
+        torch.testing.assert_close(b - a, d - c)
+        assert not torch.equal(a, c)
+
+
 def test_in_ai_toolkit_a_scale_of_1_is_the_trainer_itself():
     ours, theirs = OurTrainer({"agsm_guidance_scale": 1}), SDTrainer({})
     assert torch.equal(ours.loss(), theirs.loss()) and len(ours.calls) == 1
@@ -198,6 +216,10 @@ def test_in_ai_toolkit_a_scale_of_1_is_the_trainer_itself():
 def test_in_ai_toolkit_two_guidance_losses_or_no_ai_toolkit_are_named(monkeypatch):
     with pytest.raises(ValueError, match="do_guidance_loss: expected false"):
         OurTrainer({}, do_guidance_loss=True)
+    for other in ({"loss_type": "mean_flow"}, {"unconditional_path": "pairs"}):
+        with pytest.raises(ValueError, match="a job without it, got agsm_guidance_scale 3"):
+            OurTrainer({}, **other)
+        OurTrainer({"agsm_guidance_scale": 1}, **other)
     with pytest.raises(ValueError, match="guidance_scale: expected"):
         OurTrainer({"agsm_guidance_scale": 0.5})
     (extension,) = ai_toolkit.AI_TOOLKIT_EXTENSIONS

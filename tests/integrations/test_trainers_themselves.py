@@ -338,21 +338,26 @@ def test_in_ai_toolkit_itself(scale, fresh, monkeypatch):
         one._guidance_loss_target_batch = 3.0
         return one
 
-    def loss(one):
+    def loss(one, preserve=False):
         noise, latents = torch.randn(2, 2, 4, 8, 8)
         timesteps = torch.tensor([300.0, 800.0])
         sigma = timesteps.view(-1, 1, 1, 1) / 1000
         batch = SimpleNamespace(
-            latents=latents, mask_tensor=None, loss_multiplier_list=[1.0, 0.5], audio_pred=None,
-            audio_target=None, audio_pred_slot=None, get_is_reg_list=lambda: [False, False],
+            latents=latents, mask_tensor=torch.zeros(2, 1, 8, 8), loss_multiplier_list=[1.0, 0.5],
+            audio_pred=None, audio_target=None, audio_pred_slot=None,
+            get_is_reg_list=lambda: [preserve, preserve],
         )  # fmt: skip
         noisy = (1 - sigma) * latents + sigma * noise
-        pred = one.predict_noise(
-            noisy_latents=noisy, timesteps=timesteps, batch=batch, is_primary_pred=True,
-            conditional_embeds=PromptEmbeds(torch.randn(2, 5, 3)), unconditional_embeds=None,
-        )  # fmt: skip
-        mask = torch.rand(2, 4, 8, 8)
-        return one.calculate_loss(pred, noise, noisy, timesteps, batch, mask_multiplier=mask)
+        given = {
+            "noisy_latents": noisy, "timesteps": timesteps, "batch": batch,
+            "conditional_embeds": PromptEmbeds(torch.randn(2, 5, 3)), "unconditional_embeds": None,
+        }  # fmt: skip
+        pred = one.predict_noise(**given, is_primary_pred=True)
+        inputs = pred, noise, noisy, timesteps, batch
+        if preserve:  # as at the first step, where the model is the prior
+            prior = one.predict_noise(**given).detach()
+            return one.calculate_loss(*inputs, mask_multiplier=batch.mask_tensor, prior_pred=prior)
+        return one.calculate_loss(*inputs, mask_multiplier=torch.rand(2, 4, 8, 8))
 
     def first_loss(one):
         torch.manual_seed(1)
@@ -367,12 +372,17 @@ def test_in_ai_toolkit_itself(scale, fresh, monkeypatch):
             optimizer.zero_grad()
         return [p.detach() for p in one.layer.parameters()]
 
-    ours = made(ai_toolkit.AI_TOOLKIT_EXTENSIONS[0].get_process())
+    kind = ai_toolkit.AI_TOOLKIT_EXTENSIONS[0].get_process()
+    ours = made(kind)
     ours.agsm_guidance_scale = scale
     plain = made(trainers.DiffusionTrainer)
     if scale == 1:
         assert all(map(torch.equal, trained(ours), trained(plain)))
         return
+    for inverted in (False, True):  # regularisation images; a background
+        kept = made(kind, inverted_mask_prior=inverted)
+        kept.agsm_guidance_scale = scale
+        assert loss(kept, preserve=True) < 1e-12
     value, grads = first_loss(ours)
     value_a, grads_a = first_loss(made(trainers.DiffusionTrainer, do_guidance_loss=True))
     print(f"ai-toolkit: {value:.9f} {value_a:.9f} {value_a / value:.9f}")
