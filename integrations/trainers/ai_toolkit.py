@@ -16,7 +16,9 @@ empty prompt. That is the same loss times s²: its gradient is s times AGSM's.
 >>> from types import SimpleNamespace
 >>> from agsm_loss.integrations.trainers.ai_toolkit import AGSMTrainer
 >>> class SDTrainer:  # ai-toolkit's
-...     train_config = SimpleNamespace(do_guidance_loss=False, loss_type="mse")
+...     train_config = SimpleNamespace(
+...         do_guidance_loss=False, loss_type="mse", train_text_encoder=False
+...     )
 ...     dataset_configs = []
 ...     unconditional_embeds = torch.tensor([1.0])
 ...     def get_conf(self, key, default): return default
@@ -55,6 +57,8 @@ class AGSMTrainer:
 
     concat_prompt_embeds: Any
     dataset_configs: Any
+    do_long_prompts: bool
+    encode_static_prompt: Any
     get_conf: Any
     train_config: Any
     unconditional_embeds: Any
@@ -89,8 +93,13 @@ class AGSMTrainer:
         if self.agsm_guidance_scale == 1 or not given.get("is_primary_pred"):
             return pred
         batch: Any = given.get("batch")
-        null = [self.unconditional_embeds] * len(given["noisy_latents"])
-        given["conditional_embeds"] = self.concat_prompt_embeds(null)
+        null = self.unconditional_embeds
+        if self.train_config.train_text_encoder:  # those were encoded before training
+            prompt = [self.train_config.unconditional_prompt]
+            with no_grad_pass():
+                null = self.encode_static_prompt(prompt, long_prompts=self.do_long_prompts)
+        nulls = [null] * len(given["noisy_latents"])
+        given["conditional_embeds"] = self.concat_prompt_embeds(nulls)
         given["is_primary_pred"] = False
         sound = getattr(batch, "audio_pred", None)
         if sound is not None:

@@ -124,10 +124,14 @@ class SDTrainer:
         torch.manual_seed(0)
         self.config, self.scale, self.calls = config, scale, []
         self.dataset_configs = [SimpleNamespace(unconditional_path=unconditional_path)]
-        given = {"do_guidance_loss": False, "loss_type": "mse"}
-        self.train_config = SimpleNamespace(**given | train)
+        given = {"do_guidance_loss": False, "loss_type": "mse", "train_text_encoder": False}
+        self.train_config = SimpleNamespace(**given | {"unconditional_prompt": ""} | train)
         self.layer = nn.Linear(7, 4, dtype=torch.float64)
-        self.unconditional_embeds = encoded(2)[0]
+        self.unconditional_embeds, self.do_long_prompts = encoded(2)[0], True
+
+    def encode_static_prompt(self, prompt, long_prompts):
+        assert (prompt, long_prompts, torch.is_grad_enabled()) == ([""], True, False)
+        return encoded(6)[0]
 
     def get_conf(self, key, default=None):
         return self.config.get(key, default)
@@ -205,6 +209,12 @@ def test_in_ai_toolkit_what_is_to_be_preserved_is():
     for a, b, c, d in zip(ours, ours_prior, theirs, theirs_prior, strict=True):
         torch.testing.assert_close(b - a, d - c)
         assert not torch.equal(a, c)
+
+
+def test_in_ai_toolkit_a_trained_text_encoder_encodes_the_empty_prompt_anew():
+    ours, frozen = (OurTrainer({}, train_text_encoder=trained) for trained in (True, False))
+    frozen.unconditional_embeds = encoded(6)[0]
+    assert torch.equal(ours.loss(), frozen.loss())
 
 
 def test_in_ai_toolkit_a_scale_of_1_is_the_trainer_itself():
