@@ -29,7 +29,7 @@ is. The loss then gets the second prediction with guidance undone.
 >>> class Trainer(AGSMNetworkTrainer, NetworkTrainer):
 ...     guidance_scale = 3
 >>> trainer = Trainer()
->>> trainer._cached_null = [torch.tensor([[1.0]])]  # the empty caption, encoded
+>>> trainer._encode_null = lambda: [torch.tensor([[1.0]])]  # the empty caption, encoded
 >>> text = [torch.tensor([[4.0], [7.0]])]
 >>> trainer.get_noise_pred_and_target(torch.ones(2, 1), {}, text)[0].tolist()  # (4 + 2)/3 and so on
 [[2.0], [3.0]]
@@ -79,7 +79,8 @@ class AGSMNetworkTrainer:
         def with_null(models: Any, accelerator: Any) -> Any:
             # Here the text encoders are on the device.
             with torch.no_grad():
-                self._cached_null = _empty_caption(models)
+                masks = {"apply_lg_attn_mask": None, "apply_t5_attn_mask": None}  # the strategy's
+                self._cached_null = _empty_caption(models, **masks)
             return cache(models, accelerator)
 
         dataset.new_cache_text_encoder_outputs = with_null
@@ -94,11 +95,17 @@ class AGSMNetworkTrainer:
         given = inspect.signature(host).bind(*args, **kwargs).arguments
 
         def encoded() -> list[Tensor | None]:
+            cached = self._cached_null
+            if cached is not None and not given.get("train_text_encoder", True):
+                return cached
             models = self.get_models_for_text_encoding(  # type: ignore[attr-defined]
                 given["args"], given["accelerator"], given["text_encoders"]
             )
             with given["accelerator"].autocast():
-                return _empty_caption(models)
+                null = _empty_caption(models)
+            if cached is None:
+                return null
+            return [old if new is None else new for old, new in zip(cached, null, strict=True)]
 
         self._encode_null = encoded
         loss: Tensor = host(*args, **kwargs)
@@ -112,9 +119,9 @@ class AGSMNetworkTrainer:
         given = inspect.signature(host).bind(*args, **kwargs).arguments
         batch, device = given["batch"], given["latents"].device
         with no_grad_pass(), _same_draws(device):
-            null = self._encode_null() if self._cached_null is None else self._cached_null
             conds = [
-                _rows_like(*both) for both in zip(null, given["text_encoder_conds"], strict=True)
+                _rows_like(*both)
+                for both in zip(self._encode_null(), given["text_encoder_conds"], strict=True)
             ]
         with no_grad_pass(), _same_draws(device):
             # is_train: sd-scripts would turn gradients on again. custom_attributes: it would
@@ -145,14 +152,22 @@ class AGSMNetworkTrainer:
 COMMIT = "48d368fa557731ad0488c07304dfeba8c07910eb"
 
 
-def _empty_caption(models: Any) -> list[Tensor | None]:
-    """One row of each of the text encoders' outputs, as sd-scripts' strategies make them."""
+def _empty_caption(models: Any, **masks: None) -> list[Tensor | None]:
+    """One row of each of the text encoders' outputs: sd-scripts' negative prompt, never dropped."""
     from library.strategy_base import TextEncodingStrategy, TokenizeStrategy
 
     tokenize = TokenizeStrategy.get_strategy()
     encoding = TextEncodingStrategy.get_strategy()
-    tokens = [one if one is None else one.to(_device(models)) for one in tokenize.tokenize("")]
-    return list(encoding.encode_tokens(tokenize, models, tokens))
+    ids = tokenize.tokenize("", **_accepted(tokenize.tokenize, is_negative=True))
+    tokens = [one if one is None else one.to(_device(models)) for one in ids]
+    options = _accepted(encoding.encode_tokens, enable_dropout=False, **masks)
+    return list(encoding.encode_tokens(tokenize, models, tokens, **options))
+
+
+def _accepted(function: Any, **options: Any) -> dict[str, Any]:
+    """Those that this model's strategy takes."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in options.items() if name in names}
 
 
 def _device(models: Any) -> Any:

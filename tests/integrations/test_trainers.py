@@ -272,8 +272,18 @@ class NetworkTrainer:
                 target[row] = 0.1
         return pred, target, timesteps, 0.5
 
-    def process_batch(self, batch, text_encoders, unet, accelerator, args, is_train=True):
-        latents, conds = batch["latents"], [text_encoders[0](batch["ids"]), None]
+    def process_batch(
+        self,
+        batch,
+        text_encoders,
+        unet,
+        accelerator,
+        args,
+        is_train=True,
+        train_text_encoder=True,
+    ):
+        latents = batch["latents"]
+        conds = [text_encoders[0](batch["ids"]), batch.get("cached")]
         pred, target, _, weighting = self.get_noise_pred_and_target(
             args, accelerator, latents, batch, conds, unet, is_train=is_train
         )
@@ -301,6 +311,26 @@ class Strategy:
         return [models[0](tokens[0]), None]
 
 
+class Options(Strategy):
+    """With what SD3's and Lumina's take: token 0 is the negative prompt; T5 is cached."""
+
+    def tokenize(self, text, is_negative=False):
+        return [torch.tensor([0 if is_negative else 7]), None]
+
+    def encode_tokens(
+        self,
+        tokenize,
+        models,
+        tokens,
+        apply_lg_attn_mask=False,
+        apply_t5_attn_mask=False,
+        enable_dropout=True,
+    ):
+        masked = apply_lg_attn_mask is apply_t5_attn_mask is None  # as the strategy's own
+        clip = models[0](tokens[0]) * (not enable_dropout) * (1 + masked)
+        return [clip, models[1](tokens[0]) if len(models) > 1 else None]
+
+
 @pytest.fixture
 def scripts(monkeypatch):
     base = SimpleNamespace(TokenizeStrategy=Strategy, TextEncodingStrategy=Strategy)
@@ -310,7 +340,7 @@ def scripts(monkeypatch):
     return [nn.Embedding(9, 3, dtype=torch.float64)]
 
 
-def scripts_loss(trainer, text_encoders, cache=False, drift=0, **batch):
+def scripts_loss(trainer, text_encoders, cache=False, drift=0, given=None, **batch):
     accelerator = SimpleNamespace(autocast=nullcontext)
     args = SimpleNamespace(cache=cache, drift=drift)
     dataset = SimpleNamespace(new_cache_text_encoder_outputs=lambda *_: None)
@@ -318,7 +348,8 @@ def scripts_loss(trainer, text_encoders, cache=False, drift=0, **batch):
     batch |= {"latents": torch.ones(3, 4, dtype=torch.float64), "ids": torch.tensor([3, 0, 5])}
     torch.manual_seed(4)
     random.seed(4)
-    loss = trainer.process_batch(batch, text_encoders, None, accelerator=accelerator, args=args)
+    given = {"accelerator": accelerator, "args": args} | (given or {})
+    loss = trainer.process_batch(batch, text_encoders, None, **given)
     return loss, torch.randn(1), random.random()
 
 
@@ -344,6 +375,29 @@ def test_in_sd_scripts_the_loss_is_agsms_at_the_hosts_noise(cache, scripts):
     torch.testing.assert_close(got, expected)
     one = Agsm1()
     assert torch.equal(scripts_loss(one, scripts, cache)[0], host_loss) and len(one.calls) == 1
+
+
+def test_in_sd_scripts_the_empty_caption_is_encoded_as_captions_are(scripts, monkeypatch):
+    """With the masks of cached captions, never dropped, as a negative prompt, and as trained."""
+    base = sys.modules["library.strategy_base"]
+    monkeypatch.setattr(base, "TokenizeStrategy", Options)
+    monkeypatch.setattr(base, "TextEncodingStrategy", Options)
+    encoders = [*scripts, nn.Embedding(9, 3, dtype=torch.float64)]
+    (clip,), (t5,) = (one(torch.tensor([0])).detach() for one in encoders)
+
+    def null(trainer, encoders, cache=False, **given):
+        trainer.calls.clear()
+        scripts_loss(trainer, encoders, cache, given=given, cached=torch.ones(3, 3).double())
+        return [one[0].detach() for one in trainer.calls[0][1]]
+
+    torch.testing.assert_close(null(Agsm3(), encoders), [clip, t5])
+    trainer = Agsm3()
+    cached = null(trainer, encoders, cache=True, train_text_encoder=False)
+    torch.testing.assert_close(cached, [2 * clip, t5])
+    with torch.no_grad():
+        for one in encoders:
+            one.weight.mul_(5)
+    torch.testing.assert_close(null(trainer, scripts), [5 * clip, t5])
 
 
 def test_in_sd_scripts_preserved_rows_keep_their_prediction(scripts):
