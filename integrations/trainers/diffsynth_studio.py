@@ -7,7 +7,8 @@ In the model's train.py, after `model = ...TrainingModule(...)`:
 
 DiffSynth-Studio chooses a loss from `task_to_loss` and predicts with `pipe.model_fn`. Its losses
 stay as they are; while one runs, `model_fn` also predicts under the negative prompt, without
-gradient, and returns the prediction with guidance undone.
+gradient, and returns the prediction with guidance undone. Ideogram 4 does so with a second network,
+if `--model_id_with_origin_paths` has its `unconditional_transformer`, after the first.
 
 >>> import torch
 >>> from types import SimpleNamespace
@@ -90,6 +91,8 @@ def _guided(loss: Callable[..., Tensor], guidance_scale: float | int) -> Callabl
         def unguided(**inputs: Any) -> Any:
             pred = model_fn(**inputs)
             others = {name: one for name, one in inputs.items() if name not in posi}
+            if getattr(pipe, "dit_uncond", None) is not None:  # Ideogram 4's sampler uses it
+                others["dit"] = pipe.dit_uncond
             with no_grad_pass():
                 null_pred = model_fn(**{**others, **nega})
             if isinstance(pred, Tensor):

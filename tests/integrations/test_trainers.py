@@ -89,6 +89,24 @@ def test_in_diffsynth_studio_the_loss_is_guidance_free_trainings(outputs):
     assert pipe.model_fn.__func__ is Pipe.model_fn
 
 
+def test_in_diffsynth_studio_the_networks_are_the_samplers():
+    """Ideogram 4: two, of which the second predicts under the negative prompt."""
+
+    def model_fn(dit, text, **_):
+        return dit * text
+
+    def loss(pipe, shared, posi, nega):
+        return pipe.model_fn(**shared, **posi, dit=pipe.dit, dit_uncond=pipe.dit_uncond)
+
+    module = studio()
+    module.task_to_loss["sft"] = loss
+    train_guidance(module, guidance_scale=2)
+    for second, expected in ((torch.tensor(4.0), (2 * 3 + 4 * 1) / 2), (None, (2 * 3 + 2 * 1) / 2)):
+        pipe = SimpleNamespace(dit=torch.tensor(2.0), dit_uncond=second, model_fn=model_fn)
+        texts = ({"text": torch.tensor(one)} for one in (3.0, 1.0))
+        assert module.task_to_loss["sft"](pipe, {}, *texts) == expected
+
+
 def test_in_diffsynth_studio_a_scale_of_1_changes_nothing():
     module, pipe = studio(), Pipe()
     train_guidance(module, guidance_scale=1)
