@@ -21,7 +21,7 @@ if `--model_id_with_origin_paths` has its `unconditional_transformer`, after the
 ... )
 >>> train_guidance(module, guidance_scale=2)
 >>> module.get_pipeline_inputs("a cat")
-({'cfg_scale': 2}, {'prompt': 'a cat'}, {'negative_prompt': ''})
+({'cfg_scale': 2}, {'prompt': 'a cat'}, {'prompt': '', 'negative_prompt': ''})
 >>> pipe = SimpleNamespace(model_fn=lambda latents, text: latents * text)
 >>> inputs = {"latents": torch.ones(2)}, {"text": torch.tensor(3.0)}, {"text": torch.tensor(1.0)}
 >>> module.task_to_loss["sft"](pipe, *inputs)  # (3 + 1)/2, squared
@@ -74,7 +74,9 @@ def _with_negative_prompt(get_pipeline_inputs: Callable[..., Any]) -> Callable[.
     def inputs(*args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         shared, posi, nega = get_pipeline_inputs(*args, **kwargs)
         # Any scale but 1: the units read nothing else from it.
-        return {**shared, "cfg_scale": 2}, posi, {"negative_prompt": "", **nega}
+        shared = {**shared, "cfg_scale": 2}
+        nega = {"negative_prompt": "", **nega}
+        return shared, posi, {"prompt": nega["negative_prompt"], **nega}  # SDXL's name for it
 
     return inputs
 

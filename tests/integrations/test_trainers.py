@@ -122,6 +122,8 @@ def test_in_diffsynth_studio_a_negative_prompt_that_is_not_encoded_is_named():
     train_guidance(module, guidance_scale=3)
     loss = module.task_to_loss["sft"]
     shared, posi, nega = studio_inputs()
+    given = module.get_pipeline_inputs("a cat")[2]
+    assert given["prompt"] == given["negative_prompt"] == ""  # SDXL's name, the others'
     with pytest.raises(ValueError, match=r"inputs_nega: .* got no \['text'\]"):
         loss(pipe, shared, posi, {"negative_prompt": ""})
     with pytest.warns(UserWarning, match="sft:data_process again"):
