@@ -18,6 +18,7 @@ Under `--output_dir`:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -132,7 +133,8 @@ def main(arguments: list[str] | None = None) -> None:
                 "expected the defaults of timestep_density and timestep_low, and candidates empty "
                 f"or in_batch:N, got {range_} and {options.candidates}."
             )
-    check_launched(sharding=False)
+    check_launched(options, sharding=False)
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)  # trl's are of sampling steps
     check_output(options)
     # trl's parts log before they have made their own state.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))

@@ -1,6 +1,6 @@
 """How a recipe runs in accelerate's engines: DDP, FSDP2 (`fsdp_version: 2`), DeepSpeed's ZeRO.
 
-    check_launched(sharding=True)               before `Accelerator(...)`
+    check_launched(options, sharding=True)      before `Accelerator(...)`
     fit(accelerator, options)                   after it
     model, optimizer = accelerator.prepare(blocks_of(module, denoiser), optimizer)
     run_inside(model, lambda: pipe(...))        samples with weights that FSDP2 shards
@@ -27,13 +27,14 @@ from transformers.integrations import unset_hf_deepspeed_config
 Result = TypeVar("Result")
 
 
-def check_launched(*, sharding: bool) -> None:
-    """What accelerate's launcher asks for, before anything is loaded.
+def check_launched(options: Any, *, sharding: bool) -> None:
+    """What accelerate's launcher and environment ask for, before anything is loaded.
 
+    options: of `RunOptions`, which accelerate would overrule without a word.
     sharding: whether the recipe runs in FSDP2 and DeepSpeed too.
 
     Raises:
-        ValueError: the recipe does not run so.
+        ValueError: the recipe does not run so, or its options say otherwise.
     """
     fsdp, deepspeed = _asked("ACCELERATE_USE_FSDP"), _asked("ACCELERATE_USE_DEEPSPEED")
     if not sharding and (fsdp or deepspeed):
@@ -52,6 +53,19 @@ def check_launched(*, sharding: bool) -> None:
         raise ValueError(
             "fsdp_cpu_ram_efficient_loading: expected false, got true, with which only the first "
             "process would load the frozen text encoders. Set it to false."
+        )
+    for name in ("mixed_precision", "gradient_accumulation_steps"):
+        given = str(getattr(options, name))
+        launched = os.environ.get(f"ACCELERATE_{name.upper()}", given)
+        if launched not in (given, "no"):  # "no" is the launcher's default
+            raise ValueError(
+                f"{name}: expected {launched}, as accelerate's launcher or the environment says, "
+                f"got {given}. Give --{name} {launched}."
+            )
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise ValueError(
+            "dynamo_backend: expected no, got another from accelerate's launcher or the "
+            "environment, which would compile more than the denoiser. Take --compile in its place."
         )
 
 

@@ -17,7 +17,6 @@ SIGTERM end the run after the step at hand, with a checkpoint and the command th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -361,14 +360,8 @@ _LEAST_SCALE = 2.0**-20
 
 
 def _accelerator(options: Any, sharding: bool) -> Accelerator:
-    check_launched(sharding=sharding)
+    check_launched(options, sharding=sharding)
     check_output(options)
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", options.mixed_precision):
-        raise ValueError(
-            f"mixed_precision: expected {launched}, as accelerate's launcher says, got "
-            f"{options.mixed_precision}. Give --mixed_precision {launched}."
-        )
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,

@@ -21,6 +21,7 @@ from recipe_runs import log
 from safetensors.torch import load_file
 
 from run import engines
+from run.loop import Run
 
 FEW = ["--max_train_steps", "4", "--train_batch_size", "3", "--logging_steps", "1",
        "--validation_steps", "4", "--validation_per_category", "1",
@@ -199,13 +200,32 @@ assert any("lora_A" in name for name, _ in pipe.transformer.named_parameters())
         ),
         ({"ACCELERATE_USE_FSDP": "true"}, False, "expected one process or DDP, got FSDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, False, "got DeepSpeed.*ddp.yaml"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, False, "mixed_precision: expected bf16.*got no"),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"},
+            True,
+            "gradient_accumulation_steps: expected 8.*got 1. Give --gradient_accumulation_steps 8",
+        ),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, True, "dynamo_backend: .* Take --compile"),
     ],
 )
-def test_what_the_launcher_asks_for_is_refused_at_once(monkeypatch, environment, sharding, match):
+def test_what_the_launcher_asks_for_is_refused_at_once(
+    monkeypatch, environment, sharding, match, tmp_path
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=match):
-        engines.check_launched(sharding=sharding)
+        Run(OPTIONS.make(output_dir=str(tmp_path)), sharding=sharding)
+
+
+def test_what_the_launcher_says_as_the_options_do_is_taken(monkeypatch):
+    environment = {"MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "8"}
+    for name, value in {**environment, "DYNAMO_BACKEND": "NO"}.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    chosen = OPTIONS.make(mixed_precision="bf16", gradient_accumulation_steps=8)
+    engines.check_launched(chosen, sharding=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # the launcher's default
+    engines.check_launched(chosen, sharding=True)
 
 
 def deepspeed(**config):

@@ -137,10 +137,3 @@ def test_a_tracker_is_used_or_refused(tmp_path):
         pytest.raises(ValueError, match="comet_ml"),
     ):
         run(options(tmp_path / "off", report_to="comet_ml"))
-
-
-def test_the_launchers_precision_is_not_overruled_in_silence(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    options = OPTIONS.make(output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="mixed_precision: expected bf16, as accelerate's"):
-        loop.Run(options)
