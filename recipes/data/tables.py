@@ -53,11 +53,12 @@ def open_table(
     .parquet, .jsonl, .csv, .tsv, .json of rows or of COCO's captions, or .tar of webdataset (its
     columns are the files' endings: jpg, txt). Of all but .parquet only `text` and `columns` are
     read. A folder of images has metadata.csv, .jsonl or .parquet in it, with a column file_name; or
-    a .txt or .caption beside each image, as kohya's trainers take them. Its folders train, test,
-    validation... are splits where it has no others.
+    a .txt or .caption beside each image, as kohya's trainers take them. Folders and shards in it
+    that are called train, test, validation... are splits.
 
     Raises:
-        FileNotFoundError, ValueError: nothing is there; it cannot be read, or has no rows.
+        FileNotFoundError, ValueError: nothing is there; it cannot be read, or has no rows; some of
+            its files are of another split, and others of none.
     """
     path = Path(data).expanduser()
     files = _matching(path)
@@ -292,10 +293,20 @@ def _of_split(files: Sequence[Path], folder: Path, split: str) -> list[Path]:
     """Those of the split, where the folders or shards of all files say one; else all of them.
 
     Raises:
-        ValueError: no such split.
+        ValueError: no such split; some are of another one, and others say none.
     """
     splits = [_split(Path(os.path.relpath(file, folder))) for file in files]
     if None in splits:
+        others = [
+            one for one, name in zip(files, splits, strict=True) if name not in (None, "train")
+        ]
+        if others:
+            bare = files[splits.index(None)].relative_to(folder)
+            raise ValueError(
+                f"data: {folder}: expected all files to be of a split by their names, or none, got "
+                f"{bare} beside {others[0].relative_to(folder)}. Rename or move some "
+                "(train_0.parquet, train/), or give the folder or the file to read in --data."
+            )
         splits = ["train"] * len(files)
     wanted = SPLITS.get(split, split)
     found = [file for file, name in zip(files, splits, strict=True) if name == wanted]
@@ -307,9 +318,12 @@ def _of_split(files: Sequence[Path], folder: Path, split: str) -> list[Path]:
 
 
 def _split(path: Path) -> str | None:
-    """That of a file in train/, or of a shard train-00000-of-00002.parquet."""
-    shard = re.fullmatch(r"([a-z]+)(-\d.*)?", path.stem if path.suffix.lower() in KINDS else "")
-    return SPLITS.get(path.parts[0]) or (SPLITS.get(shard[1]) if shard else None)
+    """That of a file in train/ or train2017/, or of a shard train-00000-of-00002.parquet."""
+    shard = path.stem if path.suffix.lower() in KINDS else ""
+    names = [
+        re.fullmatch(r"([a-z]+)([-_.]?\d.*)?", one.lower()) for one in (*path.parts[:-1], shard)
+    ]
+    return next((SPLITS[one[1]] for one in names if one and one[1] in SPLITS), None)
 
 
 def _open_files(files: Sequence[Path], columns: Collection[str], text: str) -> Any:

@@ -94,8 +94,33 @@ def test_shards_are_read_and_pictures_beside_them_told(tmp_path, caplog):
     assert [text[:11] for text in captions(tmp_path)] == ["train-00000", "train-00001"]
     assert "1 pictures and tables of another kind are not read" in caplog.text
     assert "1 files of splits other than train are not read" in caplog.text
-    frame.to_parquet(tmp_path / "data" / "test_tube.parquet")  # now names say nothing
-    assert len(open_table(str(tmp_path), "train")) == 4
+    frame.to_parquet(tmp_path / "data" / "test_tube.parquet")
+    with pytest.raises(ValueError, match=r"got data/test_tube[.]parquet beside data/test-0"):
+        open_table(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (("train_0", "train_1", "test_0"), ["train_0", "train_1"]),
+        (("train2017", "val2017"), ["train2017"]),
+        (("Train.0", "Test.0"), ["Train.0"]),
+        (("part/train/0", "part/val/0"), ["part/train/0"]),
+        (("train_data", "train_0"), ["train_0", "train_data"]),
+        (("train_data", "val"), None),
+    ],
+    ids=str,
+)
+def test_rows_of_another_split_are_not_read(names, read, tmp_path):
+    for name in names:
+        file = tmp_path / f"{name}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame({"image": [b"x"], "caption": [name]}).to_parquet(file)
+    if read is not None:
+        assert captions(tmp_path) == read
+        return
+    with pytest.raises(ValueError, match=r"got train_data\.parquet beside val\.parquet\. Rename"):
+        open_table(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize(
