@@ -146,7 +146,10 @@ def main(arguments: list[str] | None = None) -> None:
             f"model: expected a StableDiffusionPipeline, got {type(model.pipeline.pipe).__name__}: "
             "trl's DDPO knows no other. For flow models see recipes/train_flow_grpo.py."
         )
-    made_of = {"model": model.fingerprint, "data": fingerprint_of(prompts_of(options, task))}
+    on_data = options.agsm_weight and options.agsm_images == "data"
+    images = on_policy_images(options, task, options.agsm_batch) if on_data else None
+    data = fingerprint_of(prompts_of(options, task)) + getattr(images, "fingerprint", "")
+    made_of = {"model": model.fingerprint, "data": data}
     with opened(options, state, made_of) as found:
         output = Path(options.output_dir)
         first = 0 if found is None else found.step
@@ -161,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
                 sheet_of(data, output / "sheets" / f"samples_{step:06d}.png")
 
         with data_only(output):
-            trainer = make_trainer(options, state, model, tracker, found, show)
+            trainer = make_trainer(options, state, model, images, tracker, found, show)
         step = trainer.global_step
         check_left("num_epochs", options.num_epochs, trainer.first_epoch)
         prompts = options.sample_batch_size * options.sample_num_batches_per_epoch
@@ -228,18 +231,19 @@ def make_trainer(
     options: Any,
     state: Any,
     model: Session,
+    images: Any,
     tracker: JsonLines,
     found: Any,
     show: Callable[..., None],
 ) -> Any:
-    """trl's trainer with AGSM in it, where the checkpoint has left it."""
+    """trl's trainer with AGSM in it, on `images` if any, where the checkpoint has left it."""
     from agsm_loss.integrations.hosts.trl_ddpo import AGSMDDPOTrainer, LoadedPipeline
 
     own: dict[str, Any] = {}
     if options.agsm_weight:
         own["agsm"] = lambda denoiser, parameters: model.agsm_in_step(options.agsm_batch)
-        if options.agsm_images == "data":
-            own["batches"] = data_batches(options, model, state)
+        if images is not None:
+            own["batches"] = data_batches(options, model, images, state)
     pipeline = LoadedPipeline(model.pipeline.pipe, full=options.full)
     trainer = AGSMDDPOTrainer(
         trl_config(options, tracker, None if found is None else found.folder),
@@ -327,12 +331,13 @@ def drawn_prompts(options: Any, task: Task) -> Callable[[], tuple[str, dict[str,
     return lambda: (texts[int(torch.randint(len(texts), ()))], {})
 
 
-def data_batches(options: Any, model: Session, state: Any) -> Callable[[int], AGSMBatch]:
+def data_batches(
+    options: Any, model: Session, images: Any, state: Any
+) -> Callable[[int], AGSMBatch]:
     """AGSM's batch of each micro-step: the data set's images, noised as the options say."""
-    batches = on_policy_images(options, model.task, options.agsm_batch)
 
     def agsm_batch(number: int) -> AGSMBatch:
-        batch = batches[number]
+        batch = images[number]
         generator = draws(options.seed, number, state.process_index, "agsm")
         latents = model.pipeline.encode_images(batch.pixels, generator)
         return model.agsm_batch(batch, latents, generator)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset as Table
+from PIL import Image
 from recipe_runs import killing, log, trained
 
 import train_ddpo
@@ -136,6 +137,8 @@ def test_a_signal_ends_a_run_after_its_epoch(epsilon_base, tmp_path, monkeypatch
     assert "Stopped after epoch 1, saved as " in told and "recipes/train_ddpo.py --" in told
     monkeypatch.setattr(rewards, "redness", redness)
     again = [*DDPO, "--resume_from_checkpoint", "latest"]
+    # trl has a multiple of it, by an image's sampling steps.
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     resumed = train(epsilon_base, tmp_path / "cut", *again)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
@@ -176,6 +179,27 @@ def test_prompts_come_from_a_file(epsilon_base, tmp_path, monkeypatch):
     flags = [*DDPO, "--num_epochs", "2", "--sampling_prompts", str(tmp_path / "prompts.txt")]
     train(epsilon_base, tmp_path / "run", *flags)
     assert seen == {"a red circle", "two blue squares"}
+
+
+def test_a_run_is_made_of_prompts_and_of_agsms_images(epsilon_base, tmp_path, monkeypatch):
+    """Red and blue images under the same captions are other data, where AGSM trains on them."""
+    found = []
+
+    def opened(options, state, made_of):
+        found.append(made_of["data"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_ddpo, "opened", opened)
+    for colour in ("red", "blue"):
+        (tmp_path / colour).mkdir()
+        for i in range(4):
+            Image.new("RGB", (24, 24), colour).save(tmp_path / colour / f"{i}.png")
+            (tmp_path / colour / f"{i}.txt").write_text(f"caption {i}")
+        for own in (["1"], ["1", "--agsm_images", "best", "--candidates", "in_batch:2"], ["0"]):
+            flags = [*DDPO, "--data", str(tmp_path / colour), "--agsm_weight", *own]
+            with pytest.raises(KeyboardInterrupt):
+                train(epsilon_base, tmp_path / "run", *flags)
+    assert found[0] != found[3] and found[1:3] == found[4:]
 
 
 def test_a_flow_is_sent_to_its_own_recipe(flow_base, tmp_path):
