@@ -63,7 +63,7 @@ WEIGHTS, OPTIMIZER, OTHERS = "trainable.safetensors", "optimizer.bin", "others.b
 # rate too: the optimizer's and the schedule's state hold the old one.
 MAY_CHANGE = frozenset(
     (
-        # How far, and the EMA's decay, which goes by that where it is left out.
+        # How far, and the EMA's decay, which goes by that where it is left out (see `_may_change`).
         *("max_train_steps", "num_epochs", "ema_decay"),
         # What is looked at.
         *("logging_steps", "report_to", "validation_steps", "validation_epochs"),
@@ -132,7 +132,7 @@ def check_output(options: Any) -> None:
             "--output_dir"
         )
     changed = _changed_options(options, output / "options.json")
-    refused = [text for name, text in changed.items() if name not in MAY_CHANGE]
+    refused = [_told(name, *both) for name, both in changed.items() if not _may_change(name, *both)]
     if refused:
         raise ValueError(
             f"{output / 'options.json'}: expected the options that the run began with, got "
@@ -457,7 +457,20 @@ def _broken(tree: Any) -> int:
     return sum(not bool(held(one).isfinite().all()) for one in tensors)
 
 
-def _changed_options(options: Any, file: Path) -> dict[str, str]:
+def _may_change(name: str, was: Any, now: Any) -> bool:
+    """Whether a resumed run may have the option so.
+
+    The EMA stays one: without it, or frozen (decay 1), the teacher and the target are others.
+    """
+    kinds = [None if one is None else one == 1 for one in (was, now)]
+    return name in MAY_CHANGE and (name != "ema_decay" or kinds[0] == kinds[1])
+
+
+def _told(name: str, was: Any, now: Any) -> str:
+    return f"{name} {was} -> {now}"
+
+
+def _changed_options(options: Any, file: Path) -> dict[str, tuple[Any, Any]]:
     """Name -> what it was and what it is, of the options that the run began with otherwise.
 
     Raises:
@@ -472,12 +485,9 @@ def _changed_options(options: Any, file: Path) -> dict[str, str]:
             f"{file}: expected the run's options, got {error}. Remove the file to resume with the "
             "options that you give."
         ) from None
-    defaults = options.of.defaults
-    return {
-        name: f"{name} {stored.get(name, defaults.get(name))} -> {vars(options).get(name, 'none')}"
-        for name in {**defaults, **stored}
-        if stored.get(name, defaults.get(name)) != vars(options).get(name, "none")
-    }
+    was, now = {**options.of.defaults, **stored}, vars(options)
+    both = {name: (was[name], now.get(name, "none")) for name in was}
+    return {name: (one, other) for name, (one, other) in both.items() if one != other}
 
 
 def _tell_of_options(options: Any, file: Path) -> None:
@@ -486,7 +496,7 @@ def _tell_of_options(options: Any, file: Path) -> None:
         LOGGER.warning("%s is missing: the options are taken to be the run's.", file)
     changed = _changed_options(options, file)
     quiet = {"output_dir", "resume_from_checkpoint"}
-    allowed = [text for name, text in changed.items() if name not in quiet]
+    allowed = [_told(name, *both) for name, both in changed.items() if name not in quiet]
     if allowed:
         LOGGER.warning("Resumed with other options: %s.", ", ".join(allowed))
 

@@ -266,6 +266,21 @@ def test_a_longer_run_goes_on_with_the_decay_of_its_length(tmp_path):
         check_output(train_agsm.OPTIONS.make(**given, rank=4))
 
 
+@pytest.mark.parametrize(
+    ("began", "goes_on"), [(0.5, 1.0), (1.0, 0.5), (None, 1.0), (None, 0.5), (0.5, None)]
+)
+def test_a_resumed_run_keeps_the_kind_of_its_teacher(began, goes_on, tmp_path):
+    """A frozen one (decay 1) has another target, tau + (s - 1) delta."""
+    (tmp_path / "checkpoints" / "checkpoint_1").mkdir(parents=True)
+    given = {"output_dir": str(tmp_path), "resume_from_checkpoint": "latest"}
+    stored = vars(train_agsm.OPTIONS.make(**given, ema_decay=began))
+    (tmp_path / "options.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=f"ema_decay {began} -> {goes_on}"):
+        check_output(train_agsm.OPTIONS.make(**given, ema_decay=goes_on))
+    kept = {0.5: 0.9, 1.0: 1, None: None}[began]
+    check_output(train_agsm.OPTIONS.make(**given, ema_decay=kept))
+
+
 def test_a_host_without_agsm_is_sampled_with_guidance():
     assert train_dpo.OPTIONS.make().validation_guidance_scale == 3
     assert train_dpo.OPTIONS.make(agsm_weight=1.0).validation_guidance_scale == 1
