@@ -208,7 +208,7 @@ def make_objective(options: Any, model: Session) -> Any:
     if options.objective == "agsm":
         return AGSM(model.agsm(options.train_batch_size))
     if options.objective == "softrepa":
-        if options.banks != "shared":
+        if options.num_tokens and options.banks != "shared":
             raise ValueError(
                 f"banks: SoftREPA has one bank; expected shared, got {options.banks}. AGSM's "
                 "ablation with two banks is --objective agsm."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from accelerate import PartialState
@@ -129,8 +129,42 @@ def method_of(options: Any) -> str:
     return f"{options.of.title}{own}"
 
 
+_READ: dict[str, set[str]] = {"denoising": set(), "softrepa": {"candidates"}}
+"""Objectives of `train_agsm.py` but AGSM, and those of AGSM's options that they read."""
+
+
+def unread(options: Any) -> set[str]:
+    """Names of AGSM's options that this run does nothing with: it is a control without AGSM."""
+    names = {one.name for one in fields(AGSMOptions)}
+    if hasattr(options, "agsm_weight"):
+        names |= {one for one in vars(options) if one.startswith("agsm_")} - {"agsm_weight"}
+        return set() if options.agsm_weight else names
+    objective = getattr(options, "objective", "")
+    return names - _READ[objective] if objective in _READ else set()
+
+
+def unread_of(options: Any) -> str:
+    """Those that were given all the same, with their values and why; "" for none.
+
+    They are not refused: a config with AGSM's options makes the control too, by one flag.
+    """
+    names, every = unread(options), vars(options)
+    if not names:
+        return ""
+    usual = vars(options.of.make(**{one: every[one] for one in every if one not in names}))
+    changed = [one for one in every if every[one] not in (usual[one], None)]
+    given = ", ".join(f"{one} {every[one]}" for one in changed)
+    why = "agsm_weight 0" if hasattr(options, "agsm_weight") else f"objective {options.objective}"
+    return f"{given} (because of --{why})" if given else ""
+
+
 def resolve_agsm(options: Any, steps: int) -> None:
     """Fills in AGSM's options that were left out, by what is trained and for how many steps."""
+    if not options.num_tokens and (options.banks, options.num_layers) != ("dual", None):
+        raise ValueError(
+            f"banks, num_layers: expected them left out without soft tokens, got {options.banks} "
+            f"and {options.num_layers}. Leave them out, or take --num_tokens 4."
+        )
     tokens_alone = not (options.rank or options.full)
     given = options.pos_scale, options.neg_scale
     if options.agsm_guidance_scale is None and (given != (None, None) or tokens_alone):

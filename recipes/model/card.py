@@ -19,6 +19,7 @@ from huggingface_hub import ModelCardData
 
 from agsm_loss.integrations.cards import save_card
 from data.sources import is_hub_id
+from model.agsm import unread
 from model.families import guidance
 from run.checkpoints import MAY_CHANGE
 from run.cli import command_of
@@ -193,6 +194,7 @@ def _options(options: Any) -> dict[str, Any]:
     """Those that make the run what it is: the usual ones, and others not at their defaults."""
     values = vars(options)
     told = {*MAY_CHANGE, *_ALWAYS, "model"} - {"ema_decay"}  # may change, and matters
+    told |= unread(options)
     changed = [
         name
         for name, default in options.of.defaults.items()

@@ -17,7 +17,7 @@ from accelerate import Accelerator, PartialState
 from data.pictures import sheet
 from data.sources import is_world
 from data.task import Task
-from model.agsm import method_of, summary_of
+from model.agsm import method_of, summary_of, unread_of
 from model.card import Trained, write_cards
 from model.sampling import sample
 from model.trained import TrainedModel
@@ -84,6 +84,7 @@ class Session(TrainedModel):
         }
         if self.has_agsm:
             lines["AGSM"] = summary_of(options)
+        lines["not used"] = unread_of(options)
         return self.method, {**lines, "validation": self._looked_at()}
 
     def _looked_at(self) -> str:

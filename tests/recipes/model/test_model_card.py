@@ -129,13 +129,19 @@ def test_a_pipeline_and_the_tokens_beside_it(flow_base, tmp_path, monkeypatch):
         assert near(names["image"], wanted) and "trained by AGSM" in text
 
 
-def test_a_merged_lora_is_part_of_the_code(epsilon_base, lora_run, tmp_path):
+def test_a_merged_lora_is_part_of_the_code(epsilon_base, lora_run, tmp_path, capsys):
     flags = ["--model", str(epsilon_base), "--merge_lora", str(lora_run / "lora")]
+    flags += ["--ema_decay", "0.25"]
     train_agsm.main([*flags, "--output_dir", str(tmp_path), *FEW, "--objective", "denoising"])
     wanted = drawn(epsilon_base, tmp_path / "tokens", merged=lora_run / "lora")
     data, text, names = card(tmp_path / "tokens")
     assert near(names["image"], wanted) and "trained by plain denoising" in text
     assert data["tags"] == ["text-to-image", "soft-tokens"]
+    # What plain denoising does not read is told, and is no setting of it.
+    said = "not used   candidates in_batch:1, ema_decay 0.25 (because of --objective denoising)"
+    assert said in capsys.readouterr().out
+    table = text.split("| option | value |")[1]
+    assert "num_tokens" in table and not re.search("ema_decay|candidates|agsm|neg_scale", table)
 
 
 def written(folder, prompt="two red circles", names=("tokens",), **options):

@@ -10,8 +10,9 @@ import pytest
 
 import train_agsm
 import train_dpo
+import train_nft
 from data.task import DataOptions, PromptFileOptions
-from model.agsm import AGSMOptions
+from model.agsm import AGSMOptions, unread_of
 from model.session import ValidationOptions
 from model.trained import ModelOptions, TimestepOptions, resolve
 from run.checkpoints import check_output
@@ -286,11 +287,50 @@ def test_a_host_without_agsm_is_sampled_with_guidance():
     assert train_dpo.OPTIONS.make(agsm_weight=1.0).validation_guidance_scale == 1
 
 
+GIVEN = {"temperature": "2", "pos_scale": 1.0, "ema_decay": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "told"),
+    [
+        (train_agsm, {}, ""),
+        (train_agsm, {**GIVEN, "candidates": "in_batch:3"}, ""),
+        (train_agsm, {"objective": "denoising"}, ""),
+        (train_agsm, {"objective": "denoising", "agsm_guidance_scale": 1.0}, ""),
+        (
+            train_agsm,
+            {"objective": "denoising", "agsm_guidance_scale": 5.0, "candidates": "in_batch:3"},
+            "agsm_guidance_scale 5.0, candidates in_batch:3 (because of --objective denoising)",
+        ),
+        (train_agsm, {"objective": "softrepa", "candidates": "hard:1"}, ""),
+        (
+            train_agsm,
+            {"objective": "softrepa", "candidates": "hard:1", "chunk_size": 2, "temperature": "5"},
+            "temperature 5, chunk_size 2 (because of --objective softrepa)",
+        ),
+        (train_dpo, {}, ""),
+        (train_dpo, {**GIVEN, "agsm_weight": 1.0, "agsm_warmup_steps": 3}, ""),
+        (
+            train_dpo,
+            GIVEN,
+            "temperature 2, pos_scale 1.0, ema_decay 0.9 (because of --agsm_weight 0)",
+        ),
+        (train_dpo, {"agsm_warmup_steps": 3}, "agsm_warmup_steps 3 (because of --agsm_weight 0)"),
+        (train_nft, {"agsm_images": "best"}, "agsm_images best (because of --agsm_weight 0)"),
+    ],
+    ids=str,
+)
+def test_agsms_options_are_told_where_nothing_reads_them(recipe, given, told):
+    assert unread_of(recipe.OPTIONS.make(**given)) == told
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"full": True, "rank": 2}, "got both"),
         ({"rank": 0}, "nothing to train"),
+        ({"banks": "shared"}, "banks, num_layers: expected them left out without soft tokens"),
+        ({"rank": 8, "num_layers": 3}, "num_layers: .* got dual and 3.*take --num_tokens 4"),
         ({"agsm_guidance_scale": 2.0, "pos_scale": 1.0}, "expected it without pos_scale"),
         ({"neg_scale": 0.1}, "neg_scale: expected 0 without soft tokens, got 0.1"),
         (
