@@ -255,7 +255,7 @@ def added(host: StepOutput, term: StepOutput) -> StepOutput:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """A LoRA's base model: peft's adapters are off inside, and on again after.
+    """A LoRA's base model: all that peft trains is off inside, and on again after.
 
     `requires_grad` is after as it was before. Works through DDP and torch.compile.
 
@@ -274,15 +274,21 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
         model: with peft adapters, bare or wrapped.
 
     Raises:
-        ValueError: the model has no adapters, so it would be its own reference.
+        ValueError: the model has no adapters, so it would be its own reference; or a config of
+            theirs trains biases of the base, which cannot be switched off.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
 
-    layers = [one for one in unwrap(model).modules() if isinstance(one, BaseTunerLayer)]
-    if not layers:
+    kinds = BaseTunerLayer, AuxiliaryTrainingWrapper
+    layers = [one for one in unwrap(model).modules() if isinstance(one, kinds)]
+    configs = getattr(unwrap(model), "peft_config", {}).values()
+    biases = {getattr(one, "bias", "none") for one in configs} - {"none"}
+    if not layers or biases:
+        got = f"bias={min(biases)!r}, which trains biases of the base" if biases else "none"
         raise ValueError(
-            "model: expected peft adapters, got none. Where all of the model is trained, its "
-            "reference is EMA(denoiser, decay=1.0).applied."
+            f"model: expected peft adapters, of bias='none', got {got}. Where more of the model is "
+            "trained, its reference is EMA(denoiser, decay=1.0).applied."
         )
     # The flag alone: peft's enable_adapters also sets requires_grad, in FSDP2 of the wrong ones.
     before = [one._disable_adapters for one in layers]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from preference_setup import SCHEDULERS, Setup
 
 from agsm_loss import EMA, Bank, InBatch
@@ -119,6 +120,49 @@ def test_adapters_come_back_as_they_were():
     frozen.requires_grad_(True)
     assert before == [(name, p.requires_grad) for name, p in it.model.named_parameters()]
     with pytest.raises(ValueError, match=r"EMA\(denoiser, decay=1.0\)"), adapters_off(it.plain):
+        pass
+
+
+class Words(torch.nn.Sequential):
+    """Embeds tokens and reads the embedding's weight itself, as tied layers do."""
+
+    def __init__(self):
+        super().__init__(*map(torch.nn.Linear, (4, 4, 4), (4, 4, 4)), torch.nn.Embedding(5, 4))
+
+    def get_input_embeddings(self):
+        return self[3]
+
+    def forward(self, tokens):
+        return self[2](self[1](self[0](self[3](tokens)))) @ self[3].weight.T
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"modules_to_save": ["1", "2"]}, {"modules_to_save": ["3"]}, {"trainable_token_indices": [1]}],
+)
+def test_all_that_peft_trains_is_off(more):
+    """Also modules that it trains whole, with adapters inside or outside, and single tokens."""
+    torch.manual_seed(0)
+    model, tokens = Words(), torch.tensor([[0, 1, 2]])
+    base = model(tokens).detach()
+    model = get_peft_model(model, LoraConfig(target_modules=["0", "2"], **more))
+    with torch.no_grad():
+        for one in model.parameters():
+            one.add_(one.requires_grad * torch.randn_like(one))
+    trained, flags = model(tokens), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="inside"), adapters_off(model):
+        with adapters_off(model):
+            assert torch.equal(model(tokens), base)
+        assert torch.equal(model(tokens), base)
+        raise RuntimeError("inside")
+    assert torch.equal(model(tokens), trained) and not torch.allclose(trained, base, atol=0.1)
+    assert flags == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_have_no_switch(bias):
+    model = get_peft_model(Words(), LoraConfig(target_modules=["0"], bias=bias))
+    with pytest.raises(ValueError, match=f"got bias='{bias}'.*decay=1.0"), adapters_off(model):
         pass
 
 
