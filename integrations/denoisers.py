@@ -111,7 +111,8 @@ class TokenDenoiser(nn.Module):
     Raises:
         TypeError: no adapter for the model; tokens of another type.
         ValueError: settings or tokens that do not fit the model, or settings of new tokens together
-            with existing ones.
+            with existing ones; in a call, inputs that do not, or a model that takes the guidance
+            scale otherwise than as `guidance` (LCM).
         RuntimeError: the model has tokens attached already; a call after `detach()`.
     """
 
@@ -310,7 +311,14 @@ def _check_names(backbone: Backbone, model: nn.Module, conditioning: Any, image:
     names = backbone.names(model)
     if names is None:
         return
-    kind = type(unwrap(model)).__name__
+    kind, config = type(unwrap(model)).__name__, getattr(unwrap(model), "config", None)
+    for name in ("time_cond_proj_dim", "guidance_embeds"):  # LCM's, Sana-Sprint's
+        if getattr(config, name, None) and "guidance" not in names.image:
+            raise ValueError(
+                f"model: expected a {kind} that does not take the guidance scale, got {name}="
+                f"{getattr(config, name)} in its config. Write a callable of your own that passes "
+                "the scale as its pipeline does (`agsm_loss.Denoiser`)."
+            )
     if not isinstance(conditioning, Mapping):
         raise TypeError(
             f"conditioning: expected a dict with {', '.join(names.required)} for {kind}, got "

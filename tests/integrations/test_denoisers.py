@@ -108,6 +108,20 @@ def test_conditioning_that_is_missing_or_would_not_be_read_is_refused(name):
                 call(noisy, t, cond, Bank.POSITIVE)
 
 
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [("unet", {"time_cond_proj_dim": 8}), ("sana", {"guidance_embeds": True})],
+)
+def test_a_model_that_takes_the_guidance_scale_in_its_own_way_is_refused(name, scale):
+    """LCM and Sana-Sprint: without it they predict something else, a UNet without an error."""
+    made = tiny(name).model
+    model = type(made).from_config({**made.config, **scale, "_use_default_values": []})
+    noisy, t, cond, _ = batch_for(name)
+    for call in (PlainDenoiser(model), TokenDenoiser(model)):
+        with pytest.raises(ValueError, match=f"{next(iter(scale))}=.*a callable of your own"):
+            call(noisy, t, cond, Bank.POSITIVE)
+
+
 def test_inputs_come_in_what_the_model_computes_in():
     made = tiny("unet")
     assert compute_dtype(made.model) == torch.float64
