@@ -340,7 +340,7 @@ def _compete(
             "hard_negatives: expected a sequence of captions an image, got a single text. "
             "Wrap it: [text]."
         )
-    hard_negatives = [list(map(_id, hard)) for hard in hard_negatives]
+    hard_negatives = [_ids(hard) for hard in hard_negatives]
     num_hard = max(map(len, hard_negatives), default=0)
     own = _captions_of_images(captions, image_ids)
     starts = accumulate(map(len, hard_negatives), initial=batch)
@@ -381,10 +381,20 @@ def _as_list(values: Sequence[Hashable] | Tensor) -> list[Hashable]:
     if isinstance(values, Tensor):
         if values.ndim != 1:
             raise ValueError(f"expected ids of shape (B,), got {tuple(values.shape)}.")
-        return list(map(_id, values.tolist()))
+        values = values.tolist()
     if isinstance(values, str):
         raise TypeError("captions: expected a sequence of texts, got one text. Wrap it: [text].")
-    return list(map(_id, values))
+    return _ids(values)
+
+
+def _ids(values: Iterable[Any]) -> list[Hashable]:
+    ids = list(map(_id, values))
+    if None in ids:
+        raise TypeError(
+            "captions, image_ids: expected a text or an id, got None for one. A dropped caption is "
+            '"".'
+        )
+    return ids
 
 
 def _id(value: Any) -> Hashable:

@@ -18,7 +18,7 @@ Sana, Z-Image, by the public `encode_prompt` of their pipelines.
 """
 
 import inspect
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -48,10 +48,9 @@ def encode_prompts(pipe: Any, prompts: Sequence[str], **arguments: Any) -> Row:
         arguments: of the pipeline's `encode_prompt`, e.g. max_sequence_length; others are left out.
 
     Raises:
-        TypeError: a pipeline of another family, or one text in place of a list.
+        TypeError: a pipeline of another family, one text in place of a list, or None in it.
     """
-    if isinstance(prompts, str):
-        raise TypeError("prompts: expected a list of texts, got one text. Wrap it: [text].")
+    prompts = _listed("prompts", prompts)
     # In their own precision: autocast is for the denoiser.
     with torch.no_grad(), torch.autocast(pipe.device.type, enabled=False):
         rows = encoded_rows(pipe, prompts, {"device": pipe.device, **arguments})
@@ -69,8 +68,7 @@ def caption_ids(pipe: Any, captions: Sequence[str], **arguments: Any) -> list[Ha
         captions: any number of texts.
         arguments: as of `encode_prompts`; max_sequence_length is read.
     """
-    if isinstance(captions, str):
-        raise TypeError("captions: expected a list of texts, got one text. Wrap it: [text].")
+    captions = _listed("captions", captions)
     known = inspect.signature(pipe.encode_prompt).parameters
     most = arguments.get("max_sequence_length")
     if most is None and "max_sequence_length" in known:
@@ -104,6 +102,15 @@ def caption_ids(pipe: Any, captions: Sequence[str], **arguments: Any) -> list[Ha
     ids = [tuple(map(tuple, row)) for row in zip(*map(tokens, tokenizers), strict=True)]
     found = dict(zip(texts, ids, strict=True))
     return ["" if found[text] == found[""] else found[text] for text in captions]
+
+
+def _listed(name: str, texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise TypeError(f"{name}: expected a list of texts, got one text. Wrap it: [text].")
+    listed = list(texts)
+    if other := [one for one in listed if not isinstance(one, str)]:
+        raise TypeError(f'{name}: expected texts, got {other[0]!r:.60}. A dropped one is "".')
+    return listed
 
 
 def _without_padding(ids: Sequence[int], pad: int | None) -> tuple[int, ...]:

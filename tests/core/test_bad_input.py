@@ -138,6 +138,13 @@ def test_candidates():
         C.InBatch(0)
     with pytest.raises(TypeError, match="got one text"):
         C.InBatch()("a dog")
+    for rule in (C.InBatch(), C.Grid(), C.own_alone):
+        with pytest.raises(TypeError, match=r'got None for one\. A dropped caption is ""'):
+            rule(["a dog", None, "a cat", ""])
+    with pytest.raises(TypeError, match="got None for one"):
+        C.InBatch()(["a", "b"], image_ids=[7, None])
+    with pytest.raises(TypeError, match="got None for one"):
+        C.Hard()(["a", "b"], hard_negatives=[["x"], [None]])
     with pytest.raises(TypeError, match="got a single text"):
         C.Hard()(["a", "b"], hard_negatives=["x", "y"])
     with pytest.raises(ValueError, match="one sequence of captions for each of the 2"):

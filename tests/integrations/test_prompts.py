@@ -36,6 +36,17 @@ def test_captions_that_are_encoded_alike_are_one_caption(pipe):
     assert ids[4] == ids[5] == ""
 
 
+@pytest.mark.unchecked_shapes
+def test_captions_are_texts_read_once(pipe):
+    texts = ["a cat", "", "two cats"]
+    assert caption_ids(pipe, iter(texts)) == caption_ids(pipe, texts)
+    for name, rows in encode_prompts(pipe, iter(texts)).items():
+        assert torch.equal(rows, encode_prompts(pipe, texts)[name])
+    for call in (caption_ids, encode_prompts):
+        with pytest.raises(TypeError, match=r'expected texts, got None\. A dropped one is ""'):
+            call(pipe, ["a cat", None])
+
+
 @pytest.mark.parametrize("kind", ["sana", "flux2", "klein", "z_image"])
 def test_ids_are_of_what_the_pipeline_makes_of_a_caption(kind, tmp_path):
     """Sana lower-cases it; the others put it into a chat, which counts towards the limit."""
