@@ -155,9 +155,10 @@ class _Competitors:
         image_ids: Captions | None = None,
         generator: torch.Generator | None = None,
     ) -> Candidates:
+        captions = as_list(captions)
         if not self._takes_hard:
             _refuse_hard("InBatch", hard_negatives)
-            hard_negatives = [()] * len(_as_list(captions))
+            hard_negatives = [()] * len(captions)
         return _compete(
             captions,
             hard_negatives,
@@ -253,8 +254,8 @@ class Grid:
         generator: torch.Generator | None = None,
     ) -> Candidates:
         _refuse_hard("Grid", hard_negatives)
-        texts, ids = _as_list(captions), _image_ids(captions, image_ids)
-        batch = len(texts)
+        texts = as_list(captions)
+        batch, ids = len(texts), _image_ids(texts, image_ids)
         own = _captions_of_images(texts, ids)
         mask = torch.eye(batch, dtype=torch.bool)
         for i in range(batch):
@@ -291,7 +292,7 @@ def own_alone(captions: Captions, hard_negatives: HardNegatives = None) -> Candi
             "hard_negatives: expected None where the empty caption alone competes. Take "
             "candidates=Hard() or Mixed(n)."
         )
-    own = torch.arange(len(_as_list(captions)))
+    own = torch.arange(len(as_list(captions)))
     mask = torch.ones(len(own), 1, dtype=torch.bool)
     return Candidates(own.unsqueeze(1), torch.zeros_like(own), mask, pool_size=len(own))
 
@@ -314,7 +315,7 @@ def with_null(candidates: Candidates, empty: Sequence[bool] = ()) -> Candidates:
 
 
 def _compete(
-    captions: Captions,
+    captions: list[Hashable],
     hard_negatives: HardNegatives,
     num_negatives: int,
     image_ids: Captions | None,
@@ -323,7 +324,7 @@ def _compete(
     allow_empty: bool,
 ) -> Candidates:
     """Own caption, the hard negatives, `num_negatives` others of the batch."""
-    captions, image_ids = _as_list(captions), _image_ids(captions, image_ids)
+    image_ids = _image_ids(captions, image_ids)
     batch = len(captions)
     if hard_negatives is None:
         raise ValueError(
@@ -375,7 +376,8 @@ def _refuse_hard(rule: str, hard_negatives: HardNegatives) -> None:
         )
 
 
-def _as_list(values: Sequence[Hashable] | Tensor) -> list[Hashable]:
+def as_list(values: Sequence[Hashable] | Tensor) -> list[Hashable]:
+    """Texts or ids that are compared by their value; one text, None and NaN are refused."""
     if values is None:
         raise TypeError("captions: expected a text or an id for each image, got None.")
     if isinstance(values, Tensor):
@@ -410,11 +412,11 @@ def _id(value: Any) -> Hashable:
     return value
 
 
-def _image_ids(captions: Sequence[Hashable] | Tensor, image_ids: object) -> list[Hashable]:
+def _image_ids(captions: list[Hashable], image_ids: object) -> list[Hashable]:
     """Given ids, or a different one for every row."""
     if image_ids is None:
         return list(range(len(captions)))
-    ids = _as_list(image_ids)  # type: ignore[arg-type]
+    ids = as_list(image_ids)  # type: ignore[arg-type]
     if len(ids) != len(captions):
         raise ValueError(
             f"image_ids: expected one for each of the {len(captions)} captions, got {len(ids)}."

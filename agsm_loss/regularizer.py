@@ -46,6 +46,7 @@ from agsm_loss.candidates import (
     InBatch,
     Mixed,
     Rule,
+    as_list,
     own_alone,
     with_null,
 )
@@ -249,8 +250,10 @@ class AGSMRegularizer:
         generator = draws(self.seed, self.calls)
         _check_images(noisy, target, pred)
         self._check_updated()
+        texts: list[Hashable] = []
+        if not isinstance(captions, Candidates | Tensor):
+            captions = texts = as_list(captions)  # an iterator is read once
         candidates = self._choose(captions, hard_negatives, image_ids, generator, null is not None)
-        texts = [] if isinstance(captions, Candidates | Tensor) else captions
         empty = [isinstance(text, str) and text == EMPTY for text in texts]
         if 2 * sum(empty) > len(noisy):
             self._warn(

@@ -51,9 +51,10 @@ class UNetBackbone(Backbone):
     model_classes = ("UNet2DConditionModel",)
 
     def __init__(self, places: Sequence[str] = ("down", "mid")) -> None:
-        if isinstance(places, str) or not places or not set(places) <= set(PLACES):
+        chosen = set() if isinstance(places, str) else set(places)
+        if not chosen or not chosen <= set(PLACES):
             raise ValueError(f"blocks: expected some of {PLACES}, got {places!r}.")
-        self.places = tuple(p for p in PLACES if p in places)
+        self.places = tuple(p for p in PLACES if p in chosen)
 
     def width(self, model: nn.Module) -> int:
         config: Any = model.config

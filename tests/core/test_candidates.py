@@ -205,6 +205,15 @@ def test_ids_are_compared_by_their_value():
 
 
 @pytest.mark.unchecked_shapes
+@pytest.mark.parametrize("rule", [InBatch(3), Hard(), Grid(), own_alone])
+def test_an_iterator_is_read_once(rule):
+    texts = ["a", "", "b", "a"]
+    hard = {"hard_negatives": [["c"], [], [], ["d"]]} if rule == Hard() else {}
+    listed, read = (rule(one, **hard) for one in (texts, iter(texts)))
+    assert torch.equal(read.mask.sum(1), listed.mask.sum(1))
+
+
+@pytest.mark.unchecked_shapes
 @pytest.mark.parametrize(
     "nan",
     [float("nan"), np.float32("nan"), Decimal("nan"), (1, float("nan")), torch.tensor(torch.nan)],

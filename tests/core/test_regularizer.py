@@ -609,6 +609,22 @@ def test_the_empty_caption_never_competes_with_an_empty_one(settings):
     )
 
 
+@pytest.mark.unchecked_shapes
+@pytest.mark.parametrize("rule", [None, InBatch(2), lambda captions, **_: InBatch(2)(captions)])
+def test_an_iterator_of_captions_is_read_once(rule):
+    """By the rule, and by what looks for empty ones."""
+    net, batch = problem()
+    null = {"text": torch.zeros(1, 3, W).double(), "name": "kept"}
+    texts, agsm = ["one", "", "three", "four"], AGSMLoss(guidance_scale=3)
+    listed, read = (
+        AGSMRegularizer(net, loss=agsm, candidates=rule, seed=0)(*batch, one, null=null).metrics
+        for one in (texts, iter(texts))
+    )
+    assert read["agsm/chance_weight"] == listed["agsm/chance_weight"]
+    with pytest.raises(TypeError, match="got None for one"):
+        AGSMRegularizer(net, loss=agsm, candidates=rule)(*batch, [None, *texts[1:]], null=null)
+
+
 def test_an_ema_of_a_copy_with_one_own_parameter_is_refused():
     net, _ = problem()
     mixed = torch.nn.ModuleList(

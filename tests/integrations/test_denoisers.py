@@ -28,7 +28,7 @@ from agsm_loss.integrations.hosts.rollouts import sample_latents
 from agsm_loss.integrations.tokens.attach import attach_soft_tokens, make_soft_tokens, unwrap
 from agsm_loss.integrations.tokens.hooks import patches, unpatched
 from agsm_loss.integrations.tokens.saved import SavedTokens
-from agsm_loss.integrations.tokens.unet import bos_embedding
+from agsm_loss.integrations.tokens.unet import UNetBackbone, bos_embedding
 
 
 def denoiser_of(name, **settings):
@@ -287,6 +287,7 @@ def test_one_call_makes_and_attaches_and_detach_restores_bit_for_bit(name):
     assert torch.equal(run(made.model, **x), out) and again.tokens is denoiser.tokens
 
 
+@pytest.mark.unchecked_shapes  # the places as an iterator
 def test_the_settings_of_new_tokens():
     start = bos_embedding(torch.arange(32.0).reshape(1, 2, 16))
     unet = tiny("unet").model
@@ -294,7 +295,7 @@ def test_the_settings_of_new_tokens():
     denoiser = TokenDenoiser(unet, num_tokens=3, time_buckets=None, init=start, blocks=places)
     assert denoiser.tokens.tokens.shape == (2, 3, 16) and denoiser.tokens.time_tokens is None
     assert (denoiser.tokens.tokens == torch.arange(16.0)).all()
-    assert denoiser.attached.backbone.places == places
+    assert denoiser.attached.backbone.places == places == UNetBackbone(iter(places)).places
     sd3 = TokenDenoiser(tiny("sd3").model, num_layers=2, banks="shared", time_buckets=7)
     assert sd3.tokens.tokens.shape == (1, 2, 4, 24) and sd3.tokens.banks == "shared"
     assert sd3.tokens.time_tokens.num_embeddings == 7
