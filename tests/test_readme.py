@@ -27,23 +27,24 @@ as_users_run_it = pytest.mark.unchecked_shapes
 # batches that fit them. The blocks run in order, in one namespace, in an empty folder.
 
 
-def loaded(kind, folder):
+def loaded(kind, folder, dtype=torch.float32):
     from diffusers import DiffusionPipeline
     from pipelines_tiny import speaking_pipeline
 
     saved = speaking_pipeline(kind, folder)
     parts = json.loads((saved / "model_index.json").read_text())
     absent = {name: None for name, part in parts.items() if part == [None, None]}
-    pipe = DiffusionPipeline.from_pretrained(saved, **absent)
+    pipe = DiffusionPipeline.from_pretrained(saved, **absent, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe, saved
 
 
 @as_users_run_it
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["sd3", "unet", "unet_sdxl", "flux", "flux2", "sana"])
-def test_the_blocks_of_the_readme_train_any_pipeline(kind, tmp_path, monkeypatch):
-    """The LoRA is trained at the first attempt, and nothing else."""
-    pipe, _ = loaded(kind, tmp_path / kind)
+def test_the_blocks_of_the_readme_train_any_pipeline(kind, dtype, tmp_path, monkeypatch):
+    """The LoRA is trained at the first attempt, in float32, and nothing else."""
+    pipe, _ = loaded(kind, tmp_path / kind, dtype)
     monkeypatch.chdir(tmp_path)
     latents = torch.randn(3, {"flux": 1, "flux2": 8}.get(kind, 4), 8, 8)
     model = pipe.components.get("transformer") or pipe.unet
@@ -55,6 +56,8 @@ def test_the_blocks_of_the_readme_train_any_pipeline(kind, tmp_path, monkeypatch
     trained = [name for name in after if "lora_B" in name]
     still = [name for name in trained if not after[name].any()]
     # SD3's last block throws away what the text's queries are for.
+    assert {after[name].dtype for name in trained} == {torch.float32}
+    assert next(model.parameters()).dtype == dtype and namespace["out"].loss.isfinite()
     assert trained and [name.split(".")[-4] for name in still] == ["add_q_proj"] * (kind == "sd3")
     assert namespace["agsm"].loss.guidance_scale == 2
 
