@@ -1,6 +1,6 @@
 r"""Diffusion-DPO on a text-to-image pipeline, alone or with AGSM in its step.
 
-    python recipes/train_dpo.py --rank 8 --num_tokens 0 --agsm_weight 1000
+    python recipes/train_dpo.py --rank 8 --num_tokens 0 --agsm_weight 10000
     accelerate launch recipes/train_dpo.py --config recipes/configs/dpo_sdxl.yaml \
         --data pairs.parquet
 

@@ -15,7 +15,7 @@ All of the model is trained here; its reference is a copy of how it began:
 >>> def denoiser(noisy, timesteps, text, bank):  # yours: TokenDenoiser or PlainDenoiser
 ...     return layer(torch.cat([noisy, text], dim=1))
 >>> start = EMA(layer.parameters(), decay=1.0)
->>> agsm = AGSMRegularizer(denoiser, loss=AGSMLoss(guidance_scale=3), weight=1000.0)
+>>> agsm = AGSMRegularizer(denoiser, loss=AGSMLoss(guidance_scale=3), weight=10000.0)
 >>> step = DiffusionDPO(denoiser, DDPMScheduler(), reference=start.applied, agsm=agsm)
 >>> winner, loser, noise = torch.randn(3, 2, 4)
 >>> text, timesteps = torch.randn(2, 3), torch.tensor([10, 900])
