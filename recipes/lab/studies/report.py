@@ -261,9 +261,10 @@ def _differences(plan: Plan, groups: Groups, baseline: str) -> str:
         own = [one["heldout"]["overall"] for one in groups[name]]
         _, half = spread(np.subtract(own, control).tolist())
         gaps = [f"{mean:+.3f} ± {half:.3f}" for mean, half in parts]
-        rows.append([name, gaps[0], "" if isnan(half) else f"± {half:.3f}", gaps[1], ratio])
-    heads = ["", "overall", "over seeds", "counting", "counting, as a ratio"]
-    return markdown_table(heads, rows)
+        over = [] if isnan(half) else [f"± {half:.3f}"]
+        rows.append([name, gaps[0], *over, gaps[1], ratio])
+    seeds = ["over seeds"] if len(plan.seeds) > 1 else []
+    return markdown_table(["", "overall", *seeds, "counting", "counting, as a ratio"], rows)
 
 
 def _gaps(plan: Plan, groups: Groups, baseline: str) -> list[Any]:
