@@ -101,9 +101,14 @@ def test_rate_rises_holds_and_falls():
 class Killed(Numbers):
     """One of two processes kills itself at batch 4; the other is busy then, and deaf to SIGTERM."""
 
+    def __init__(self, checkpoint):
+        super().__init__()
+        self.checkpoint = checkpoint
+
     def __getitem__(self, index):
         if index == 4:
-            time.sleep(0.5)  # the batch before is delivered
+            while not self.checkpoint.exists():  # of the batches before, which are fetched ahead
+                time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGKILL)
         if index == 5:
             time.sleep(600)
@@ -119,7 +124,7 @@ def test_workers_prepare_batches_and_the_run_ends_when_one_is_killed(tmp_path):
 
     chosen = options(tmp_path / "b", dataloader_num_workers=2)
     with pytest.raises(RuntimeError, match=r"dataloader_num_workers: .* code -9.*checkpoint_4\."):
-        run(chosen, data=Killed(), after=after)
+        run(chosen, data=Killed(tmp_path / "b/checkpoints/checkpoint_4/complete"), after=after)
     assert torch.equal(alone.layer.weight, helped[0])
     assert multiprocessing.active_children() == before
 
