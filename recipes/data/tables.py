@@ -295,16 +295,14 @@ def _of_split(files: Sequence[Path], folder: Path, split: str) -> list[Path]:
     Raises:
         ValueError: no such split; some are of another one, and others say none.
     """
-    splits = [_split(Path(os.path.relpath(file, folder))) for file in files]
+    paths = [Path(os.path.relpath(file, folder)) for file in files]
+    splits = list(map(_split, paths))
     if None in splits:
-        others = [
-            one for one, name in zip(files, splits, strict=True) if name not in (None, "train")
-        ]
+        others = [i for i, name in enumerate(splits) if name not in (None, "train")]
         if others:
-            bare = files[splits.index(None)].relative_to(folder)
             raise ValueError(
                 f"data: {folder}: expected all files to be of a split by their names, or none, got "
-                f"{bare} beside {others[0].relative_to(folder)}. Rename or move some "
+                f"{paths[splits.index(None)]} beside {paths[others[0]]}. Rename or move some "
                 "(train_0.parquet, train/), or give the folder or the file to read in --data."
             )
         splits = ["train"] * len(files)
